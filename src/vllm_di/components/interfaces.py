@@ -1,0 +1,857 @@
+"""Every interface of the engine, and the in-process values that cross them: the page that a port's
+author reads.
+
+A slot of a container (``containers/engine.py``) is filled by one class that implements one
+interface here. What crosses a *process* boundary is in ``messages.py``. Importing this page costs
+nothing: torch is named in annotations only.
+
+Conventions: ``num_`` counts, sizes are in elements unless the name says ``bytes``, shapes stand in
+brackets, ``rank`` counts from 0. A constructor parameter that bears a slot's name is injected;
+every other one is a key of the YAML node.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from vllm_di.components.messages import (
+    EngineOutputs,
+    EngineRequest,
+    EngineStats,
+    KvSpec,
+    LimitsReport,
+    SampledToken,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    TokenOutput,
+    WorkerReport,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+INTERFACE_VERSION = "1.0"
+
+# ================================================================================================
+# Worker container: one per rank. The ten seams are marked (1) to (10).
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Given, not chosen: where this worker stands among its peers."""
+
+    rank: int = 0
+    world_size: int = 1
+    rendezvous: str = ""
+    """``tcp://127.0.0.1:PORT`` for more than one rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes. On the host, ``total`` may be a declared budget, and ``free`` what is left of it."""
+
+    free: int
+    total: int
+
+
+class Device(ABC):
+    """(1) The device of one rank: memory, seed, dtypes, copies."""
+
+    torch_device: torch.device
+    default_dtype: torch.dtype
+    supported_dtypes: tuple[torch.dtype, ...]
+    """For weights and activations. A dtype outside is an error, never a cast."""
+
+    @abstractmethod
+    def memory(self) -> DeviceMemory:
+        """Free and total memory now."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Return when all work submitted so far is done."""
+
+    @abstractmethod
+    def seed(self, seed: int) -> None:
+        """Seed this device's default random generator."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """``auto`` or a torch dtype's name, checked against ``supported_dtypes``. Raises
+        ConfigError."""
+        import torch
+
+        from vllm_di.errors import ConfigError, nearest
+
+        names = {str(d).removeprefix("torch."): d for d in self.supported_dtypes}
+        if name == "auto":
+            return self.default_dtype
+        if name not in names:
+            known = isinstance(getattr(torch, name, None), torch.dtype)
+            why = f"{type(self).__name__} does not support it" if known else "no such dtype"
+            raise ConfigError(
+                f"dtype {name!r}: {why}; choose auto, {', '.join(names)}{nearest(name, names)}"
+            )
+        return names[name]
+
+    def close(self) -> None:
+        """Release what the device holds."""
+
+
+class Communicator(ABC):
+    """(9) Collectives among the ranks of one tensor-parallel group. All ranks make the same calls
+    in the same order."""
+
+    rank: int
+    world_size: int
+
+    @abstractmethod
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks; may work in place. Bit-equal on all ranks afterwards."""
+
+    @abstractmethod
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        """Concatenate the ranks' equal-shaped tensors along ``dim``, in rank order."""
+
+    @abstractmethod
+    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Sum over ranks, then keep this rank's equal share along ``dim``."""
+
+    @abstractmethod
+    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
+        """In place, from rank ``src``."""
+
+    @abstractmethod
+    def send(self, x: Tensor, dst: int) -> None: ...
+
+    @abstractmethod
+    def recv(self, x: Tensor, src: int) -> Tensor:
+        """Fill ``x`` from rank ``src``."""
+
+    @abstractmethod
+    def barrier(self) -> None: ...
+
+    def close(self) -> None:
+        """Leave the group."""
+
+
+class OpTable(ABC):
+    """(7) The named ops that models, attention and samplers call. ``ops/torch.py`` is the reference
+    for each.
+
+    Inputs may be views with stride 1 in the last dimension. Outputs are new tensors unless the text
+    says otherwise. Weights given to ``linear`` have been through ``pack_linear`` of the same
+    library, once, after loading.
+    """
+
+    OPS: ClassVar[tuple[str, ...]] = (
+        "rms_norm",
+        "add_rms_norm",
+        "rotary_embedding",
+        "silu_and_mul",
+        "gelu_tanh_and_mul",
+        "linear",
+        "embedding",
+        "fused_experts",
+        "write_kv",
+        "paged_attention",
+        "greedy_sample",
+        "top_k_top_p_sample",
+    )
+    FUSED: ClassVar[Mapping[str, tuple[str, ...]]] = {"add_rms_norm": ("rms_norm",)}
+    """Fused op to the ops that it stands for: it runs only where all of them come from its own
+    library."""
+
+    @abstractmethod
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., hidden], weight [hidden]: x / sqrt(mean(x^2) + eps) * weight, reduced in fp32."""
+
+    @abstractmethod
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(rms_norm(s), s) with s = x + residual; may reuse the memory of ``x`` and
+        ``residual``."""
+
+    @abstractmethod
+    def rotary_embedding(
+        self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
+        """q [tokens, heads, head_size], k [tokens, kv_heads, head_size], cos_sin [positions,
+        rotary_dim] fp32 (cosines, then sines). Rotates the first rotary_dim elements of each head;
+        may work in place. ``interleaved`` pairs (2i, 2i + 1), otherwise (i, i + rotary_dim / 2)."""
+
+    @abstractmethod
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """x [..., 2 d] -> silu(x[..., :d]) * x[..., d:]."""
+
+    @abstractmethod
+    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
+        """x [..., 2 d] -> gelu_tanh(x[..., :d]) * x[..., d:]."""
+
+    def pack_linear(self, weight: Tensor) -> Any:
+        """Weight [out, in] to whatever ``linear`` of this library likes best. The original may then
+        be dropped."""
+        return weight
+
+    @abstractmethod
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """x [tokens, in], weight from ``pack_linear`` -> [tokens, out]."""
+
+    @abstractmethod
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """token_ids [tokens] int64, weight [vocab, hidden] -> [tokens, hidden]."""
+
+    @abstractmethod
+    def fused_experts(
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: Literal["silu", "gelu_tanh"],
+    ) -> Tensor:
+        """x [tokens, hidden], gate_up [experts, 2 inter, hidden], down [experts, hidden, inter],
+        topk_* [tokens, k] -> sum over k of weight * down(act(gate) * up)."""
+
+    @abstractmethod
+    def write_kv(
+        self, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """k, v [tokens, kv_heads, head_size]; caches [blocks, kv_heads, block_size, head_size],
+        written in place. Token i goes to slot s = slot_mapping[i] (int64): block s // block_size,
+        offset s % block_size. s < 0: dropped."""
+
+    @abstractmethod
+    def paged_attention(
+        self,
+        q: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        block_table: Tensor,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        """Causal attention of q [tokens, heads, head_size] over block tables. Sequence s owns query
+        rows query_start[s]:query_start[s + 1] (int32), which are the last of its seq_lens[s]
+        (int32) cached tokens; block_table [seqs, max_blocks] int32. ``window``: a query sees that
+        many tokens, itself included. ``soft_cap`` c: scores become c * tanh(scores / c). ->
+        [tokens, heads, head_size]. Reads no slot beyond seq_lens (they may hold NaN)."""
+
+    @abstractmethod
+    def greedy_sample(self, logits: Tensor) -> Tensor:
+        """logits [rows, vocab] fp32 -> argmax [rows] int64, the lowest id on a tie."""
+
+    @abstractmethod
+    def top_k_top_p_sample(
+        self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+    ) -> Tensor:
+        """logits [rows, vocab] fp32, already scaled by temperature; top_k [rows] int64 (vocab =
+        off), top_p, min_p and uniform [rows] fp32. Keeps the top k (ties at the threshold stay), of
+        these the smallest set whose mass reaches top_p (at least one), of these those with p >=
+        min_p * p_max; then inverts the renormalised cumulative mass, in order of falling
+        probability (id on a tie), at ``uniform`` in [0, 1). -> [rows] int64."""
+
+    def describe(self) -> dict[str, str]:
+        """Op to where it runs, for ``explain``: ``cpu (avx512_bf16)``, ``torch (no compiler:
+        ...)``."""
+        return {name: type(self).__name__ for name in self.OPS}
+
+    def close(self) -> None: ...
+
+
+class OpLibrary(OpTable, ABC):
+    """A set of ops from one source. It implements any subset and names it in ``implements``."""
+
+    implements: frozenset[str] = frozenset(OpTable.OPS)
+
+
+@dataclass(slots=True)
+class BatchPlan:
+    """One step's batch on the device: the common ground of every attention backend. Rows are
+    tokens."""
+
+    token_ids: Tensor  # [tokens] int64
+    positions: Tensor  # [tokens] int64
+    query_start: Tensor  # [seqs + 1] int32, cumulative query lengths
+    seq_lens: Tensor  # [seqs] int32, context length after this step
+    block_table: Tensor  # [seqs, max_blocks] int32
+    slot_mapping: Tensor  # [tokens] int64, -1 for padding
+    logits_rows: Tensor  # [rows] int64, the token rows whose logits are wanted
+    query_lens_host: list[int] = field(default_factory=list)
+    seq_lens_host: list[int] = field(default_factory=list)
+
+    @property
+    def max_query_len(self) -> int:
+        return max(self.query_lens_host, default=0)
+
+    @property
+    def max_seq_len(self) -> int:
+        return max(self.seq_lens_host, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What is fixed about one attention layer on this rank."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+@dataclass(slots=True)
+class LayerCache:
+    """One layer's part of the KV cache, shaped by the KvLayout."""
+
+    key: Tensor
+    value: Tensor
+
+
+class KvLayout(ABC):
+    """(5) Owns the block size and the shape of the cache. Nobody else knows where a token lies."""
+
+    name: str
+    """The shape's name, which attention backends declare: ``hnd`` is [blocks, kv_heads, block_size,
+    head_size]."""
+    block_size: int
+    pad_slot: int = -1
+    dtype_name: str = "auto"
+    """The cache's dtype; ``auto`` is the model's."""
+
+    @abstractmethod
+    def bytes_per_block(self, specs: Sequence[KvSpec], dtype: torch.dtype) -> int:
+        """Bytes that one block takes over all layers."""
+
+    @abstractmethod
+    def allocate(
+        self, specs: Sequence[KvSpec], num_blocks: int, dtype: torch.dtype
+    ) -> list[LayerCache]:
+        """The cache, one entry for each layer, zeroed."""
+
+    @abstractmethod
+    def write(self, cache: LayerCache, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+        """k, v [tokens, kv_heads, head_size] into their slots."""
+
+    @abstractmethod
+    def gather(self, cache: LayerCache, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The first ``length`` tokens behind one row of a block table: k, v [length, kv_heads,
+        head_size]."""
+
+    @abstractmethod
+    def copy_blocks(
+        self, caches: Sequence[LayerCache], src: Sequence[int], dst: Sequence[int]
+    ) -> None:
+        """Copy whole blocks in every layer."""
+
+
+class AttentionBackend(ABC):
+    """(6) Attention over the KV cache. Workspaces belong to the backend."""
+
+    layouts: ClassVar[tuple[str, ...]] = ("hnd",)
+    """Names of the KV layouts that it reads."""
+
+    @abstractmethod
+    def build(self, batch: BatchPlan, out: Any | None = None) -> Any:
+        """Metadata of one step, from the plan alone; into ``out`` when given (captured graphs need
+        fixed addresses)."""
+
+    @abstractmethod
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, metadata: Any, spec: AttentionSpec
+    ) -> Tensor:
+        """q [tokens, heads, head_size], k and v [tokens, kv_heads, head_size], all after rotary.
+        Writes k and v to the cache, then attends causally. -> [tokens, heads, head_size]."""
+
+    def check(self, spec: AttentionSpec) -> None:
+        """Raise ConfigError for a head size, window or soft cap that it cannot do."""
+
+    def export(self) -> Any:
+        """The node that a compiled program puts in its place; raises ConfigError when there is
+        none."""
+        from vllm_di.errors import ConfigError
+
+        raise ConfigError(
+            f"{type(self).__name__} has no export() for compiled programs; attention=sdpa has one"
+        )
+
+    def close(self) -> None: ...
+
+
+class Quantization(ABC):
+    """(8) What becomes of a linear weight after loading, and the product that goes with it."""
+
+    @abstractmethod
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """weight [out, in] of this rank, loaded -> a function x [tokens, in] -> [tokens, out]. It
+        must not keep ``weight`` alive beside a packed copy."""
+
+
+class Model(ABC):
+    """A causal language model on one rank. A native one is an ``nn.Module`` built from injected
+    layers."""
+
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: list[int]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def kv_specs(self) -> list[KvSpec]:
+        """One for each layer that keeps a cache, in layer order."""
+
+    @abstractmethod
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Take the checkpoint's tensors (HF names, host) in any order, keep this rank's share.
+        Raises CheckpointError that names missing, unexpected and misshaped tensors. Ends with
+        ``finalize``."""
+
+    @abstractmethod
+    def load_random(self, seed: int) -> None:
+        """Fill with random weights (std 0.02), the same on every rank, then ``finalize``."""
+
+    @abstractmethod
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, caches: Sequence[LayerCache], metadata: Any
+    ) -> Tensor:
+        """token_ids, positions [tokens] int64 -> hidden states [tokens, hidden], after the last
+        norm."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [rows, hidden] -> [rows, vocab] fp32, whole on every rank."""
+
+    def weight_bytes(self) -> int:
+        """Bytes that the weights take on this rank."""
+        return 0
+
+
+class Loader(ABC):
+    """Brings weights into a model."""
+
+    @abstractmethod
+    def load(self, model: Model) -> None:
+        """Fill ``model``. Raises CheckpointError naming the file and the tensor."""
+
+
+class GraphPolicy(ABC):
+    """(4) Compile, capture and replay of a step function."""
+
+    @abstractmethod
+    def wrap(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function that runs in place of ``step``. Called once."""
+
+    def capture(self, sizes: Sequence[int], run: Callable[[int], object]) -> None:
+        """Capture a graph for each token count by calling ``run(size)``. Eager policies do
+        nothing."""
+
+    def before_replay(self, metadata: Any) -> None:
+        """Called before each step: a vendor's graph updates its task arguments here."""
+
+    def close(self) -> None: ...
+
+
+class ShapePolicy(ABC):
+    """(2) Which batch shapes the device sees."""
+
+    @abstractmethod
+    def padded_tokens(self, num_tokens: int) -> int:
+        """Rows that a step of ``num_tokens`` is padded to."""
+
+    def warm_up_sizes(self, max_num_tokens: int) -> list[int]:
+        """Token counts to run once before the first request."""
+        return [1]
+
+
+class ModelProgram(ABC):
+    """(10) How one step runs: the module called eagerly, or a whole compiled step."""
+
+    @abstractmethod
+    def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:
+        """-> logits [len(plan.logits_rows), vocab] fp32."""
+
+    def close(self) -> None: ...
+
+
+class SchedulerLimits(ABC):
+    """(3) Plain data that a platform gives the one scheduler."""
+
+    @abstractmethod
+    def report(self) -> LimitsReport: ...
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """What a worker keeps of one live sequence."""
+
+    seq_id: int
+    params: SamplingParams
+    token_ids: list[int]
+    """Prompt and all generated tokens known so far."""
+    prompt_len: int
+    block_ids: list[int]
+    eos_token_ids: list[int]
+    bad_words_token_ids: list[list[int]]
+    sampler_state: Any = None
+    """Belongs to the sampler: generator, counts, masks."""
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+
+class Sampler(ABC):
+    """Chooses one token for each row."""
+
+    @abstractmethod
+    def sample(
+        self, logits: Tensor, rows: Sequence[SequenceState]
+    ) -> tuple[list[SampledToken], dict[int, str]]:
+        """logits [rows, vocab] fp32 (may be overwritten) -> one token a row, and seq_id -> reason
+        for rows that failed (NaN). A row's result depends on that row alone."""
+
+    def prompt_logprobs(self, logits: Tensor, token_ids: Sequence[int], count: int) -> list[Any]:
+        """logits [rows, vocab] and the token that follows each row -> TokenLogprobs with ``count``
+        alternatives."""
+        raise NotImplementedError
+
+
+class ModelRunner(ABC):
+    """Turns a StepPlan into a BatchPlan, runs it, samples."""
+
+    @abstractmethod
+    def allocate(self, num_blocks: int) -> None:
+        """Allocate the KV cache. Called once, after the weights are loaded."""
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Run every shape once."""
+
+    @abstractmethod
+    def execute(self, plan: StepPlan) -> StepResult:
+        """One step. On ranks other than 0 the result's lists are empty."""
+
+    def close(self) -> None: ...
+
+
+class Worker(ABC):
+    """One rank: loads the weights, sizes and allocates the cache, executes steps. Calls come in
+    this order."""
+
+    @abstractmethod
+    def load(self) -> WorkerReport:
+        """Load weights; report how many blocks fit this rank."""
+
+    @abstractmethod
+    def allocate(self, num_blocks: int) -> None:
+        """Allocate the agreed number of blocks (the minimum over ranks) and warm up."""
+
+    @abstractmethod
+    def execute(self, plan: StepPlan) -> StepResult: ...
+
+    def close(self) -> None: ...
+
+
+# ================================================================================================
+# Engine container
+
+
+class WorkerLauncher(ABC):
+    """Given, not chosen: opens worker containers for an executor, which itself knows no
+    container."""
+
+    @abstractmethod
+    def open(self, placement: Placement) -> AbstractContextManager[Worker]:
+        """A worker in this process."""
+
+    @abstractmethod
+    def command(self, placement: Placement, address: str) -> tuple[list[str], bytes]:
+        """Argument list of a worker process that connects to the Unix socket ``address``, and the
+        bytes to write to its standard input (the assembly)."""
+
+
+class Executor(ABC):
+    """Runs steps on the workers."""
+
+    depth: int = 1
+    """Steps that may be in flight at once."""
+
+    @abstractmethod
+    def start(self) -> WorkerReport:
+        """Start the workers, load the weights, allocate the cache. Called once."""
+
+    @abstractmethod
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        """Run one step; the future holds rank 0's result, or EngineDeadError."""
+
+    @abstractmethod
+    def collective(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every rank's Worker with plain-data arguments; results in rank order."""
+
+    def check_alive(self) -> None:
+        """Raise EngineDeadError when a worker is gone."""
+
+    def close(self) -> None: ...
+
+
+class KvCacheManager(ABC):
+    """Hands out blocks, shares full ones by the hash of their tokens, evicts the least recently
+    used."""
+
+    num_blocks: int
+    block_size: int
+
+    @abstractmethod
+    def match_prefix(self, seq_id: int, token_ids: Sequence[int], salt: str | None) -> int:
+        """Give ``seq_id`` the cached full blocks that its tokens start with, all but the last
+        token's (which must run); return the number of tokens that they hold."""
+
+    @abstractmethod
+    def allocate(self, seq_id: int, num_tokens: int) -> list[int] | None:
+        """Grow ``seq_id``'s block table to hold ``num_tokens``; return the blocks added, or None
+        (and change nothing) when there are too few."""
+
+    @abstractmethod
+    def commit(self, seq_id: int, token_ids: Sequence[int], num_computed: int) -> None:
+        """Blocks that ``num_computed`` tokens fill are complete: make them shareable."""
+
+    @abstractmethod
+    def free(self, seq_id: int) -> None:
+        """Give back all blocks of ``seq_id``; unknown ids are ignored."""
+
+    @abstractmethod
+    def block_ids(self, seq_id: int) -> list[int]: ...
+
+    @property
+    @abstractmethod
+    def num_free_blocks(self) -> int:
+        """Blocks not held by a live sequence (cached ones count: they can be evicted)."""
+
+    @abstractmethod
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached block that no live sequence holds."""
+
+    @abstractmethod
+    def stats(self) -> tuple[int, int]:
+        """(tokens looked up, tokens found) since the start."""
+
+
+class Scheduler(ABC):
+    """Chooses what runs in each step. Continuous batching: a step mixes decodes with chunks of
+    prefills."""
+
+    @abstractmethod
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. Raises RequestError (it can never fit) or QueueFullError."""
+
+    @abstractmethod
+    def abort(self, request_id: str) -> bool:
+        """Forget a request in any phase and free its blocks; False when it is unknown."""
+
+    @abstractmethod
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when nothing can run."""
+
+    @abstractmethod
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
+        """Take a step's result; return what is new for each request."""
+
+    @abstractmethod
+    def has_work(self) -> bool: ...
+
+    @abstractmethod
+    def stats(self) -> EngineStats: ...
+
+
+class StructuredOutput(ABC):
+    """Constrains tokens to a grammar."""
+
+    @abstractmethod
+    def check(self, params: SamplingParams) -> None:
+        """Raise RequestError for a request that this component cannot honour."""
+
+
+class Engine(ABC):
+    """Scheduler and executor in a loop. Single-threaded: one thread calls everything but ``abort``
+    and ``add``, which it calls between steps."""
+
+    report: WorkerReport
+
+    @abstractmethod
+    def add(self, request: EngineRequest) -> None:
+        """Raises RequestError; the engine is unchanged then."""
+
+    @abstractmethod
+    def abort(self, request_id: str) -> None: ...
+
+    @abstractmethod
+    def has_work(self) -> bool: ...
+
+    @abstractmethod
+    def step(self) -> EngineOutputs:
+        """Run one step to its end and return what is new."""
+
+    @abstractmethod
+    def reset_prefix_cache(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+# ================================================================================================
+# Server container: the API process. No torch here.
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back."""
+
+    vocab_size: int
+    eos_token_id: int | None
+    bos_token: str | None
+    eos_token: str | None
+
+    @abstractmethod
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    @abstractmethod
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    @abstractmethod
+    def token_text(self, token_id: int) -> str:
+        """The raw vocabulary entry, as ``convert_ids_to_tokens`` gives it."""
+
+    @abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for (OpenAI's ``bytes`` in log-probs)."""
+
+    def is_special(self, token_id: int) -> bool:
+        return False
+
+
+class ChatTemplate(ABC):
+    """Messages to a prompt."""
+
+    @abstractmethod
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Raises RequestError for messages that the template refuses."""
+
+
+class ToolParser(ABC):
+    """Finds tool calls in generated text."""
+
+    @abstractmethod
+    def check(self, request: Mapping[str, Any]) -> None:
+        """Raise RequestError (code ``unsupported_parameter``) for a request that needs what this
+        parser lacks."""
+
+    @abstractmethod
+    def parse(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
+        """Whole text -> (content, tool calls in OpenAI's form)."""
+
+
+class ReasoningParser(ABC):
+    """Parts reasoning from the answer."""
+
+    @abstractmethod
+    def check(self, request: Mapping[str, Any]) -> None:
+        """Raise RequestError (code ``unsupported_parameter``) for a request that needs what this
+        parser lacks."""
+
+    @abstractmethod
+    def parse(self, text: str) -> tuple[str | None, str]:
+        """Whole text -> (reasoning, content)."""
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """Seconds and counts of one finished sequence, for the histograms."""
+
+    finish_reason: str
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    max_tokens: int | None
+    n: int
+    end_to_end: float
+    queue: float
+    prefill: float
+    decode: float
+
+
+class Metrics(ABC):
+    """Counts what the server does. Never labels anything with text from a request."""
+
+    @abstractmethod
+    def tokens(
+        self,
+        num_prompt: int,
+        num_generated: int,
+        first_after: float | None,
+        inter_token: float | None,
+    ) -> None:
+        """One output of one sequence: new tokens; seconds to the first token, or since the previous
+        output."""
+
+    @abstractmethod
+    def finished(self, times: RequestTimes) -> None: ...
+
+    @abstractmethod
+    def engine(self, stats: EngineStats) -> None: ...
+
+    @abstractmethod
+    def http(self, handler: str, status: int, seconds: float) -> None: ...
+
+    @abstractmethod
+    def info(self, report: WorkerReport, labels: Mapping[str, str]) -> None:
+        """Static facts, once, when the engine is ready; ``labels`` are slot -> class name."""
+
+    @abstractmethod
+    def render(self) -> tuple[bytes, str]:
+        """(body, content type) in Prometheus' text form."""
+
+
+class EngineClient(ABC):
+    """Given, not chosen: the frontend's line to the engine. Asyncio, one event loop."""
+
+    state: Literal["starting", "ready", "dead"]
+    failure: str | None
+    stage: str
+    """What a starting engine is doing: ``load``, ``warm-up``, ..."""
+    report: WorkerReport | None
+
+    @abstractmethod
+    def generate(self, request: EngineRequest) -> AsyncIterator[TokenOutput]:
+        """Submit now; yield outputs up to the one with a finish_reason. Closing the iterator early
+        aborts the request. Raises RequestError (refused), EngineDeadError."""
+
+    @abstractmethod
+    async def wait_ready(self) -> None:
+        """Raises EngineDeadError when the start failed."""
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+
+class Server(ABC):
+    """The HTTP server."""
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Serve until told to stop (SIGTERM, SIGINT), then drain."""

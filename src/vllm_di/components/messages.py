@@ -1,0 +1,297 @@
+"""Values that cross a process boundary: plain msgspec structs, encoded as MessagePack, never
+pickled.
+
+Three conversations use them, in the order in which a request meets them:
+
+    frontend ─ EngineRequest ─▶ engine ─ StepPlan ─▶ workers ─ StepResult ─▶ engine
+    engine ─ EngineOutputs ─▶ frontend
+
+The frontend is the API process or the ``LLM`` class. It speaks text; everything behind it speaks
+token ids.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import msgspec
+
+from vllm_di.errors import RequestError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_LOGPROBS = 20
+"""Most alternatives that a client may ask for at each position (OpenAI's limit for
+``top_logprobs``)."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token is chosen and when a sequence ends. Names and defaults are vLLM's.
+
+    ``__post_init__`` refuses values outside their range with a ``RequestError`` that names the
+    field.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    """0 is greedy: the argmax, the lowest id on a tie."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1 means all tokens."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    """Token id to a value in [-100, 100] that is added to its logit."""
+    seed: int | None = None
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    """None means up to the model's context."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Alternatives to report for each sampled token; 0 reports the sampled token alone."""
+    prompt_logprobs: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = []
+    skip_special_tokens: bool = True
+    structured_output: dict[str, Any] | None = None
+    """A request for JSON, regex or grammar output, as the client sent it; None for free text."""
+
+    def __post_init__(self) -> None:
+        _in_range("n", self.n, 1, 128)
+        _in_range("temperature", self.temperature, 0.0, 100.0)
+        _in_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _in_range("top_k", self.top_k, -1, 2**31 - 1)
+        _in_range("min_p", self.min_p, 0.0, 1.0)
+        _in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _in_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _in_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None:
+            _in_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            if self.min_tokens > self.max_tokens:
+                raise RequestError(
+                    f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})",
+                    param="min_tokens",
+                )
+        if self.seed is not None:
+            _in_range("seed", self.seed, -(2**63), 2**63 - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None:
+                _in_range(name, count, 0, MAX_LOGPROBS)
+        if len(self.stop) > 16 or any(not s for s in self.stop):
+            raise RequestError("stop: at most 16 strings, none of them empty", param="stop")
+        for token, bias in (self.logit_bias or {}).items():
+            _in_range(f"logit_bias[{token}]", bias, -100.0, 100.0)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError("allowed_token_ids must not be empty", param="allowed_token_ids")
+        if any(not word.strip() for word in self.bad_words):
+            raise RequestError("bad_words must not hold an empty string", param="bad_words")
+
+    @property
+    def greedy(self) -> bool:
+        """Below 1e-5 a temperature is taken as 0, as vLLM does: dividing by it would overflow."""
+        return self.temperature < 1e-5
+
+
+def _in_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    """Refuse NaN, infinities and values outside [low, high] (or (low, high] with ``open_low``)."""
+    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+        bracket = "(" if open_low else "["
+        raise RequestError(
+            f"{name} must be in {bracket}{low}, {high}], got {value}", param=name.split("[")[0]
+        )
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sequence to generate. A client's ``n`` has become n of these before it gets here."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    bad_words_token_ids: list[list[int]] = []
+    """``params.bad_words`` in token ids, each with and without a leading space."""
+    priority: int = 0
+    """Lower runs first under the ``priority`` policy."""
+    arrival_time: float = 0.0
+    """Seconds since the epoch."""
+    cache_salt: str | None = None
+    """Prefix-cache blocks are shared only among requests with the same salt."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position. Entry 0 is the token that stands there, then the top ones
+    in order."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
+    """Rank of entry 0 in the whole vocabulary, 1 for the most likely."""
+
+
+# ------------------------------------------------------------------------------------------------
+# engine -> workers
+
+
+class NewSequence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a worker must know of a sequence before it first runs (again, after a preemption)."""
+
+    seq_id: int
+    params: SamplingParams
+    token_ids: list[int]
+    """The prompt, followed by tokens generated before a preemption."""
+    prompt_len: int
+    eos_token_ids: list[int] = []
+    bad_words_token_ids: list[list[int]] = []
+
+
+class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
+    """The share of one sequence in one step: tokens [num_computed, num_computed + num_tokens) of it
+    run."""
+
+    seq_id: int
+    num_computed: int
+    num_tokens: int
+    new_blocks: list[int]
+    """Block ids appended to the sequence's block table before this step."""
+    last_token: int
+    """The token sampled in the step before, to be appended to the sequence first; -1 for none."""
+    samples: bool
+    """True when the step reaches the end of the sequence, so that its last row is sampled."""
+
+
+class StepPlan(msgspec.Struct, frozen=True):
+    """One step for the workers. Decode rows come first, then prefill chunks; each sequence stands
+    there once."""
+
+    step: int
+    new: list[NewSequence]
+    scheduled: list[ScheduledSequence]
+    finished: list[int]
+    """Sequences that ended, were aborted or preempted since the step before: forget them."""
+
+
+# ------------------------------------------------------------------------------------------------
+# workers -> engine
+
+
+class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+    seq_id: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Positions [start, start + len(positions)) of a prompt; position p describes prompt token p (p
+    >= 1)."""
+
+    seq_id: int
+    start: int
+    positions: list[TokenLogprobs]
+
+
+class StepResult(msgspec.Struct, frozen=True):
+    step: int
+    tokens: list[SampledToken]
+    prompt_logprobs: list[PromptLogprobs] = []
+    failed: dict[int, str] = {}
+    """seq_id to a reason, for sequences that failed alone (NaN logits, say). The others of the step
+    are good."""
+
+
+class KvSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What one layer keeps of each token."""
+
+    layer: int
+    num_kv_heads: int
+    """Heads on this rank."""
+    head_size: int
+    kind: Literal["full", "sliding"] = "full"
+    window: int | None = None
+    """Tokens a sliding layer can see, itself included."""
+
+
+class LimitsReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What the platform cannot do, as data that the one scheduler obeys."""
+
+    mixed_steps: bool = True
+    """Prefill and decode may share a step."""
+    chunked_prefill: bool = True
+    max_prefill_rows: int | None = None
+    """Most sequences that may prefill in one step."""
+    max_batch_context: int | None = None
+    """Most context tokens summed over a step's sequences."""
+    null_block: bool = False
+    """Block 0 is kept free for padding."""
+
+
+class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What only the device knows, told once by ``executor.start()``; cache manager and scheduler
+    are built from it."""
+
+    block_size: int
+    num_blocks: int
+    bytes_per_block: int
+    kv_specs: list[KvSpec]
+    limits: LimitsReport
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    device: str
+    dtype: str
+    weight_bytes: int
+    details: dict[str, Any] = {}
+    """For people: which instruction path each op runs on, fusions in force, load time."""
+
+
+# ------------------------------------------------------------------------------------------------
+# engine -> frontend
+
+
+class TokenOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What one step added to one request. The last one of a request has a ``finish_reason``."""
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """All of the prompt's, in the first output of a request that asked for them; entry i is prompt
+    token i + 1."""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    """The stop token id that ended the sequence; None for eos."""
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache."""
+    error: str | None = None
+    error_param: str | None = None
+    error_code: str | None = None
+    error_status: int = 500
+    queue_time: float = 0.0
+    """Seconds from arrival in the engine to the first schedule; in the first output."""
+
+
+class EngineStats(msgspec.Struct, kw_only=True):
+    """Gauges and running totals at the end of a step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    """Share of blocks in use by live sequences, 0 to 1."""
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    """Tokens looked up, in total."""
+    prefix_cache_hits: int = 0
+    step_tokens: int = 0
+    """Tokens that the last step ran."""
+    num_steps: int = 0
+
+
+class EngineOutputs(msgspec.Struct, kw_only=True):
+    outputs: list[TokenOutput]
+    stats: EngineStats

@@ -1,0 +1,61 @@
+"""The errors that a user can meet, as one small tree. Everything else that is raised is a bug of
+ours."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VllmDiError(Exception):
+    """Root of the tree: a message for a person, with its place. The command line prints it without
+    a traceback."""
+
+
+class ConfigError(VllmDiError, ValueError):
+    """The config is wrong: group, option, key, type, value, class or cycle."""
+
+
+class PortError(ConfigError):
+    """A port (built in or out of tree) cannot be used: broken package, absent driver, name
+    clash."""
+
+
+class CheckpointError(VllmDiError):
+    """A model's files are missing, damaged or do not fit the model's config."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """No model class of ours, nor the transformers fallback, runs this architecture."""
+
+
+class EngineDeadError(VllmDiError):
+    """The engine process or one of its workers died; requests in flight cannot be answered."""
+
+
+class RequestError(VllmDiError, ValueError):
+    """One request is wrong. Carries what an OpenAI error body needs.
+
+    ``param`` names the offending field, ``code`` is OpenAI's machine-readable word, ``status`` the
+    HTTP status.
+    """
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400
+    ) -> None:
+        super().__init__(message)
+        self.message, self.param, self.code, self.status = message, param, code, status
+
+
+class QueueFullError(RequestError):
+    """The bounded queue is full; the client should retry after ``retry_after`` seconds."""
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message, code="queue_full", status=429)
+        self.retry_after = retry_after
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """A ready-made tail for a message: ``; did you mean 'x'?`` or nothing."""
+    close = difflib.get_close_matches(name, sorted(options), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
