@@ -1,0 +1,230 @@
+"""The assembly: the composed config as plain data, one node for each slot. It is what crosses a
+process boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+from dependency_injector.containers import DeclarativeContainer
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vllm_di.components.interfaces import OpTable
+from vllm_di.containers.compose import Composition, ConfigTree, shown
+from vllm_di.containers.engine import (
+    SLOTS,
+    EngineContainer,
+    ServerContainer,
+    WorkerContainer,
+    slots,
+)
+from vllm_di.containers.origins import Origin
+from vllm_di.errors import ConfigError, nearest
+
+SETTINGS = ("model_name", "trust", "checkpoint", "platform")
+"""Top-level keys that are no slots."""
+
+TRANSFORMERS_MODEL = "vllm_di.models.transformers_fallback.TransformersModel"
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """The option that fills a slot, and who chose it."""
+
+    option: str
+    origin: Origin
+
+
+class Assembly(msgspec.Struct):
+    """Everything that any process needs to build its container. Plain data through and through."""
+
+    server: dict[str, Any]
+    engine: dict[str, Any]
+    workers: list[dict[str, Any]]
+    """One for each stage of a pipeline."""
+    settings: dict[str, Any]
+    origins: dict[str, Origin]
+    choices: dict[str, Choice]
+    packages: list[str]
+    """Packages whose classes a node may name."""
+
+    def nodes(self, container: type[DeclarativeContainer], stage: int = 0) -> dict[str, Any]:
+        """Slot to node for one container."""
+        if container is ServerContainer:
+            return self.server
+        return self.engine if container is EngineContainer else self.workers[stage]
+
+    def place(self, key: str) -> str:
+        """Where the value of a dotted key came from, for messages; a parent's place when it has
+        none itself."""
+        while key:
+            if origin := self.origins.get(key):
+                return str(origin)
+            key = key.rpartition(".")[0]
+        return "config"
+
+    def encode(self) -> bytes:
+        """As JSON, which people can read and every process can decode."""
+        return msgspec.json.encode(self)
+
+    @staticmethod
+    def decode(data: bytes) -> Assembly:
+        """Back from ``encode``. Raises msgspec.ValidationError."""
+        return msgspec.json.decode(data, type=Assembly)
+
+
+def assemble(overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = ()) -> Assembly:
+    """Compose, look into the checkpoint, and split by container. Raises ConfigError or
+    CheckpointError.
+
+    Nothing is imported from a component here: classes are checked by ``schema.check`` in the
+    process that builds them.
+    """
+    tree = ConfigTree.find(config_dirs)
+    composition = tree.compose(overrides)
+    _resolve_checkpoint(tree, composition)
+    _resolve_ops(tree, composition)
+    values = _plain(composition)
+    known = [*SLOTS, *SETTINGS]
+    for key in values:
+        if key not in known:
+            place = composition.origins.get(key, "config")
+            raise ConfigError(
+                f"{place}: {key!r} is neither a slot nor a setting{nearest(key, known)}"
+            )
+    for slot in SLOTS:
+        if not isinstance(values.get(slot), dict):
+            place = composition.origins.get(slot, "config")
+            raise ConfigError(f"{place}: slot {slot!r} must be a mapping with a _target_")
+    ports = [p.package.split(".")[0] for p in tree.ports if not p.problem]
+    return Assembly(
+        server={s: values[s] for s in slots(ServerContainer)},
+        engine={s: values[s] for s in slots(EngineContainer)},
+        workers=[{s: values[s] for s in slots(WorkerContainer)}],
+        settings={s: values.get(s) for s in SETTINGS},
+        origins=composition.origins,
+        choices={
+            group: Choice(option, origin) for group, (option, origin) in composition.choices.items()
+        },
+        packages=["vllm_di", *ports, *_trusted(values.get("trust"))],
+    )
+
+
+def _plain(composition: Composition) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(composition.values, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        place = composition.origins.get(key, "config")
+        raise ConfigError(f"{place}: {key}: {str(error).splitlines()[0]}") from None
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _trusted(value: Any) -> list[str]:
+    packages = value or []
+    if not isinstance(packages, list) or not all(
+        isinstance(p, str) and p.isidentifier() for p in packages
+    ):
+        raise ConfigError(f"trust: expected a list of top-level package names, got {value!r}")
+    return packages
+
+
+def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
+    """Fill ``checkpoint``, and the keys of ``model`` that the YAML leaves to the checkpoint."""
+    # imported here: `vllm-di --help` composes without a checkpoint
+    from vllm_di.models.checkpoint import describe
+    from vllm_di.models.hf_config import is_native, model_fields
+
+    values, origins = composition.values, composition.origins
+    model, checkpoint = values.model, values.checkpoint
+    option, chosen = composition.choices["model"]
+    loader = composition.choices["loader"][0]
+    if values.model_name is None:
+        named = option != "local" or model.path is None
+        values.model_name = option if named else Path(str(model.path)).stem
+    if model.path is None:
+        if loader == "auto":
+            raise ConfigError(
+                f"{chosen}: model={option} brings no weights; give them with "
+                "model.path=FOLDER, FILE.gguf or "
+                "a hub name (org/name), or run with random weights: loader=dummy tokenizer=bytes"
+            )
+    else:
+        found = describe(str(model.path))
+        checkpoint.format, checkpoint.weights = found.format, found.weights
+        checkpoint.tokenizer = found.tokenizer
+        fields = model_fields(found.hf_config, found.generation_config)
+        for key, value in fields.items():
+            _take(composition, key, value)
+        if loader == "auto":
+            _replace(
+                tree, composition, "loader", found.format, f"{found.weights} is {found.format}"
+            )
+    architecture = model.architecture
+    if model.implementation == "transformers" or (
+        model.implementation == "auto" and architecture and not is_native(architecture)
+    ):
+        model._target_ = TRANSFORMERS_MODEL
+        why = (
+            f"{architecture} has no native model"
+            if model.implementation == "auto"
+            else "implementation"
+        )
+        origins["model._target_"] = Origin("checkpoint", text=why)
+
+
+def _take(composition: Composition, key: str, value: Any) -> None:
+    """One field of the checkpoint: fills a null, bows to the command line, must agree with YAML."""
+    model, name = composition.values.model, f"model.{key}"
+    if value is None:
+        return
+    if model.get(key) is None:
+        OmegaConf.update(composition.values, name, value, force_add=True)
+        composition.origins[name] = Origin("checkpoint", text=str(model.path))
+        return
+    ours = model[key]
+    ours = OmegaConf.to_container(ours) if OmegaConf.is_config(ours) else ours
+    origin = composition.origins.get(name)
+    if ours != value and (origin is None or origin.chosen_by != "command line"):
+        raise ConfigError(
+            f"{origin or name}: model.{key} is {ours!r}, but the checkpoint {model.path} "
+            f"has {value!r}; "
+            f"use model=local for a checkpoint of another shape, or say which one holds: "
+            f"model.{key}={value}"
+        )
+
+
+def _replace(tree: ConfigTree, composition: Composition, slot: str, option: str, why: str) -> None:
+    """Put another option's node into a slot whose choice was ``auto``."""
+    path = tree.options(slot)[option]
+    composition.values[slot] = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
+    composition.choices[slot] = (option, Origin("auto", text=why))
+    for key, line in tree.read(path).lines.items():
+        composition.origins.setdefault(f"{slot}.{key}", Origin("auto", shown(path), line))
+
+
+def _resolve_ops(tree: ConfigTree, composition: Composition) -> None:
+    """``ops.rms_norm=torch``: the name of an option of the group ``ops`` stands for its library."""
+    node, options = composition.values.ops, tree.options("ops")
+    if not isinstance(node, DictConfig):
+        return
+    for op in OpTable.OPS:
+        choice = node.get(op)
+        if choice is None or choice == "auto" or isinstance(choice, DictConfig):
+            continue
+        place = composition.origins.get(f"ops.{op}", "config")
+        if choice not in options:
+            raise ConfigError(
+                f"{place}: ops.{op}: no option {choice!r}; choose auto, {', '.join(options)}"
+                f"{nearest(str(choice), options)}"
+            )
+        library = yaml.safe_load(options[choice].read_text(encoding="utf-8")).get("library")
+        if library is None:
+            raise ConfigError(
+                f"{shown(options[choice])}: has no `library` node, so ops.{op} cannot use it"
+            )
+        OmegaConf.update(composition.values, f"ops.{op}", library, force_add=True, merge=False)

@@ -1,0 +1,302 @@
+"""The only module that knows Hydra: YAML groups and overrides in, one plain dict with the origin of
+each value out.
+
+Hydra is used through ``compose`` alone, under a lock (its global state is not thread-safe), with no
+output folder, no logging and no change of directory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vllm_di.containers.origins import Origin, YamlFile, read_yaml
+from vllm_di.containers.ports import Port, conf_of_project, find_ports
+from vllm_di.errors import ConfigError, PortError, nearest
+
+_LOCK = threading.Lock()
+
+
+class Composition(msgspec.Struct):
+    """A composed config: plain data, not yet resolved against a checkpoint nor checked."""
+
+    values: DictConfig
+    origins: dict[str, Origin]
+    """Dotted key to where its value came from."""
+    choices: dict[str, tuple[str, Origin]]
+    """Group to its option and who chose it."""
+
+
+class ConfigTree:
+    """The folders in which options are looked up: the project's ``conf/``, those of ports, those of
+    the user."""
+
+    def __init__(self, roots: Sequence[Path], ports: Sequence[Port] = ()) -> None:
+        self.roots = list(roots)
+        self.ports = list(ports)
+        self._files: dict[Path, YamlFile] = {}
+
+    @classmethod
+    def find(cls, config_dirs: Iterable[str | Path] = ()) -> ConfigTree:
+        """The project's tree, every usable port's and the user's own folders."""
+        ports = find_ports()
+        own = []
+        for folder in map(Path, config_dirs):
+            if not folder.is_dir():
+                raise ConfigError(f"--config-dir {folder}: no such folder")
+            own.append(folder.resolve())
+        tree = cls([conf_of_project(), *(p.conf for p in ports if p.conf), *own], ports)
+        tree._refuse_duplicates()
+        return tree
+
+    def groups(self) -> list[str]:
+        """All groups, in name order."""
+        return sorted({d.name for r in self.roots for d in r.iterdir() if any(d.glob("*.yaml"))})
+
+    def options(self, group: str) -> dict[str, Path]:
+        """Option to file, in name order; ``base`` files hold what options share and are none."""
+        files = {f.stem: f for r in reversed(self.roots) for f in (r / group).glob("*.yaml")}
+        return {name: files[name] for name in sorted(files) if name != "base"}
+
+    def read(self, path: Path) -> YamlFile:
+        """A file's places and texts, read once. Raises ConfigError for one that is not YAML."""
+        if path not in self._files:
+            try:
+                self._files[path] = read_yaml(path)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{shown(path)}: not valid YAML: {error}") from None
+        return self._files[path]
+
+    def port_of(self, path: Path) -> Port | None:
+        """The port that a config file belongs to."""
+        return next((p for p in self.ports if p.conf and path.is_relative_to(p.conf)), None)
+
+    def _refuse_duplicates(self) -> None:
+        """One option, one owner: Hydra would take the first file and say nothing."""
+        owners: dict[tuple[str, str], Path] = {}
+        for root in self.roots:
+            for file in root.glob("*/*.yaml"):
+                key = (file.parent.name, file.stem)
+                rival = owners.setdefault(key, file)
+                if rival != file:
+                    raise PortError(
+                        f"option {key[0]}={key[1]} is defined twice: "
+                        f"{shown(rival)} and {shown(file)}; "
+                        "rename one"
+                    )
+
+    def compose(self, overrides: Sequence[str]) -> Composition:
+        """Compose ``config.yaml`` with Hydra-style overrides. Raises ConfigError with the place of
+        what is wrong."""
+        parsed = [self._parse(text) for text in overrides]
+        parsed, automatic = self._with_platform(parsed)
+        for override in parsed:
+            self._check(override)
+        values, defaults = self._hydra([_text(o) for o in parsed])
+        return Composition(
+            values, self._origins(parsed, defaults), self._choices(parsed, defaults, automatic)
+        )
+
+    # -- overrides ---------------------------------------------------------------------------
+
+    def _parse(self, text: str) -> Override:
+        parser = OverridesParser.create()
+        try:
+            override = parser.parse_override(text)
+        except OverrideParseException:
+            key, equals, value = text.partition("=")
+            if not equals or not key.strip():
+                raise ConfigError(
+                    f"command line: {text!r} is not an override; write key=value or group=option"
+                ) from None
+            quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+            try:
+                override = parser.parse_override(f"{key}='{quoted}'")
+            except OverrideParseException:
+                raise ConfigError(f"command line: {text!r}: {key!r} is not a key") from None
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"command line: {text!r}: several values make a sweep, which only "
+                "`bench -m` takes; "
+                "put quotes around a value that holds a comma"
+            )
+        override.input_line = text
+        return override
+
+    def _with_platform(self, parsed: list[Override]) -> tuple[list[Override], str | None]:
+        """Replace ``platform=auto`` (or no platform) by what is found on this machine."""
+        chosen = [o for o in parsed if o.key_or_group == "platform"]
+        if chosen and chosen[-1].value() != "auto":
+            return parsed, None
+        from vllm_di.containers.detect import detect_platform
+
+        option, reason = detect_platform(self)
+        rest = [o for o in parsed if o.key_or_group != "platform"]
+        return [*rest, OverridesParser.create().parse_override(f"platform={option}")], reason
+
+    def _check(self, override: Override) -> None:
+        """Groups, options and first key parts, with the nearest valid name; Hydra checks the
+        rest."""
+        key, text = override.key_or_group, override.input_line or ""
+        top = self.read(self.roots[0] / "config.yaml")
+        groups = self.groups()
+        if "." in key or override.package or key.startswith("hydra"):
+            first = key.split(".")[0]
+            if first not in groups and first not in top.lines:
+                known = [*groups, *top.lines]
+                raise ConfigError(
+                    f"command line: {text!r}: no such group or key {first!r}{nearest(first, known)}"
+                )
+        elif key in groups:
+            value, options = override.value(), self.options(key)
+            if isinstance(value, dict) or override.is_delete():
+                raise ConfigError(
+                    f"command line: {text!r}: {key!r} is a group; choose one of its options: "
+                    f"{', '.join(options)}"
+                )
+            if str(value) not in options:
+                raise ConfigError(
+                    f"command line: {text!r}: group {key!r} has no option {value!r}; it has "
+                    f"{', '.join(options)}{nearest(str(value), options)}"
+                    f"{self._broken_ports(str(value))}"
+                )
+        elif key not in top.lines:
+            known = [*groups, *top.lines]
+            raise ConfigError(
+                f"command line: {text!r}: no such group or key {key!r}{nearest(key, known)}"
+            )
+
+    def _broken_ports(self, value: str) -> str:
+        port = next((p for p in self.ports if p.name == value and p.problem), None)
+        return (
+            f"; port {value!r} ({port.distribution}) is installed but {port.problem}"
+            if port
+            else ""
+        )
+
+    # -- composition -------------------------------------------------------------------------
+
+    def _hydra(self, overrides: list[str]) -> tuple[DictConfig, list[tuple[Path, str]]]:
+        """-> (config, [(file, package)] in the order of merging)."""
+        extra = ",".join(f"'file://{root}'" for root in self.roots[1:])
+        arguments = [f"hydra.searchpath=[{extra}]", *overrides] if extra else overrides
+        with _LOCK:
+            GlobalHydra.instance().clear()
+            try:
+                with initialize_config_dir(str(self.roots[0]), version_base="1.3"):
+                    values = hydra_compose("config", arguments)
+                    loader = GlobalHydra.instance().hydra.config_loader  # type: ignore[union-attr]
+                    tree = loader.compute_defaults_list("config", arguments, RunMode.RUN)
+            except (HydraException, OmegaConfBaseException) as error:
+                raise self._explained(error, overrides) from None
+        files = [
+            (self._file(d.config_path), d.package or "")
+            for d in tree.defaults
+            if d.config_path and not d.config_path.startswith("hydra")
+        ]
+        return values, files
+
+    def _file(self, config_path: str) -> Path:
+        return next(f for r in self.roots if (f := r / f"{config_path}.yaml").is_file())
+
+    def _explained(self, error: Exception, overrides: list[str]) -> ConfigError:
+        """Hydra's words for an unknown key do not name the valid ones: find the override and name
+        them."""
+        plain = [o for o in overrides if "." not in o.split("=")[0]]
+        if len(plain) < len(overrides):
+            with initialize_config_dir(str(self.roots[0]), version_base="1.3"):
+                extra = ",".join(f"'file://{root}'" for root in self.roots[1:])
+                searched = [f"hydra.searchpath=[{extra}]"] if extra else []
+                try:
+                    values = hydra_compose("config", [*searched, *plain])
+                except (HydraException, OmegaConfBaseException):
+                    values = OmegaConf.create({})
+            for text in overrides:
+                key = text.split("=")[0].lstrip("+~")
+                parent, _, last = key.rpartition(".")
+                node = OmegaConf.select(values, parent) if parent else values
+                if isinstance(node, DictConfig) and last not in node and not text.startswith("+"):
+                    keys = [str(k) for k in node if k != "_target_"]
+                    return ConfigError(
+                        f"command line: {text!r}: {parent} has no key {last!r}; it has "
+                        f"{', '.join(keys)}{nearest(last, keys)}"
+                    )
+        return ConfigError(f"config: {' '.join(str(error).split())}")
+
+    # -- origins -----------------------------------------------------------------------------
+
+    def _origins(self, parsed: list[Override], files: list[tuple[Path, str]]) -> dict[str, Origin]:
+        origins: dict[str, Origin] = {}
+        for file, package in files:
+            prefix = f"{package}." if package else ""
+            chooser = self._chooser(file)
+            for key, line in self.read(file).lines.items():
+                origins[prefix + key] = Origin(chooser, shown(file), line)
+        for override in parsed:
+            if "." in override.key_or_group or override.key_or_group not in self.groups():
+                text = override.input_line or _text(override)
+                for key in [k for k in origins if k.startswith(f"{override.key_or_group}.")]:
+                    del origins[key]
+                origins[override.key_or_group] = Origin("command line", text=text)
+        return origins
+
+    def _choices(
+        self, parsed: list[Override], files: list[tuple[Path, str]], automatic: str | None
+    ) -> dict[str, tuple[str, Origin]]:
+        """Who chose each group's option. Hydra lets the command line win, then the first
+        ``override`` that it meets."""
+        chosen: dict[str, tuple[str, Origin]] = {}
+        for file, _ in files:
+            group, option = file.parent.name, file.stem
+            if file.parent not in self.roots and option != "base":
+                chosen[group] = (option, Origin("default"))
+        by_user = {o.key_or_group: o for o in parsed}
+        for group, (option, _) in list(chosen.items()):
+            if group == "platform" and automatic is not None:
+                chosen[group] = (option, Origin("auto", text=automatic))
+            elif group in by_user:
+                text = by_user[group].input_line or _text(by_user[group])
+                chosen[group] = (option, Origin("command line", text=text))
+            else:
+                for file, _ in reversed(files):
+                    option_line = self.read(file).chooses.get(group)
+                    if option_line and option_line[0] == option:
+                        origin = Origin(self._chooser(file), shown(file), option_line[1])
+                        chosen[group] = (option, origin)
+                        break
+        return chosen
+
+    def _chooser(self, file: Path) -> str:
+        return "default" if file.parent in self.roots else file.parent.name
+
+
+def shown(path: Path) -> str:
+    """A config file's name as messages show it: from ``conf/`` on for the project's own, else
+    whole."""
+    own = conf_of_project()
+    return f"conf/{path.relative_to(own)}" if path.is_relative_to(own) else str(path)
+
+
+def _text(override: Override) -> str:
+    """The override in Hydra's own grammar, with a value that was taken verbatim quoted."""
+    line: str = override.input_line or ""
+    try:
+        OverridesParser.create().parse_override(line)
+    except OverrideParseException:
+        key, _, value = line.partition("=")
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"{key}='{quoted}'"
+    return line

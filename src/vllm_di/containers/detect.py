@@ -1,0 +1,61 @@
+"""``platform=auto``: reads what each platform's YAML says can be detected, without importing any
+port."""
+
+from __future__ import annotations
+
+import glob
+from importlib import util
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from vllm_di.errors import ConfigError, PortError
+
+if TYPE_CHECKING:
+    from vllm_di.containers.compose import ConfigTree
+
+FALLBACK = "cpu"
+
+
+def detect_platform(tree: ConfigTree) -> tuple[str, str]:
+    """-> (platform option, reason). One accelerator wins, two are refused, none means ``cpu``.
+
+    A platform's ``detect`` node names ``modules`` that must be installed and ``files`` (globs) that
+    must exist; all must be there. One without conditions is never chosen by ``auto``.
+    """
+    broken = [p for p in tree.ports if p.problem]
+    if broken:
+        port = broken[0]
+        raise PortError(
+            f"platform=auto: port {port.name!r} (distribution {port.distribution}) "
+            "is installed but "
+            f"{port.problem}; mend or uninstall it, or name a platform, e.g. platform={FALLBACK}"
+        )
+    found: dict[str, str] = {}
+    looked = []
+    for option, path in tree.options("platform").items():
+        conditions = _detect_node(yaml.safe_load(path.read_text(encoding="utf-8")))
+        if not conditions:
+            continue
+        looked.append(option)
+        modules, files = conditions.get("modules") or [], conditions.get("files") or []
+        if all(util.find_spec(m.split(".")[0]) for m in modules) and all(map(glob.glob, files)):
+            found[option] = ", ".join([*modules, *files])
+    if len(found) > 1:
+        names = ", ".join(f"{option} ({why})" for option, why in found.items())
+        raise ConfigError(
+            f"platform=auto: several platforms are here: {names}; choose one with platform=NAME"
+        )
+    if found:
+        option, why = next(iter(found.items()))
+        return option, f"found {why}"
+    return (
+        FALLBACK,
+        f"no accelerator found (looked for: {', '.join(looked) or 'no platform names any'})",
+    )
+
+
+def _detect_node(document: Any) -> dict[str, Any]:
+    platform = document.get("platform") if isinstance(document, dict) else None
+    conditions = platform.get("detect") if isinstance(platform, dict) else None
+    return conditions if isinstance(conditions, dict) else {}

@@ -1,0 +1,138 @@
+"""Fills a container: each slot gets a Singleton built from its node, or an object that the caller
+hands in.
+
+Whoever opens closes: every component that has ``close`` is closed when the ``with`` block ends, in
+reverse order, all of them, even when one raises.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+from dependency_injector.containers import DeclarativeContainer
+from dependency_injector.providers import Object, Provider, Singleton
+
+from vllm_di.components.interfaces import Engine, Placement, Worker, WorkerLauncher
+from vllm_di.containers.assembly import Assembly
+from vllm_di.containers.engine import DERIVED, GIVEN, EngineContainer, WorkerContainer
+from vllm_di.containers.schema import Part, check
+from vllm_di.errors import ConfigError, nearest
+
+C = TypeVar("C", bound=DeclarativeContainer)
+
+
+@contextmanager
+def opened(
+    container: type[C],
+    assembly: Assembly,
+    *,
+    stage: int = 0,
+    only: str | None = None,
+    **objects: Any,
+) -> Iterator[C]:
+    """A filled container. Keywords hand in the given values, and objects in place of components:
+
+        with opened(WorkerContainer, assembly, placement=Placement(), attention=Fake()) as c:
+            c.worker().load()
+
+    ``only`` builds one slot and what it needs. Raises ConfigError before anything is built, and for
+    an object that does not implement its slot's interface.
+    """
+    filled = container()
+    _check_objects(container, objects)
+    plan = check(container, assembly, stage=stage, replaced=objects.keys())
+    with ExitStack() as stack:
+        providers: dict[str, Provider[Any]] = {n: Object(o) for n, o in objects.items()}
+        for slot, part in plan.parts.items():
+            providers[slot] = _provider(slot, part, filled, assembly, stack)
+        for slot, (source, method) in DERIVED.get(container, {}).items():
+            if slot not in objects:
+                providers[slot] = Singleton(_call, filled.providers[source], method)
+        filled.override_providers(**providers)
+        if only:
+            filled.providers[only]()
+        else:
+            for slot in plan.order:
+                filled.providers[slot]()
+        yield filled
+
+
+def _check_objects(container: type[DeclarativeContainer], objects: dict[str, Any]) -> None:
+    providers: dict[str, Any] = container.providers
+    for name, value in objects.items():
+        if name not in providers:
+            raise ConfigError(
+                f"{container.__name__} has no slot {name!r}{nearest(name, providers)}"
+            )
+        kind = providers[name].instance_of
+        if not isinstance(value, kind):
+            raise ConfigError(
+                f"{name}: {type(value).__qualname__} does not implement {kind.__name__}"
+            )
+    missing = [name for name in GIVEN[container] if name not in objects]
+    if missing:
+        raise ConfigError(f"opening {container.__name__} needs {', '.join(missing)}")
+
+
+def _provider(
+    path: str, part: Part, container: Any, assembly: Assembly, stack: ExitStack
+) -> Provider[Any]:
+    arguments: dict[str, Any] = {name: container.providers[name] for name in part.injected}
+    arguments |= {name: Object(value) for name, value in part.values.items()}
+    arguments |= {
+        name: _provider(f"{path}.{name}", inner, container, assembly, stack)
+        for name, inner in part.parts.items()
+    }
+
+    def build(**kwargs: Any) -> Any:
+        try:
+            built = part.cls(**kwargs)
+        except ConfigError as error:
+            raise type(error)(f"{assembly.place(path + '._target_')}: {path}: {error}") from error
+        close: Callable[[], None] | None = getattr(built, "close", None)
+        if close is not None:
+            stack.callback(close)
+        return built
+
+    return Singleton(build, **arguments)
+
+
+def _call(component: Any, method: str) -> Any:
+    return getattr(component, method)()
+
+
+class Launcher(WorkerLauncher):
+    """Opens worker containers of one stage for an executor."""
+
+    def __init__(self, assembly: Assembly, stage: int = 0) -> None:
+        self._assembly, self._stage = assembly, stage
+
+    def open(self, placement: Placement) -> Any:
+        return open_worker(self._assembly, placement, self._stage)
+
+    def command(self, placement: Placement, address: str) -> tuple[list[str], bytes]:
+        arguments = [str(placement.rank), str(placement.world_size), placement.rendezvous, address]
+        module = "vllm_di.containers.worker_process"
+        return [sys.executable, "-m", module, *arguments], self._assembly.encode()
+
+
+@contextmanager
+def open_worker(
+    assembly: Assembly, placement: Placement, stage: int = 0, **objects: Any
+) -> Iterator[Worker]:
+    """The worker of one rank, in this process."""
+    with opened(
+        WorkerContainer, assembly, stage=stage, placement=placement, **objects
+    ) as container:
+        yield container.worker()
+
+
+@contextmanager
+def open_engine(assembly: Assembly, **objects: Any) -> Iterator[Engine]:
+    """The engine, with its workers started and their weights loaded."""
+    launcher = objects.pop("launcher", None) or Launcher(assembly)
+    with opened(EngineContainer, assembly, launcher=launcher, **objects) as container:
+        yield container.engine()

@@ -1,0 +1,83 @@
+"""Where a value of the config came from: a line of a YAML file, an override, the checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_COMMENT = re.compile(r"\s#\s?(.*)$")
+
+
+class Origin(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One source. ``str()`` is the place as an error message shows it."""
+
+    chosen_by: str
+    """``default``, ``platform``, ``model``, another group's name, ``command line``, ``checkpoint``,
+    ``auto``."""
+    file: str | None = None
+    line: int | None = None
+    text: str | None = None
+    """The override as typed, or the reason of an automatic choice."""
+
+    def __str__(self) -> str:
+        if self.file:
+            return f"{self.file}:{self.line}" if self.line else self.file
+        return f"{self.chosen_by}: {self.text}" if self.text else self.chosen_by
+
+
+class YamlFile(msgspec.Struct, frozen=True):
+    """A config file read for its places and texts, not for its values."""
+
+    path: Path
+    lines: dict[str, int]
+    """Dotted key to line, from 1. Inner mappings count too."""
+    texts: dict[str, str]
+    """Dotted key to the comment behind it: what ``--help`` prints."""
+    chooses: dict[str, tuple[str, int]]
+    """Group to (option, line), from the defaults list, ``override`` entries included."""
+    summary: str
+    """The comment at the top, or nothing."""
+
+
+def read_yaml(path: Path) -> YamlFile:
+    """Read one file's places. Raises yaml.YAMLError for a file that is not YAML."""
+    text = path.read_text(encoding="utf-8")
+    rows = text.splitlines()
+    lines: dict[str, int] = {}
+    chooses: dict[str, tuple[str, int]] = {}
+
+    def walk(node: yaml.Node | None, prefix: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            lines[name] = key.start_mark.line + 1
+            if name == "defaults" and isinstance(value, yaml.SequenceNode):
+                _read_defaults(value, chooses)
+            else:
+                walk(value, f"{name}.")
+
+    walk(yaml.compose(text, Loader=_Loader), "")
+    lines.pop("defaults", None)
+    texts = {k: m[1] for k, n in lines.items() if (m := _COMMENT.search(rows[n - 1]))}
+    head = []
+    for row in rows:
+        if row.startswith("#"):
+            head.append(row.lstrip("# "))
+        elif head or row.strip():
+            break
+    summary = " ".join(row for row in head if not row.startswith("@package"))
+    return YamlFile(path, lines, texts, chooses, summary)
+
+
+def _read_defaults(node: yaml.SequenceNode, chooses: dict[str, tuple[str, int]]) -> None:
+    for item in node.value:
+        if isinstance(item, yaml.MappingNode) and item.value:
+            key, value = item.value[0]
+            group = key.value.removeprefix("override ").strip().lstrip("/").split("@")[0]
+            chooses[group] = (str(value.value), key.start_mark.line + 1)

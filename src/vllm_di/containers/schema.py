@@ -1,0 +1,254 @@
+"""The wall between config and code: which class a node names, whether it may be built, and with
+what arguments.
+
+A class is built only when it is of this project, an enabled port or a trusted package *and*
+implements the interface of its slot. Its constructor's signature is the schema of its node. All of
+this happens before any weight is read.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import importlib
+import inspect
+import sys
+import typing
+from typing import Any
+
+import msgspec
+from dependency_injector.containers import DeclarativeContainer
+
+from vllm_di.containers.assembly import Assembly
+from vllm_di.containers.engine import DERIVED, GIVEN, SLOTS, slots
+from vllm_di.errors import ConfigError, PortError, nearest
+
+
+class Part(msgspec.Struct):
+    """One component, checked and ready to be built."""
+
+    cls: type
+    injected: list[str]
+    """Names of slots, given and derived values that its constructor takes."""
+    values: dict[str, Any]
+    """Keyword arguments from the node."""
+    parts: dict[str, Part]
+    """Keyword arguments that are components themselves."""
+
+    def needs(self) -> set[str]:
+        """All names that this part and the parts within take from the container."""
+        return set(self.injected).union(*(p.needs() for p in self.parts.values()))
+
+
+class Plan(msgspec.Struct):
+    """A whole container, checked: its parts and the order in which they are built."""
+
+    parts: dict[str, Part]
+    order: list[str]
+
+
+def check(
+    container: type[DeclarativeContainer],
+    assembly: Assembly,
+    *,
+    stage: int = 0,
+    replaced: typing.Collection[str] = (),
+) -> Plan:
+    """Check every slot of a container that is not ``replaced`` by an object. Raises ConfigError."""
+    nodes = assembly.nodes(container, stage)
+    inspector = _Inspector(container, assembly)
+    parts = {
+        slot: inspector.part(slot, nodes[slot], kind)
+        for slot, kind in slots(container).items()
+        if slot not in replaced
+    }
+    needs = {slot: part.needs() for slot, part in parts.items()}
+    for slot, (source, _) in DERIVED.get(container, {}).items():
+        if slot not in replaced:
+            needs[slot] = {source}
+    try:
+        order = [s for s in graphlib.TopologicalSorter(needs).static_order() if s in needs]
+    except graphlib.CycleError as error:
+        cycle = list(reversed(error.args[1]))
+        places = ", ".join(f"{s}: {assembly.place(s + '._target_')}" for s in cycle[1:])
+        raise ConfigError(
+            f"the components need each other in a circle: {' -> '.join(cycle)} ({places})"
+        ) from None
+    return Plan(parts, order)
+
+
+def find_class(target: str, packages: list[str], place: str, slot: str) -> type:
+    """Import the class that a ``_target_`` names. Nothing outside ``packages`` is imported. Raises
+    ConfigError."""
+    module_name, _, class_name = target.rpartition(".")
+    package = target.split(".")[0]
+    if (
+        package not in packages
+        or not module_name
+        or not all(p.isidentifier() for p in target.split("."))
+    ):
+        raise ConfigError(
+            f"{place}: {slot}: {target!r} is refused: only classes of {', '.join(packages)} "
+            "may fill a "
+            "slot; enable another package with trust=[package]"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            raise ConfigError(f"{place}: {slot}: there is no module {missing!r}") from None
+        raise PortError(
+            f"{place}: {slot}: {module_name} needs the package {missing!r}, which is not installed"
+        ) from None
+    except ImportError as error:
+        raise PortError(f"{place}: {slot}: {module_name} cannot be imported: {error}") from error
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        names = [
+            n
+            for n, v in vars(module).items()
+            if isinstance(v, type) and v.__module__ == module_name
+        ]
+        raise ConfigError(
+            f"{place}: {slot}: {module_name} has no class "
+            f"{class_name!r}{nearest(class_name, names)}"
+        )
+    if found.__module__.split(".")[0] not in packages:
+        raise ConfigError(
+            f"{place}: {slot}: {target!r} is really {found.__module__}.{found.__qualname__}"
+        )
+    return found
+
+
+class _Inspector:
+    def __init__(self, container: type[DeclarativeContainer], assembly: Assembly) -> None:
+        self.assembly = assembly
+        self.here = set(container.providers)
+        self.elsewhere = {*SLOTS, *(g for names in GIVEN.values() for g in names)} - self.here
+
+    def part(self, path: str, node: dict[str, Any], kind: type) -> Part:
+        """Check the node at a dotted path against its class, and the class against the interface
+        ``kind``."""
+        target = node.get("_target_")
+        place = self.assembly.place(f"{path}._target_")
+        if not isinstance(target, str):
+            raise ConfigError(
+                f"{place}: {path}._target_: expected the dotted name of a class, got {target!r}"
+            )
+        cls = find_class(target, self.assembly.packages, place, path)
+        self._implements(cls, kind, path, place)
+        try:
+            return self._arguments(path, node, cls)
+        except NameError as error:
+            raise ConfigError(
+                f"{path}: {cls.__qualname__}: its annotations cannot be read: {error}"
+            ) from None
+
+    def _implements(self, cls: type, kind: type, path: str, place: str) -> None:
+        wanted: frozenset[str] = getattr(kind, "__abstractmethods__", frozenset())
+        if not issubclass(cls, kind):
+            lacks = sorted(m for m in wanted if not hasattr(cls, m))
+            detail = f"; it lacks {', '.join(lacks)}" if lacks else ""
+            raise ConfigError(
+                f"{place}: {path}: {cls.__module__}.{cls.__qualname__} does not implement "
+                f"{kind.__name__}{detail}"
+            )
+        if inspect.isabstract(cls):
+            lacks = sorted(getattr(cls, "__abstractmethods__", ()))
+            raise ConfigError(
+                f"{place}: {path}: {cls.__module__}.{cls.__qualname__} implements "
+                f"{kind.__name__} only in part; "
+                f"it lacks {', '.join(lacks)}"
+            )
+
+    def _arguments(self, path: str, node: dict[str, Any], cls: type) -> Part:
+        part = Part(cls, [], {}, {})
+        keys = {k: v for k, v in node.items() if k != "_target_"}
+        known: list[str] = []
+        for name, parameter in inspect.signature(cls).parameters.items():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise ConfigError(
+                    f"{path}: {cls.__qualname__} takes *{name}; a constructor must name what "
+                    "it takes"
+                )
+            if name in self.here:
+                part.injected.append(name)
+            elif name in self.elsewhere:
+                raise ConfigError(
+                    f"{path}: {cls.__qualname__} asks for {name!r}, which is a slot of "
+                    "another process's container"
+                )
+            elif name == "config" and isinstance(hint := _hint(cls, parameter), type):
+                fields = [f.name for f in msgspec.structs.fields(hint)]
+                given = {k: keys.pop(k) for k in list(keys) if k in fields}
+                part.values[name] = self._convert(path, given, hint)
+                known += fields
+            else:
+                known.append(name)
+                if name in keys:
+                    self._argument(
+                        part, f"{path}.{name}", name, keys.pop(name), _hint(cls, parameter)
+                    )
+                elif parameter.default is parameter.empty:
+                    place = self.assembly.place(f"{path}._target_")
+                    raise ConfigError(f"{place}: {path}.{name}: {cls.__qualname__} needs this key")
+        for key in keys:
+            place = self.assembly.place(f"{path}.{key}")
+            raise ConfigError(
+                f"{place}: {path}.{key}: {cls.__qualname__} has no such key; it has "
+                f"{', '.join(known) or 'none'}{nearest(key, known)}"
+            )
+        return part
+
+    def _argument(self, part: Part, path: str, name: str, value: Any, hint: Any) -> None:
+        if isinstance(value, dict) and "_target_" in value:
+            kinds = [k for k in (typing.get_args(hint) or (hint,)) if inspect.isabstract(k)]
+            if not kinds:
+                raise ConfigError(
+                    f"{self.assembly.place(path)}: {path}: a plain value is expected, not a "
+                    "component"
+                )
+            part.parts[name] = self.part(path, value, kinds[0])
+        else:
+            part.values[name] = self._convert(path, value, hint)
+
+    def _convert(self, path: str, value: Any, hint: Any) -> Any:
+        try:
+            return msgspec.convert(value, _plain(hint))
+        except msgspec.ValidationError as error:
+            message, _, where = str(error).partition(" - at `$")
+            path += where.rstrip("`")
+            shown = value if not where else _dig(value, where.rstrip("`"))
+            raise ConfigError(
+                f"{self.assembly.place(path)}: {path}: {message} (the value is {shown!r})"
+            ) from None
+
+
+def _hint(cls: type, parameter: inspect.Parameter) -> Any:
+    """The annotation of one constructor parameter, evaluated where the class was written."""
+    if parameter.annotation is parameter.empty:
+        return Any
+    owner = next((c for c in cls.__mro__ if "__init__" in vars(c)), cls)
+    namespace = vars(sys.modules[owner.__module__])
+    holder = type("_", (), {"__annotations__": {"x": parameter.annotation}})
+    return typing.get_type_hints(holder, namespace, include_extras=True)["x"]
+
+
+def _plain(hint: Any) -> Any:
+    """The part of a union that plain data can have: ``OpLibrary | Literal["auto"]`` ->
+    ``Literal["auto"]``."""
+    kinds = typing.get_args(hint)
+    if any(inspect.isabstract(k) for k in kinds):
+        rest = tuple(k for k in kinds if not inspect.isabstract(k))
+        return typing.Union[rest] if rest else None  # noqa: UP007 - built from a tuple
+    return hint
+
+
+def _dig(value: Any, where: str) -> Any:
+    """The value at a msgspec path such as ``.rope_scaling.factor``; the whole when it has
+    indices."""
+    for key in where.strip(".").split("."):
+        if not isinstance(value, dict) or key not in value:
+            return value
+        value = value[key]
+    return value
