@@ -18,7 +18,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -59,7 +59,7 @@ class ConfigTree:
                 raise ConfigError(f"--config-dir {folder}: no such folder")
             own.append(folder.resolve())
         tree = cls([conf_of_project(), *(p.conf for p in ports if p.conf), *own], ports)
-        tree._refuse_duplicates()
+        tree.refuse_duplicates()
         return tree
 
     def groups(self) -> list[str]:
@@ -84,7 +84,7 @@ class ConfigTree:
         """The port that a config file belongs to."""
         return next((p for p in self.ports if p.conf and path.is_relative_to(p.conf)), None)
 
-    def _refuse_duplicates(self) -> None:
+    def refuse_duplicates(self) -> None:
         """One option, one owner: Hydra would take the first file and say nothing."""
         owners: dict[tuple[str, str], Path] = {}
         for root in self.roots:
@@ -116,16 +116,16 @@ class ConfigTree:
         parser = OverridesParser.create()
         try:
             override = parser.parse_override(text)
-        except OverrideParseException:
+        except HydraException:
             key, equals, value = text.partition("=")
-            if not equals or not key.strip():
+            if not equals:
                 raise ConfigError(
                     f"command line: {text!r} is not an override; write key=value or group=option"
                 ) from None
             quoted = value.replace("\\", "\\\\").replace("'", "\\'")
             try:
                 override = parser.parse_override(f"{key}='{quoted}'")
-            except OverrideParseException:
+            except HydraException:
                 raise ConfigError(f"command line: {text!r}: {key!r} is not a key") from None
         if override.is_sweep_override():
             raise ConfigError(
@@ -133,6 +133,8 @@ class ConfigTree:
                 "`bench -m` takes; "
                 "put quotes around a value that holds a comma"
             )
+        if not override.key_or_group:
+            raise ConfigError(f"command line: {text!r} is not an override; write key=value")
         override.input_line = text
         return override
 
@@ -200,7 +202,7 @@ class ConfigTree:
                     values = hydra_compose("config", arguments)
                     loader = GlobalHydra.instance().hydra.config_loader  # type: ignore[union-attr]
                     tree = loader.compute_defaults_list("config", arguments, RunMode.RUN)
-            except (HydraException, OmegaConfBaseException) as error:
+            except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
                 raise self._explained(error, overrides) from None
         files = [
             (self._file(d.config_path), d.package or "")
@@ -295,7 +297,7 @@ def _text(override: Override) -> str:
     line: str = override.input_line or ""
     try:
         OverridesParser.create().parse_override(line)
-    except OverrideParseException:
+    except HydraException:
         key, _, value = line.partition("=")
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
         return f"{key}='{quoted}'"

@@ -1,0 +1,188 @@
+"""Composition on a small tree: choices, origins, and how wrong overrides read."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from vllm_di.containers.compose import ConfigTree
+from vllm_di.containers.ports import Port
+from vllm_di.errors import ConfigError, PortError
+
+FILES = {
+    "config.yaml": """
+defaults:
+  - _self_
+  - attention: paged
+  - model: small
+  - platform: auto
+name: null  # a name
+""",
+    "attention/paged.yaml": "_target_: a.B\nsplit: 512  # tokens in a piece\n",
+    "attention/sdpa.yaml": "# Plain attention.\n_target_: a.C\nopen: 'a#b'\n",
+    "model/small.yaml": "_target_: m.M\npath: null\nnested:\n  depth: 1\n",
+    "platform/cpu.yaml": "# @package _global_\nplatform:\n  name: cpu\n  detect: {}\n",
+    "platform/chip.yaml": (
+        "# @package _global_\ndefaults:\n  - override /attention: sdpa\n"
+        "platform:\n  name: chip\n  detect:\n    files: [/nowhere/chip*]\nname: from-chip\n"
+    ),
+}
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write(tmp_path / "conf", FILES)
+
+
+@pytest.fixture
+def tree(root: Path) -> ConfigTree:
+    return ConfigTree([root])
+
+
+def test_defaults_and_their_origins(tree: ConfigTree, root: Path) -> None:
+    composition = tree.compose([])
+    assert composition.values.attention.split == 512
+    origin = composition.origins["attention.split"]
+    assert (origin.chosen_by, origin.file, origin.line) == (
+        "attention",
+        str(root / "attention/paged.yaml"),
+        2,
+    )
+    option, origin = composition.choices["attention"]
+    assert (option, origin.chosen_by, origin.line) == ("paged", "default", 4)
+    option, origin = composition.choices["platform"]
+    assert (option, origin.chosen_by) == ("cpu", "auto")
+    assert "no accelerator found (looked for: chip)" in str(origin)
+
+
+def test_a_platform_overrides_and_says_so(tree: ConfigTree, root: Path) -> None:
+    composition = tree.compose(["platform=chip"])
+    option, origin = composition.choices["attention"]
+    assert (option, str(origin)) == ("sdpa", f"{root}/platform/chip.yaml:3")
+    assert origin.chosen_by == "platform"
+    assert composition.values.name == "from-chip"
+    assert composition.origins["name"].line == 8
+
+
+def test_the_command_line_wins(tree: ConfigTree) -> None:
+    composition = tree.compose(
+        ["attention=paged", "platform=chip", "name=mine", "attention.split=8"]
+    )
+    option, origin = composition.choices["attention"]
+    assert (option, str(origin)) == ("paged", "command line: attention=paged")
+    assert composition.values.name == "mine"
+    assert str(composition.origins["name"]) == "command line: name=mine"
+    assert str(composition.origins["attention.split"]) == "command line: attention.split=8"
+
+
+@pytest.mark.parametrize(
+    "value", ["a=b", "日本", "x y", "org/Name:tag", "C:\\dir", "it's", "{brace", "[1"]
+)
+def test_odd_values_are_taken_verbatim(tree: ConfigTree, value: str) -> None:
+    assert tree.compose([f"model.path={value}"]).values.model.path == value
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("attention=pagd", ["no option 'pagd'", "paged, sdpa", "did you mean 'paged'?"]),
+        ("atention=paged", ["no such group or key 'atention'", "did you mean 'attention'?"]),
+        ("attention.splt=3", ["attention has no key 'splt'", "it has split", "'split'?"]),
+        ("model.nested.dept=3", ["model.nested has no key 'dept'", "did you mean 'depth'?"]),
+        ("nam=3", ["no such group or key 'nam'", "did you mean 'name'?"]),
+        ("foo.bar=3", ["no such group or key 'foo'"]),
+        ("serve", ["not an override", "key=value"]),
+        ("=3", ["not an override"]),
+        ("attention=paged,sdpa", ["sweep"]),
+        ("attention={a:1}", ["is a group", "paged, sdpa"]),
+        ("~attention", ["is a group"]),
+        ("platform=chop", ["no option 'chop'", "did you mean 'chip'?"]),
+        ("+attention=sdpa", ["attention"]),
+    ],
+)
+def test_a_wrong_override_is_refused_with_the_nearest(
+    tree: ConfigTree, override: str, words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tree.compose([override])
+    for word in [override, *words] if override != "+attention=sdpa" else words:
+        assert word in str(caught.value)
+
+
+def test_broken_yaml_names_the_file(root: Path) -> None:
+    write(root, {"attention/paged.yaml": "_target_: [a\n"})
+    with pytest.raises(ConfigError, match="paged"):
+        ConfigTree([root]).compose([])
+
+
+def test_two_accelerators_are_refused(root: Path, tmp_path: Path) -> None:
+    write(tmp_path, {"dev/one": "", "dev/two": ""})
+    for name in ("one", "two"):
+        detect = f"platform:\n  name: {name}\n  detect:\n    files: [{tmp_path}/dev/{name}]\n"
+        write(root, {f"platform/{name}.yaml": f"# @package _global_\n{detect}"})
+    with pytest.raises(ConfigError, match=r"several platforms are here: one .*two"):
+        ConfigTree([root]).compose([])
+    assert ConfigTree([root]).compose(["platform=two"]).values.platform.name == "two"
+    (tmp_path / "dev/two").unlink()
+    assert ConfigTree([root]).compose(["platform=auto"]).values.platform.name == "one"
+
+
+def test_a_broken_port_never_falls_back_to_the_cpu(root: Path) -> None:
+    port = Port("mychip", "mychip", "mychip-port", None, "has no conf/ folder")
+    tree = ConfigTree([root], [port])
+    with pytest.raises(PortError, match=r"port 'mychip' .*mychip-port.* has no conf/ folder"):
+        tree.compose([])
+    assert tree.compose(["platform=cpu"]).values.platform.name == "cpu"
+    with pytest.raises(ConfigError, match=r"port 'mychip' .* is installed but has no conf/"):
+        tree.compose(["platform=mychip"])
+
+
+def test_one_option_in_two_trees_is_refused(root: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other", {"attention/paged.yaml": "_target_: x.Y\n"})
+    tree = ConfigTree([root, other])
+    with pytest.raises(PortError, match=r"attention=paged is defined twice: .*conf.* and .*other"):
+        tree.refuse_duplicates()
+
+
+def test_another_root_adds_options(root: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other", {"attention/mine.yaml": "_target_: x.Y\nk: 1\n"})
+    composition = ConfigTree([root, other]).compose(["attention=mine"])
+    assert composition.values.attention.k == 1
+    assert composition.origins["attention.k"].file == str(other / "attention/mine.yaml")
+
+
+def test_many_threads_and_no_traces(tree: ConfigTree, tmp_path: Path) -> None:
+    here = Path.cwd()
+    wrong: list[object] = []
+
+    def one(number: int) -> None:
+        try:
+            composition = tree.compose([f"attention.split={number}"])
+            if composition.values.attention.split != number:
+                wrong.append(number)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert Path.cwd() == here
+    assert "outputs" not in os.listdir(here)
+
+
+def test_texts_and_summaries(tree: ConfigTree, root: Path) -> None:
+    assert tree.read(root / "attention/paged.yaml").texts == {"split": "tokens in a piece"}
+    assert tree.read(root / "attention/sdpa.yaml").summary == "Plain attention."

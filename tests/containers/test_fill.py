@@ -1,0 +1,91 @@
+"""Building, handing in, closing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.containers import fakes
+from tests.containers.fakes import CLOSED, assembly, node, stand_in
+
+from vllm_di.components.interfaces import Placement
+from vllm_di.containers.engine import GIVEN, SLOTS, WorkerContainer, slots
+from vllm_di.containers.fill import opened
+from vllm_di.errors import ConfigError
+
+
+def objects(*left_out: str) -> dict[str, Any]:
+    """A stand-in for every worker slot but those named, and the given values."""
+    kinds = slots(WorkerContainer)
+    return {s: stand_in(k) for s, k in kinds.items() if s not in left_out} | {
+        "placement": Placement()
+    }
+
+
+def test_singletons_share_what_they_need() -> None:
+    nodes = assembly(shapes=node(fakes.GoodShapes, size=2))
+    with opened(WorkerContainer, nodes, **objects("shapes")) as container:
+        assert container.shapes() is container.shapes()
+        assert container.shapes().device is container.device()
+
+
+def test_all_are_closed_in_reverse_even_when_one_raises() -> None:
+    CLOSED.clear()
+    stubborn = node(fakes.FakeDevice, stubborn=True)
+    nodes = assembly(shapes=node(fakes.GoodShapes, size=2), device=stubborn)
+    with (
+        pytest.raises(RuntimeError, match="cannot close"),
+        opened(WorkerContainer, nodes, **objects("shapes", "device")),
+    ):
+        pass
+    assert CLOSED == ["shapes", "device"]
+
+
+def test_a_failing_constructor_closes_what_was_built() -> None:
+    CLOSED.clear()
+    nodes = assembly(device=node(fakes.FakeDevice), shapes=node(fakes.FailingShapes))
+    with (
+        pytest.raises(ConfigError, match=r"conf/shapes/fake.yaml:2: shapes: no such size"),
+        opened(WorkerContainer, nodes, **objects("shapes", "device")),
+    ):
+        pytest.fail("the container must not open")
+    assert CLOSED == ["device"]
+
+
+def test_an_object_of_the_wrong_kind_is_refused() -> None:
+    with (
+        pytest.raises(ConfigError, match="attention: Stranger does not implement AttentionBackend"),
+        opened(WorkerContainer, assembly(), **objects() | {"attention": fakes.Stranger()}),
+    ):
+        pass
+
+
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    with (
+        pytest.raises(ConfigError, match="no slot 'atention'; did you mean 'attention'"),
+        opened(WorkerContainer, assembly(), **objects(), atention=1),
+    ):
+        pass
+
+
+def test_given_values_are_required() -> None:
+    rest = objects()
+    del rest["placement"]
+    with (
+        pytest.raises(ConfigError, match="opening WorkerContainer needs placement"),
+        opened(WorkerContainer, assembly(), **rest),
+    ):
+        pass
+
+
+def test_only_builds_one_slot_and_its_needs() -> None:
+    CLOSED.clear()
+    nodes = assembly(shapes=node(fakes.GoodShapes, size=2), device=node(fakes.FakeDevice))
+    kept = objects("shapes", "device")
+    with opened(WorkerContainer, nodes, only="device", **kept) as container:
+        assert isinstance(container.device(), fakes.FakeDevice)
+    assert CLOSED == ["device"]
+
+
+def test_slot_names_are_unique_over_the_containers() -> None:
+    assert len(SLOTS) == sum(len(slots(c)) for c in GIVEN)
