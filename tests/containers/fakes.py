@@ -9,10 +9,10 @@ import msgspec
 from vllm_di.components.interfaces import (
     Device,
     DeviceMemory,
-    LimitsReport,
     SchedulerLimits,
     ShapePolicy,
 )
+from vllm_di.components.messages import LimitsReport
 from vllm_di.containers.assembly import Assembly, Choice
 from vllm_di.containers.engine import EngineContainer, ServerContainer, WorkerContainer, slots
 from vllm_di.containers.origins import Origin

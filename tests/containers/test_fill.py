@@ -26,7 +26,9 @@ def test_singletons_share_what_they_need() -> None:
     nodes = assembly(shapes=node(fakes.GoodShapes, size=2))
     with opened(WorkerContainer, nodes, **objects("shapes")) as container:
         assert container.shapes() is container.shapes()
-        assert container.shapes().device is container.device()
+        shapes = container.shapes()
+        assert isinstance(shapes, fakes.GoodShapes)
+        assert shapes.device is container.device()
 
 
 def test_all_are_closed_in_reverse_even_when_one_raises() -> None:
