@@ -9,6 +9,7 @@ import msgspec
 from vllm_di.components.interfaces import (
     Device,
     DeviceMemory,
+    Placement,
     SchedulerLimits,
     ShapePolicy,
 )
@@ -82,6 +83,10 @@ class CircularLimits(SchedulerLimits):
 class FailingShapes(GoodShapes):
     def __init__(self, device: Device) -> None:
         raise ConfigError("no such size")
+
+
+class NeedsPlacement(GoodShapes):
+    def __init__(self, placement: Placement) -> None: ...
 
 
 class WrongProcess(GoodShapes):

@@ -71,11 +71,11 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 
 
 def test_given_values_are_required() -> None:
-    rest = objects()
+    rest = objects("shapes")
     del rest["placement"]
     with (
         pytest.raises(ConfigError, match="opening WorkerContainer needs placement"),
-        opened(WorkerContainer, assembly(), **rest),
+        opened(WorkerContainer, assembly(shapes=node(fakes.NeedsPlacement)), **rest),
     ):
         pass
 
@@ -84,7 +84,7 @@ def test_only_builds_one_slot_and_its_needs() -> None:
     CLOSED.clear()
     nodes = assembly(shapes=node(fakes.GoodShapes, size=2), device=node(fakes.FakeDevice))
     kept = objects("shapes", "device")
-    with opened(WorkerContainer, nodes, only="device", **kept) as container:
+    with opened(WorkerContainer, nodes, only=["device"], **kept) as container:
         assert isinstance(container.device(), fakes.FakeDevice)
     assert CLOSED == ["device"]
 

@@ -14,6 +14,7 @@ from vllm_di.components.interfaces import OpTable, Placement
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.compose import ConfigTree
 from vllm_di.containers.engine import (
+    GIVEN,
     EngineContainer,
     ServerContainer,
     WorkerContainer,
@@ -72,7 +73,7 @@ def explain(
     tree = ConfigTree.find(config_dirs)
     rows = []
     for container in (ServerContainer, EngineContainer, WorkerContainer):
-        plan = check(container, assembly)
+        plan = check(container, assembly, replaced=GIVEN[container])
         for slot, kind in slots(container).items():
             cls = plan.parts[slot].cls
             target = f"{cls.__module__}.{cls.__qualname__}"
@@ -118,7 +119,7 @@ def alternatives(slot: str, config_dirs: Iterable[str | Path] = ()) -> dict[str,
 
 
 def _ops(assembly: Assembly) -> tuple[list[OpRow], list[str]]:
-    with opened(WorkerContainer, assembly, only="ops", placement=Placement()) as container:
+    with opened(WorkerContainer, assembly, only=["ops"], placement=Placement()) as container:
         table: OpTable = container.ops()
         paths = [OpRow(op, where) for op, where in table.describe().items()]
         return paths, sorted(getattr(table, "fusions", ()))

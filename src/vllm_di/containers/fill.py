@@ -8,7 +8,7 @@ reverse order, all of them, even when one raises.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from dependency_injector.providers import Object, Provider, Singleton
 
 from vllm_di.components.interfaces import Engine, Placement, Worker, WorkerLauncher
 from vllm_di.containers.assembly import Assembly
-from vllm_di.containers.engine import DERIVED, GIVEN, EngineContainer, WorkerContainer
+from vllm_di.containers.engine import DERIVED, EngineContainer, WorkerContainer
 from vllm_di.containers.schema import Part, check
 from vllm_di.errors import ConfigError, nearest
 
@@ -30,7 +30,7 @@ def opened(
     assembly: Assembly,
     *,
     stage: int = 0,
-    only: str | None = None,
+    only: Collection[str] = (),
     **objects: Any,
 ) -> Iterator[C]:
     """A filled container. Keywords hand in the given values, and objects in place of components:
@@ -38,12 +38,12 @@ def opened(
         with opened(WorkerContainer, assembly, placement=Placement(), attention=Fake()) as c:
             c.worker().load()
 
-    ``only`` builds one slot and what it needs. Raises ConfigError before anything is built, and for
-    an object that does not implement its slot's interface.
+    ``only`` builds some slots and what they need. Raises ConfigError before anything is built, and
+    for an object that does not implement its slot's interface.
     """
     filled = container()
     _check_objects(container, objects)
-    plan = check(container, assembly, stage=stage, replaced=objects.keys())
+    plan = check(container, assembly, stage=stage, replaced=objects.keys(), only=only)
     with ExitStack() as stack:
         providers: dict[str, Provider[Any]] = {n: Object(o) for n, o in objects.items()}
         for slot, part in plan.parts.items():
@@ -52,11 +52,8 @@ def opened(
             if slot not in objects:
                 providers[slot] = Singleton(_call, filled.providers[source], method)
         filled.override_providers(**providers)
-        if only:
-            filled.providers[only]()
-        else:
-            for slot in plan.order:
-                filled.providers[slot]()
+        for slot in plan.order:
+            filled.providers[slot]()
         yield filled
 
 
@@ -72,9 +69,6 @@ def _check_objects(container: type[DeclarativeContainer], objects: dict[str, Any
             raise ConfigError(
                 f"{name}: {type(value).__qualname__} does not implement {kind.__name__}"
             )
-    missing = [name for name in GIVEN[container] if name not in objects]
-    if missing:
-        raise ConfigError(f"opening {container.__name__} needs {', '.join(missing)}")
 
 
 def _provider(

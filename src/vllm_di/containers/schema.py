@@ -52,19 +52,30 @@ def check(
     *,
     stage: int = 0,
     replaced: typing.Collection[str] = (),
+    only: typing.Collection[str] = (),
 ) -> Plan:
-    """Check every slot of a container that is not ``replaced`` by an object. Raises ConfigError."""
-    nodes = assembly.nodes(container, stage)
+    """Check the slots of a container: all, or ``only`` some and what they need.
+
+    Slots that are ``replaced`` by objects are not looked at. Raises ConfigError.
+    """
+    nodes, kinds = assembly.nodes(container, stage), slots(container)
+    derived = DERIVED.get(container, {})
     inspector = _Inspector(container, assembly)
-    parts = {
-        slot: inspector.part(slot, nodes[slot], kind)
-        for slot, kind in slots(container).items()
-        if slot not in replaced
-    }
-    needs = {slot: part.needs() for slot, part in parts.items()}
-    for slot, (source, _) in DERIVED.get(container, {}).items():
-        if slot not in replaced:
-            needs[slot] = {source}
+    parts: dict[str, Part] = {}
+    needs: dict[str, set[str]] = {}
+    todo = list(only or kinds)
+    while todo:
+        slot = todo.pop()
+        if slot in needs or slot in replaced:
+            continue
+        if slot in derived:
+            needs[slot] = {derived[slot][0]}
+        elif slot in kinds:
+            parts[slot] = inspector.part(slot, nodes[slot], kinds[slot])
+            needs[slot] = parts[slot].needs()
+        else:
+            raise ConfigError(f"opening {container.__name__} needs {slot}")
+        todo.extend(needs[slot])
     try:
         order = [s for s in graphlib.TopologicalSorter(needs).static_order() if s in needs]
     except graphlib.CycleError as error:
