@@ -1,0 +1,27 @@
+"""No reasoning part: a request that steers or wants one is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_di.components.interfaces import ReasoningParser
+from vllm_di.errors import RequestError
+
+_FIELDS = ("reasoning_effort", "reasoning", "thinking", "thinking_token_budget")
+
+
+class NoReasoningParser(ReasoningParser):
+    """Passes text through."""
+
+    def check(self, request: Mapping[str, Any]) -> None:
+        for field in _FIELDS:
+            if request.get(field) not in (None, "none", False):
+                raise RequestError(
+                    f"{field}: this server runs without a reasoning parser (reasoning_parser=none)",
+                    param=field,
+                    code="unsupported_parameter",
+                )
+
+    def parse(self, text: str) -> tuple[str | None, str]:
+        return None, text

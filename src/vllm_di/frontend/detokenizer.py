@@ -1,0 +1,155 @@
+"""Token ids to text while they arrive, and the search for stop strings.
+
+What ``Detokenizer`` and ``StopStrings`` hand out, put together, is exactly the whole text: nothing
+is shown that a later token could still change.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from vllm_di.components.interfaces import Tokenizer
+
+_BROKEN = "\ufffd"
+_PROMPT_TAIL = 6
+"""Prompt tokens that are decoded along with the first output, which may depend on them (a leading
+space)."""
+
+
+class Detokenizer:
+    """Incremental decoding of one sequence; the cost of a token does not grow with the text.
+
+    It keeps a window of tokens: those whose text was shown last, which give the decoder its
+    context, and behind them those that are still held back. Where the bytes end inside a character,
+    that character is held back. Byte tokens such as ``<0xE2>`` are held back until their run ends,
+    because decoders judge a run as a whole.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._window = [i for i in prompt_token_ids[-_PROMPT_TAIL:] if not self._is_dropped(i)]
+        context = self._decode()
+        if context.endswith(_BROKEN):
+            self._window, context = [], ""
+        self._num_shown = len(self._window)  # tokens at the window's start
+        self._shown_length = len(context)  # characters of the window's text
+
+    def add(self, token_id: int) -> str:
+        """Take one token; return the text that is now settled, often just this token's."""
+        if self._is_dropped(token_id):
+            return ""
+        self._window.append(token_id)
+        if self._is_byte_token(token_id):
+            return ""
+        text = self._decode()
+        if text.endswith(_BROKEN) and (num_open := self._num_open_bytes()):
+            return self._show_all_but_last(text, num_open)
+        return self._show(text)
+
+    def flush(self) -> str:
+        """The end of the text: what was held back, broken characters included."""
+        return self._show(self._decode())
+
+    def _show(self, text: str) -> str:
+        new = text[self._shown_length :]
+        if new:
+            del self._window[: self._num_shown]
+            self._num_shown = len(self._window)
+            self._shown_length = len(self._decode())
+        return new
+
+    def _show_all_but_last(self, text: str, num_open: int) -> str:
+        """The last character is open; it began at most ``num_open`` tokens ago. What is before it
+        is settled, and need not stay in the window: a lead byte starts anew whatever precedes
+        it."""
+        new = text[self._shown_length : -1]
+        del self._window[:-num_open]
+        self._num_shown = 0
+        self._shown_length = len(self._decode()) - 1
+        return new
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
+
+    def _is_dropped(self, token_id: int) -> bool:
+        """Tokens without text would only make the window longer."""
+        if self._skip and self._tokenizer.is_special(token_id):
+            return True
+        return not self._tokenizer.token_text(token_id)
+
+    def _is_byte_token(self, token_id: int) -> bool:
+        text = self._tokenizer.token_text(token_id)
+        return len(text) == 6 and text.startswith("<0x")
+
+    def _num_open_bytes(self) -> int:
+        """Bytes at the window's end that could become a character with the next token; 0 when its
+        U+FFFD is there to stay."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(b"".join(map(self._tokenizer.token_bytes, self._window)))
+        return len(decoder.getstate()[0])
+
+
+class StopStrings:
+    """Finds the first stop string to be complete in a text that arrives in pieces, and holds back
+    an end that could become one. Linear in the text (Knuth, Morris, Pratt)."""
+
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        self._stops = list(stops)
+        self._failures = [_failure_function(stop) for stop in stops]
+        self._include = include
+        self._matched = [0] * len(self._stops)
+        self._held = ""
+
+    def add(self, text: str) -> tuple[str, str | None]:
+        """Take a piece; return what may be shown, and the stop string that ended the text, if
+        any."""
+        if not self._stops:
+            return text, None
+        start, self._held = len(self._held), self._held + text
+        for end in range(start, len(self._held)):
+            if (stop := self._advance(self._held[end])) is not None:
+                cut = end + 1 if self._include else end + 1 - len(stop)
+                shown, self._held = self._held[:cut], ""
+                return shown, stop
+        keep = len(self._held) - max(self._matched)
+        shown, self._held = self._held[:keep], self._held[keep:]
+        return shown, None
+
+    def flush(self) -> str:
+        """What is still held back; the search starts anew behind it."""
+        held, self._held = self._held, ""
+        self._matched = [0] * len(self._stops)
+        return held
+
+    def _advance(self, char: str) -> str | None:
+        """One character on; the first stop string in the list's order that ends with it."""
+        found = None
+        for i, stop in enumerate(self._stops):
+            length = self._matched[i]
+            while length and stop[length] != char:
+                length = self._failures[i][length - 1]
+            length += stop[length] == char
+            self._matched[i] = length
+            if length == len(stop) and found is None:
+                found = stop
+        return found
+
+
+def _failure_function(pattern: str) -> list[int]:
+    """Entry i is the length of the longest proper prefix of pattern[: i + 1] that is also its
+    suffix."""
+    table, length = [0] * len(pattern), 0
+    for i in range(1, len(pattern)):
+        while length and pattern[length] != pattern[i]:
+            length = table[length - 1]
+        length += pattern[length] == pattern[i]
+        table[i] = length
+    return table

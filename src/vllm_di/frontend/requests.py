@@ -1,0 +1,108 @@
+"""From what a user asks for to what the engine runs: prompts become token ids, one request with
+``n`` becomes n engine requests, and everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from vllm_di.components.interfaces import Tokenizer
+from vllm_di.components.messages import EngineRequest, SamplingParams
+from vllm_di.errors import RequestError
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str | Sequence[int], *, add_special_tokens: bool = True
+) -> list[int]:
+    """Token ids of a prompt that is text or token ids already. Raises RequestError when it is
+    empty."""
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+    else:
+        ids = list(prompt)
+    if not ids:
+        raise RequestError("the prompt must not be empty", param="prompt")
+    return ids
+
+
+def check_token_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
+    """Raise RequestError for an id outside the model's vocabulary."""
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"{param}: token id {token_id} is outside the vocabulary [0, {vocab_size - 1}]",
+                param=param,
+            )
+
+
+def fitted(params: SamplingParams, num_prompt: int, max_model_len: int) -> SamplingParams:
+    """``params`` with ``max_tokens`` set; the default is the rest of the context. Raises
+    RequestError (``context_length_exceeded``) when prompt and output do not fit."""
+    room = max_model_len - num_prompt
+    wanted = params.max_tokens or max(params.min_tokens, 1)
+    if wanted > room:
+        name = "min_tokens" if params.max_tokens is None else "max_tokens"
+        raise RequestError(
+            f"the model's context is {max_model_len} tokens: a prompt of {num_prompt} leaves room "
+            f"for {max(room, 0)}, and {wanted} are asked for; shorten the prompt"
+            + (f" or lower {name}" if room > 0 else ""),
+            param=name if room > 0 else "prompt",
+            code="context_length_exceeded",
+        )
+    if params.max_tokens is not None:
+        return params
+    return msgspec.structs.replace(params, max_tokens=room)
+
+
+def bad_words_token_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
+    """Each word as it reads at the start of a text and after a space, which are different
+    tokens."""
+    found: list[list[int]] = []
+    for word in words:
+        for text in (word.lstrip(), " " + word.lstrip()):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if ids and ids not in found:
+                found.append(ids)
+    return found
+
+
+def fan_out(
+    request_id: str,
+    prompt_token_ids: list[int],
+    params: SamplingParams,
+    bad_words: list[list[int]],
+    *,
+    priority: int,
+    cache_salt: str | None,
+    arrival_time: float,
+) -> list[EngineRequest]:
+    """One engine request for each of the ``n`` texts. Text i has the id ``<id>-<i>`` and the seed
+    + i; only the first computes the prompt's log-probabilities."""
+    requests: list[EngineRequest] = []
+    for i in range(params.n):
+        own = params
+        if params.n > 1:
+            own = msgspec.structs.replace(
+                params,
+                n=1,
+                seed=None if params.seed is None else _wrapped(params.seed + i),
+                prompt_logprobs=None if i else params.prompt_logprobs,
+            )
+        requests.append(
+            EngineRequest(
+                request_id=request_id if params.n == 1 else f"{request_id}-{i}",
+                prompt_token_ids=prompt_token_ids,
+                params=own,
+                bad_words_token_ids=bad_words,
+                priority=priority,
+                arrival_time=arrival_time,
+                cache_salt=cache_salt,
+            )
+        )
+    return requests
+
+
+def _wrapped(seed: int) -> int:
+    """Back into 64 signed bits."""
+    return (seed + 2**63) % 2**64 - 2**63
