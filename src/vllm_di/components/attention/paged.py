@@ -1,0 +1,51 @@
+"""Attention straight on the block table, through the op table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vllm_di.components.interfaces import (
+    AttentionBackend,
+    AttentionSpec,
+    BatchPlan,
+    KvLayout,
+    LayerCache,
+    OpTable,
+)
+from vllm_di.errors import ConfigError
+
+
+class PagedAttention(AttentionBackend):
+    """``ops.write_kv`` and ``ops.paged_attention``: no gathered copy of keys and values is made."""
+
+    layouts = ("hnd",)
+
+    def __init__(self, ops: OpTable, kv_layout: KvLayout) -> None:
+        if kv_layout.name not in self.layouts:
+            raise ConfigError(
+                f"PagedAttention reads the layouts {', '.join(self.layouts)}, "
+                f"not {kv_layout.name!r}; attention=sdpa reads any"
+            )
+        self._write, self._attend = ops.write_kv, ops.paged_attention
+
+    def build(self, batch: BatchPlan, out: Any | None = None) -> BatchPlan:
+        return batch
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, metadata: Any, spec: AttentionSpec
+    ) -> Tensor:
+        plan: BatchPlan = metadata
+        self._write(k, v, cache.key, cache.value, plan.slot_mapping)
+        return self._attend(
+            q,
+            cache.key,
+            cache.value,
+            plan.query_start,
+            plan.seq_lens,
+            plan.block_table,
+            spec.scale,
+            spec.window,
+            spec.soft_cap,
+        )

@@ -1,0 +1,24 @@
+"""No quantization: weights stay in the model's dtype, packed as the op library likes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from vllm_di.components.interfaces import OpTable, Quantization
+
+
+class NoQuantization(Quantization):
+    """``ops.pack_linear`` once, then ``ops.linear``."""
+
+    def __init__(self, ops: OpTable) -> None:
+        self._pack, self._linear = ops.pack_linear, ops.linear
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        packed, product = self._pack(weight), self._linear
+
+        def run(x: Tensor) -> Tensor:
+            return product(x, packed, bias)
+
+        return run

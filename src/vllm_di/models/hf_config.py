@@ -1,0 +1,264 @@
+"""From a Hugging Face ``config.json`` to the native decoder's fields, one function for each family.
+
+A setting that would change the result and that the decoder does not know is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm_di.errors import UnsupportedModelError
+
+Config = Mapping[str, Any]
+Fields = dict[str, Any]
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+}
+
+
+def is_native(architecture: str) -> bool:
+    """True when the native decoder has this architecture."""
+    return architecture in FAMILIES
+
+
+def model_fields(config: Config, generation: Config | None = None) -> Fields:
+    """Fields of DecoderConfig for a checkpoint. For a foreign architecture only the shared ones.
+
+    Raises UnsupportedModelError for a config without an architecture, or with settings that the
+    native decoder lacks.
+    """
+    names = config.get("architectures") or []
+    if not names:
+        raise UnsupportedModelError(
+            "config.json names no architecture; native ones are " + ", ".join(sorted(FAMILIES))
+        )
+    if names[0] == "Gemma3ForConditionalGeneration" and "text_config" in config:
+        config = {**config["text_config"], "architectures": ["Gemma3ForCausalLM"]}
+        names = ["Gemma3ForCausalLM"]
+    fields: Fields = {"architecture": names[0], **_token_ids(config, generation or {})}
+    if names[0] not in FAMILIES:
+        fields["vocab_size"] = config.get("vocab_size")
+        fields["max_position_embeddings"] = _first(
+            config, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
+        )
+        return fields
+    fields |= _common(config) | FAMILIES[names[0]](config)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _token_ids(config: Config, generation: Config) -> Fields:
+    eos: list[int] = []
+    for source in (generation, config):
+        ids = source.get("eos_token_id")
+        for token in ids if isinstance(ids, list) else [ids]:
+            if isinstance(token, int) and token not in eos:
+                eos.append(token)
+    return {"eos_token_ids": eos, "bos_token_id": config.get("bos_token_id")}
+
+
+def _first(config: Config, *names: str) -> Any:
+    return next((config[n] for n in names if config.get(n) is not None), None)
+
+
+def _common(config: Config) -> Fields:
+    activation = _first(config, "hidden_act", "hidden_activation") or "silu"
+    if activation not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"hidden_act {activation!r} is not known; known are {', '.join(ACTIVATIONS)}"
+        )
+    fields: Fields = {
+        name: config.get(name)
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "tie_word_embeddings",
+        )
+    }
+    return fields | {"hidden_act": ACTIVATIONS[activation]} | _rope(config)
+
+
+def _rope(config: Config) -> Fields:
+    """transformers 5 keeps theta and scaling in ``rope_parameters``, 4 in two keys."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if any(isinstance(v, Mapping) for v in rope.values()):  # one set for each kind of layer
+        rope = rope.get("full_attention") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = _first(rope, "rope_theta") or config.get("rope_theta")
+    partial = _first(rope, "partial_rotary_factor") or config.get("partial_rotary_factor")
+    fields: Fields = {"rope_theta": theta, "partial_rotary_factor": partial}
+    if kind != "default":
+        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
+        scaling["rope_type"] = "longrope" if kind == "su" else kind
+        old = _first(config, "original_max_position_embeddings")
+        if old and "original_max_position_embeddings" not in scaling:
+            scaling["original_max_position_embeddings"] = old
+        fields["rope_scaling"] = scaling
+    return fields
+
+
+def _refuse(config: Config, **expected: Any) -> None:
+    for name, value in expected.items():
+        if name in config and config[name] not in (value, None):
+            raise UnsupportedModelError(
+                f"{config['architectures'][0]} with {name}={config[name]!r} is not supported "
+                f"(only {value!r})"
+            )
+
+
+def _sliding(config: Config) -> Fields:
+    """Window and the kind of each layer, as the newer configs list it."""
+    types = config.get("layer_types")
+    window = config.get("sliding_window")
+    if window is None or (types and "sliding_attention" not in types):
+        return {}
+    if types is None:
+        types = ["sliding_attention"] * int(config["num_hidden_layers"])
+    return {"sliding_window": window, "layer_types": list(types)}
+
+
+def _llama(config: Config) -> Fields:
+    _refuse(config, pretraining_tp=1)
+    bias = config.get("attention_bias")
+    return {
+        "attention_bias": bias,
+        "attention_output_bias": bias,
+        "mlp_bias": config.get("mlp_bias"),
+    }
+
+
+def _mistral(config: Config) -> Fields:
+    return _sliding(config)
+
+
+def _qwen2(config: Config) -> Fields:
+    window = _sliding(config) if config.get("use_sliding_window") else {}
+    if window and not config.get("layer_types"):
+        after = int(config.get("max_window_layers") or 0)
+        kinds = window["layer_types"]
+        window["layer_types"] = ["full_attention"] * after + kinds[after:]
+    return {"attention_bias": True, "attention_output_bias": False} | window
+
+
+def _qwen3(config: Config) -> Fields:
+    bias = config.get("attention_bias")
+    window = _qwen2(config)
+    return window | {"attention_bias": bias, "attention_output_bias": bias, "qk_norm": True}
+
+
+def _qwen3_moe(config: Config) -> Fields:
+    layers, step = int(config["num_hidden_layers"]), int(config.get("decoder_sparse_step") or 1)
+    dense = set(config.get("mlp_only_layers") or [])
+    dense |= {i for i in range(layers) if (i + 1) % step}
+    return _qwen3(config) | {
+        "num_experts": _first(config, "num_experts", "num_local_experts"),
+        "num_experts_per_tok": config.get("num_experts_per_tok"),
+        "moe_intermediate_size": config.get("moe_intermediate_size"),
+        "norm_topk_prob": bool(config.get("norm_topk_prob")),
+        "dense_layers": sorted(dense),
+    }
+
+
+def _mixtral(config: Config) -> Fields:
+    return _sliding(config) | {
+        "num_experts": _first(config, "num_local_experts", "num_experts"),
+        "num_experts_per_tok": config.get("num_experts_per_tok"),
+        "norm_topk_prob": True,
+    }
+
+
+def _smollm3(config: Config) -> Fields:
+    bias = config.get("attention_bias")
+    layers = int(config["num_hidden_layers"])
+    rope = config.get("no_rope_layers")  # 1 where rotary is used, in spite of the name
+    if rope is None:
+        interval = int(config.get("no_rope_layer_interval") or 4)
+        rope = [int((i + 1) % interval != 0) for i in range(layers)]
+    window = _sliding(config) if config.get("use_sliding_window") else {}
+    return window | {
+        "attention_bias": bias,
+        "attention_output_bias": bias,
+        "mlp_bias": config.get("mlp_bias"),
+        "no_rope_layers": [i for i, used in enumerate(rope) if not used],
+    }
+
+
+def _granite(config: Config) -> Fields:
+    return _llama(config) | {
+        "attention_scale": config.get("attention_multiplier"),
+        "embedding_multiplier": config.get("embedding_multiplier"),
+        "residual_multiplier": config.get("residual_multiplier"),
+        "logits_scaling": config.get("logits_scaling"),
+    }
+
+
+def _phi3(config: Config) -> Fields:
+    return _sliding(config) | {"fused_projections": True}
+
+
+def _gemma(config: Config) -> Fields:
+    bias = config.get("attention_bias")
+    heads_scale = config.get("query_pre_attn_scalar")
+    tied = config.get("tie_word_embeddings")
+    return {
+        "tie_word_embeddings": True if tied is None else tied,
+        "norm_offset": 1.0,
+        "post_norms": True,
+        "embedding_multiplier": float(config["hidden_size"]) ** 0.5,
+        "attention_scale": float(heads_scale) ** -0.5 if heads_scale else None,
+        "attn_logit_softcapping": config.get("attn_logit_softcapping"),
+        "final_logit_softcapping": config.get("final_logit_softcapping"),
+        "attention_bias": bias,
+        "attention_output_bias": bias,
+    }
+
+
+def _gemma2(config: Config) -> Fields:
+    layers = int(config["num_hidden_layers"])
+    types = config.get("layer_types") or [
+        "full_attention" if i % 2 else "sliding_attention" for i in range(layers)
+    ]
+    return _gemma(config) | {"sliding_window": config.get("sliding_window"), "layer_types": types}
+
+
+def _gemma3(config: Config) -> Fields:
+    _refuse(config, use_bidirectional_attention=False)
+    layers = int(config["num_hidden_layers"])
+    pattern = int(_first(config, "sliding_window_pattern", "_sliding_window_pattern") or 6)
+    types = config.get("layer_types") or [
+        "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)
+    ]
+    rope = config.get("rope_parameters") or {}
+    local = (rope.get("sliding_attention") or {}).get("rope_theta")
+    return _gemma(config) | {
+        "sliding_window": config.get("sliding_window"),
+        "layer_types": types,
+        "qk_norm": True,
+        "rope_local_theta": local or config.get("rope_local_base_freq") or 10000.0,
+    }
+
+
+FAMILIES: dict[str, Callable[[Config], Fields]] = {
+    "LlamaForCausalLM": _llama,
+    "MistralForCausalLM": _mistral,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
+    "SmolLM3ForCausalLM": _smollm3,
+    "GraniteForCausalLM": _granite,
+    "Phi3ForCausalLM": _phi3,
+    "Gemma2ForCausalLM": _gemma2,
+    "Gemma3ForCausalLM": _gemma3,
+    "MixtralForCausalLM": _mixtral,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+}

@@ -1,0 +1,196 @@
+"""The layers of the native decoder. Each holds this rank's share of its weights and knows how a
+checkpoint's tensors fill it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vllm_di.components.interfaces import Communicator, Quantization
+from vllm_di.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where one tensor of a checkpoint goes."""
+
+    shape: tuple[int, ...]
+    """As it stands in the checkpoint, whole."""
+    fill: Callable[[Tensor], None]
+    """Copies this rank's share."""
+    kind: str = "weight"
+    """``norm`` starts at one in a random model, ``weight`` at random, ``bias`` at zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A rank's share of one dimension."""
+
+    whole: int
+    start: int
+    size: int
+
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+
+def shard(size: int, rank: int, world: int, what: str) -> Shard:
+    """An equal share of ``size``. Raises ConfigError when it does not divide."""
+    if size % world:
+        raise ConfigError(
+            f"{what} ({size}) cannot be split over {world} ranks; "
+            "choose a tensor_parallel_size that divides it"
+        )
+    return Shard(size, rank * size // world, size // world)
+
+
+def shard_heads(heads: int, head_size: int, rank: int, world: int, what: str) -> Shard:
+    """Whole heads. With fewer heads than ranks, several ranks hold the same head."""
+    if heads >= world:
+        share = shard(heads, rank, world, what)
+        return Shard(heads * head_size, share.start * head_size, share.size * head_size)
+    if world % heads:
+        raise ConfigError(
+            f"{what} ({heads}) cannot be shared by {world} ranks; "
+            "choose a tensor_parallel_size that is a multiple or a divisor of it"
+        )
+    return Shard(heads * head_size, rank // (world // heads) * head_size, head_size)
+
+
+class Linear(nn.Module):
+    """One or more products with the same input, as one: outputs stand side by side.
+
+    ``outputs`` shard the rows of each; ``inputs`` shards the columns of all. After ``finalize``,
+    ``run`` is the product, x [tokens, in] -> [tokens, out], and the loaded weight is gone.
+    """
+
+    run: Callable[[Tensor], Tensor]
+
+    def __init__(
+        self,
+        outputs: list[Shard],
+        inputs: Shard,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.outputs, self.inputs = outputs, inputs
+        rows = sum(s.size for s in outputs)
+        self.weight: Tensor | None = torch.empty(rows, inputs.size, dtype=dtype, device=device)
+        self.bias = torch.empty(rows, dtype=dtype, device=device) if bias else None
+        self.num_bytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def targets(self, names: list[str]) -> dict[str, Target]:
+        """Targets of ``NAME.weight`` and ``NAME.bias`` for each output."""
+        found: dict[str, Target] = {}
+        offset = 0
+        for name, output in zip(names, self.outputs, strict=True):
+            place = slice(offset, offset + output.size)
+            shape = (output.whole, self.inputs.whole)
+            found[f"{name}.weight"] = Target(shape, self._filler(place, output))
+            if self.bias is not None:
+                found[f"{name}.bias"] = Target(
+                    (output.whole,), self._bias_filler(place, output), "bias"
+                )
+            offset += output.size
+        return found
+
+    def fused_target(self, name: str) -> dict[str, Target]:
+        """Target of one tensor that holds all outputs, one below the other."""
+        rows = sum(s.whole for s in self.outputs)
+        parts = list(self.targets([str(i) for i in range(len(self.outputs))]).values())
+
+        def fill(tensor: Tensor) -> None:
+            pieces = tensor.split([s.whole for s in self.outputs])
+            for part, piece in zip(parts, pieces, strict=True):
+                part.fill(piece)
+
+        return {f"{name}.weight": Target((rows, self.inputs.whole), fill)}
+
+    def _filler(self, place: slice, output: Shard) -> Callable[[Tensor], None]:
+        def fill(tensor: Tensor) -> None:
+            assert self.weight is not None
+            self.weight[place].copy_(tensor[output.span, self.inputs.span])
+
+        return fill
+
+    def _bias_filler(self, place: slice, output: Shard) -> Callable[[Tensor], None]:
+        def fill(tensor: Tensor) -> None:
+            assert self.bias is not None
+            self.bias[place].copy_(tensor[output.span])
+
+        return fill
+
+    def finalize(self, quantization: Quantization) -> None:
+        """Hand the weight over; the original is dropped."""
+        assert self.weight is not None
+        self.run = quantization.linear(self.weight, self.bias)
+        self.weight = None
+
+
+class Norm(nn.Module):
+    """The weight of an RMS norm. ``offset`` is added once, after loading (Gemma stores weight -
+    1)."""
+
+    def __init__(
+        self, size: int, *, offset: float, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.offset = offset
+        self.weight = torch.empty(size, dtype=dtype, device=device)
+
+    def targets(self, name: str) -> dict[str, Target]:
+        def fill(tensor: Tensor) -> None:
+            self.weight.copy_(tensor.float() + self.offset)
+
+        return {f"{name}.weight": Target((len(self.weight),), fill, "norm")}
+
+
+class VocabParallel(nn.Module):
+    """Rows of the vocabulary shared out over the ranks, padded to equal shares."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        communicator: Communicator,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.vocab_size, self._communicator = vocab_size, communicator
+        self.rows = -(-vocab_size // communicator.world_size)
+        self.start = communicator.rank * self.rows
+        self.weight: Tensor = torch.zeros(self.rows, hidden_size, dtype=dtype, device=device)
+        self.run: Callable[[Tensor], Tensor] | None = None
+
+    def targets(self, name: str) -> dict[str, Target]:
+        def fill(tensor: Tensor) -> None:
+            share = tensor[self.start : self.start + self.rows]
+            self.weight[: len(share)].copy_(share)
+
+        return {f"{name}.weight": Target((self.vocab_size, self.weight.shape[1]), fill)}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] -> [rows, vocab], whole on every rank."""
+        assert self.run is not None
+        share = self.run(hidden)
+        if self._communicator.world_size == 1:
+            return share
+        return self._communicator.all_gather(share, -1)[:, : self.vocab_size]
+
+    def embed(self, ops_embedding: Callable[[Tensor, Tensor], Tensor], token_ids: Tensor) -> Tensor:
+        """token_ids [tokens] -> [tokens, hidden]."""
+        if self._communicator.world_size == 1:
+            return ops_embedding(token_ids, self.weight)
+        local = token_ids - self.start
+        here = (local >= 0) & (local < self.rows)
+        rows = ops_embedding(local.clamp(0, self.rows - 1), self.weight) * here[:, None]
+        return self._communicator.all_reduce(rows)
