@@ -1,0 +1,128 @@
+"""One rank's step: the batch, the model, the sampled tokens."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+import torch
+from torch import Tensor
+
+from vllm_di.components.interfaces import (
+    Device,
+    GraphPolicy,
+    KvLayout,
+    LayerCache,
+    Model,
+    ModelProgram,
+    ModelRunner,
+    Placement,
+    Sampler,
+    SequenceState,
+    ShapePolicy,
+)
+from vllm_di.components.messages import (
+    PromptLogprobs,
+    ScheduledSequence,
+    StepPlan,
+    StepResult,
+)
+from vllm_di.components.model_runner.batch import Batch
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class StandardModelRunner(ModelRunner):
+    """Runs StepPlans. Every rank runs the same forward; rank 0 samples."""
+
+    def __init__(
+        self,
+        device: Device,
+        model: Model,
+        program: ModelProgram,
+        kv_layout: KvLayout,
+        shapes: ShapePolicy,
+        graph: GraphPolicy,
+        sampler: Sampler,
+        placement: Placement,
+        *,
+        max_num_seqs: Count,
+        max_num_batched_tokens: Count,
+    ) -> None:
+        self._device, self._model, self._layout = device, model, kv_layout
+        self._shapes, self._graph, self._sampler = shapes, graph, sampler
+        self._run = program.run
+        self._samples = placement.rank == 0
+        self._max_tokens = max_num_batched_tokens
+        largest = max(shapes.padded_tokens(max_num_batched_tokens), max_num_batched_tokens)
+        self._batch = Batch(
+            max_num_seqs=max_num_seqs,
+            max_num_tokens=largest,
+            max_blocks=-(-model.max_model_len // kv_layout.block_size),
+            block_size=kv_layout.block_size,
+            device=device.torch_device,
+        )
+        self._caches: list[LayerCache] = []
+
+    def allocate(self, num_blocks: int) -> None:
+        self._caches = self._layout.allocate(self._model.kv_specs(), num_blocks, self._model.dtype)
+
+    def warm_up(self) -> None:
+        sizes = self._shapes.warm_up_sizes(min(self._max_tokens, self._model.max_model_len))
+        for size in sizes:
+            self._blank_step(size)
+        self._graph.capture(sizes, self._blank_step)
+        self._device.synchronize()
+
+    def _blank_step(self, num_tokens: int) -> Tensor:
+        return self._run(self._batch.blank(num_tokens), self._caches)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        batch = self._batch
+        batch.update(plan)
+        rows, sampled, scored = self._wanted_rows(plan)
+        total = sum(s.num_tokens for s in plan.scheduled)
+        logits = self._run(
+            batch.build(plan.scheduled, rows, self._shapes.padded_tokens(total)), self._caches
+        )
+        if not self._samples:
+            return StepResult(plan.step, [])
+        prompts = [
+            PromptLogprobs(share.seq_id, share.num_computed + 1, self._score(share, logits[span]))
+            for share, span in scored
+        ]
+        if len(sampled) != len(rows):
+            logits = logits[[i for i, _ in sampled]]
+        tokens, failed = self._sampler.sample(logits, [state for _, state in sampled])
+        return StepResult(plan.step, tokens, prompts, failed)
+
+    def _wanted_rows(
+        self, plan: StepPlan
+    ) -> tuple[list[int], list[tuple[int, SequenceState]], list[tuple[ScheduledSequence, slice]]]:
+        """-> token rows whose logits are wanted; (index into these, sequence) to sample; (share,
+        span of these) to report prompt log-probabilities of."""
+        rows: list[int] = []
+        sampled: list[tuple[int, SequenceState]] = []
+        scored: list[tuple[ScheduledSequence, slice]] = []
+        start = 0
+        for share in plan.scheduled:
+            state = self._batch.sequences[share.seq_id]
+            end = start + share.num_tokens
+            if state.params.prompt_logprobs is not None:
+                # the row of position p tells of the prompt's token p + 1
+                inside = min(share.num_tokens, state.prompt_len - 1 - share.num_computed)
+                if inside > 0:
+                    scored.append((share, slice(len(rows), len(rows) + inside)))
+                    rows += range(start, start + inside)
+            if share.samples:
+                sampled.append((len(rows), state))
+                rows.append(end - 1)
+            start = end
+        return rows, sampled, scored
+
+    def _score(self, share: ScheduledSequence, logits: Tensor) -> list[object]:
+        state = self._batch.sequences[share.seq_id]
+        first = share.num_computed + 1
+        ids = state.token_ids[first : first + len(logits)]
+        return self._sampler.prompt_logprobs(logits, ids, state.params.prompt_logprobs or 0)

@@ -1,0 +1,36 @@
+"""A step as a plain call of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_di.components.interfaces import (
+    AttentionBackend,
+    BatchPlan,
+    GraphPolicy,
+    LayerCache,
+    Model,
+    ModelProgram,
+)
+
+
+class EagerProgram(ModelProgram):
+    """Metadata, the layers, then the logits of the wanted rows alone."""
+
+    def __init__(self, model: Model, attention: AttentionBackend, graph: GraphPolicy) -> None:
+        self._build, self._graph = attention.build, graph
+        self._logits = model.logits
+        self._forward = graph.wrap(model.forward)
+
+    @torch.inference_mode()
+    def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:
+        metadata: Any = self._build(plan)
+        self._graph.before_replay(metadata)
+        hidden = self._forward(plan.token_ids, plan.positions, caches, metadata)
+        if len(plan.logits_rows) != len(hidden):
+            hidden = hidden[plan.logits_rows]
+        return self._logits(hidden)
