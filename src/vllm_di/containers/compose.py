@@ -218,6 +218,7 @@ class ConfigTree:
         """Hydra's words for an unknown key do not name the valid ones: find the override and name
         them."""
         plain = [o for o in overrides if "." not in o.split("=")[0]]
+        plain_groups = self.groups()
         if len(plain) < len(overrides):
             with initialize_config_dir(str(self.roots[0]), version_base="1.3"):
                 extra = ",".join(f"'file://{root}'" for root in self.roots[1:])
@@ -228,6 +229,8 @@ class ConfigTree:
                     values = OmegaConf.create({})
             for text in overrides:
                 key = text.split("=")[0].lstrip("+~")
+                if key in plain_groups:
+                    continue
                 parent, _, last = key.rpartition(".")
                 node = OmegaConf.select(values, parent) if parent else values
                 if isinstance(node, DictConfig) and last not in node and not text.startswith("+"):

@@ -1,0 +1,41 @@
+"""A world of one rank."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vllm_di.components.interfaces import Communicator, Placement
+from vllm_di.errors import ConfigError
+
+
+class SingleCommunicator(Communicator):
+    """Every collective gives back what it got."""
+
+    def __init__(self, placement: Placement) -> None:
+        if placement.world_size != 1:
+            raise ConfigError(
+                f"communicator=single cannot join {placement.world_size} ranks; "
+                "take communicator=torch_distributed"
+            )
+        self.rank, self.world_size = 0, 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        return x
+
+    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
+        return x
+
+    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
+        return x
+
+    def send(self, x: Tensor, dst: int) -> None:
+        raise ConfigError("communicator=single has no other rank to send to")
+
+    def recv(self, x: Tensor, src: int) -> Tensor:
+        raise ConfigError("communicator=single has no other rank to receive from")
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""

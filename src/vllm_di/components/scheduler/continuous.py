@@ -1,0 +1,359 @@
+"""Continuous batching: each step takes what decodes, then chunks of prompts until the token budget
+is full."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Literal
+
+import msgspec
+
+from vllm_di.components.interfaces import KvCacheManager, Scheduler, StructuredOutput
+from vllm_di.components.messages import (
+    EngineRequest,
+    EngineStats,
+    NewSequence,
+    ScheduledSequence,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+    TokenOutput,
+    WorkerReport,
+)
+from vllm_di.components.scheduler.queue import WaitingQueue
+from vllm_di.components.scheduler.sequence import Sequence
+from vllm_di.components.scheduler.validate import validate
+from vllm_di.errors import ConfigError, QueueFullError, RequestError
+
+PROMPT_LOGPROBS_CHUNK = 256
+"""Prompt tokens of a step for a request that wants prompt log-probabilities: each needs a row of
+logits."""
+
+
+class _Step:
+    """A step in the making."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.context = 0
+        self.prefills = 0
+        self.new: list[NewSequence] = []
+        self.scheduled: dict[int, ScheduledSequence] = {}
+        self.decodes = 0
+
+
+class ContinuousScheduler(Scheduler):
+    """One scheduler for every platform; what a platform cannot do is in its ``LimitsReport``."""
+
+    def __init__(
+        self,
+        worker_report: WorkerReport,
+        kv_cache_manager: KvCacheManager,
+        structured_output: StructuredOutput,
+        *,
+        policy: Literal["fcfs", "priority"],
+        max_num_seqs: Annotated[int, msgspec.Meta(ge=1)],
+        max_num_batched_tokens: Annotated[int, msgspec.Meta(ge=1)],
+        max_waiting: Annotated[int, msgspec.Meta(ge=1)] | None,
+    ) -> None:
+        limits = worker_report.limits
+        if not limits.chunked_prefill and max_num_batched_tokens < worker_report.max_model_len:
+            raise ConfigError(
+                f"max_num_batched_tokens ({max_num_batched_tokens}) must hold a whole prompt of "
+                f"{worker_report.max_model_len} tokens on a platform without chunked prefill"
+            )
+        if max_num_batched_tokens < max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({max_num_seqs}): each decoding sequence takes one token"
+            )
+        self._report, self._limits, self._kv = worker_report, limits, kv_cache_manager
+        self._structured = structured_output
+        self._max_seqs, self._max_tokens = max_num_seqs, max_num_batched_tokens
+        self._max_waiting = max_waiting
+        self._usable = kv_cache_manager.num_free_blocks
+        self._waiting = WaitingQueue(policy)
+        self._by_priority = policy == "priority"
+        self._running: dict[int, Sequence] = {}
+        self._by_request: dict[str, Sequence] = {}
+        self._finished: list[int] = []
+        self._num_arrived = self._num_preemptions = self._num_steps = self._step_tokens = 0
+
+    # -- requests -----------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest) -> None:
+        if request.request_id in self._by_request:
+            raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
+        if self._max_waiting is not None and len(self._waiting) >= self._max_waiting:
+            raise QueueFullError(f"{len(self._waiting)} requests are waiting; try again later")
+        max_tokens = validate(request, self._report, self._usable)
+        self._structured.check(request.params)
+        self._num_arrived += 1
+        sequence = Sequence(
+            seq_id=self._num_arrived,
+            request=request,
+            arrival=self._num_arrived,
+            max_tokens=max_tokens,
+            stop_ids=frozenset(request.params.stop_token_ids),
+            eos_ids=frozenset(self._report.eos_token_ids),
+            queued_at=time.monotonic(),
+            token_ids=list(request.prompt_token_ids),
+        )
+        self._by_request[request.request_id] = sequence
+        self._waiting.push(sequence)
+
+    def abort(self, request_id: str) -> bool:
+        sequence = self._by_request.get(request_id)
+        if sequence is None:
+            return False
+        self._forget(sequence)
+        return True
+
+    def has_work(self) -> bool:
+        return bool(self._by_request)
+
+    # -- one step -----------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        step = _Step(self._max_tokens)
+        mixed = self._limits.mixed_steps
+        if not mixed and self._can_prefill():
+            self._admit_waiting(step)
+        if mixed or not step.scheduled:
+            self._continue_running(step)
+            if mixed or not step.scheduled:
+                self._admit_waiting(step)
+        if not step.scheduled:
+            return None
+        for seq_id, share in step.scheduled.items():
+            self._running[seq_id].num_computed = share.num_computed + share.num_tokens
+        self._num_steps += 1
+        self._step_tokens = self._max_tokens - step.budget
+        finished, self._finished = self._finished, []
+        shares = sorted(step.scheduled.values(), key=lambda s: s.num_tokens > 1)
+        return StepPlan(self._num_steps, step.new, shares, finished)
+
+    def _can_prefill(self) -> bool:
+        partial = any(len(s.token_ids) - s.num_computed > 1 for s in self._running.values())
+        return bool(self._waiting) or partial
+
+    def _continue_running(self, step: _Step) -> None:
+        """Give every running sequence its next token, or the next chunk of its prompt."""
+        ordered = list(self._running.values())
+        # decodes before unfinished prompts: a long prompt must not hold up those who read
+        ordered.sort(key=lambda s: len(s.token_ids) - s.num_computed > 1)
+        for sequence in ordered:
+            if sequence.seq_id not in self._running:
+                continue  # preempted a moment ago, for another one
+            remaining = len(sequence.token_ids) - sequence.num_computed
+            if remaining <= 0:
+                continue  # its last step is still in flight
+            count = self._chunk(step, sequence, remaining)
+            if count > 0 and self._make_room(step, sequence, count):
+                self._take(step, sequence, count)
+
+    def _admit_waiting(self, step: _Step) -> None:
+        """Start waiting sequences while there are rows, tokens and blocks."""
+        if not self._limits.mixed_steps:
+            self._continue_prefills(step)
+        while self._waiting and len(self._running) < self._max_seqs and step.budget > 0:
+            sequence = self._waiting.first()
+            if not self._prefill_allowed(step):
+                return
+            cached = self._match(sequence)
+            count = self._chunk(step, sequence, len(sequence.token_ids) - cached)
+            if count <= 0 or self._kv.allocate(sequence.seq_id, cached + count) is None:
+                self._kv.free(sequence.seq_id)
+                return
+            self._waiting.pop()
+            self._start(step, sequence, cached)
+            self._take(step, sequence, count)
+
+    def _continue_prefills(self, step: _Step) -> None:
+        for sequence in list(self._running.values()):
+            remaining = len(sequence.token_ids) - sequence.num_computed
+            if sequence.seq_id in self._running and remaining > 1 and self._prefill_allowed(step):
+                count = self._chunk(step, sequence, remaining)
+                if count > 0 and self._make_room(step, sequence, count):
+                    self._take(step, sequence, count)
+
+    def _prefill_allowed(self, step: _Step) -> bool:
+        most = self._limits.max_prefill_rows
+        return most is None or step.prefills < most
+
+    def _match(self, sequence: Sequence) -> int:
+        """Tokens of the sequence that the prefix cache holds."""
+        request = sequence.request
+        if request.params.prompt_logprobs is not None and not sequence.reported:
+            return 0  # every prompt token must run to be scored
+        return self._kv.match_prefix(sequence.seq_id, sequence.token_ids, request.cache_salt)
+
+    def _chunk(self, step: _Step, sequence: Sequence, remaining: int) -> int:
+        """How many of the remaining tokens may run in this step."""
+        count = min(remaining, step.budget)
+        if remaining > 1:
+            if not self._prefill_allowed(step):
+                return 0
+            if sequence.request.params.prompt_logprobs is not None:
+                count = min(count, PROMPT_LOGPROBS_CHUNK)
+            if count < remaining and not self._limits.chunked_prefill:
+                return 0
+        most = self._limits.max_batch_context
+        if most is not None and step.scheduled:
+            context = len(sequence.token_ids) - remaining + count
+            if step.context + context > most:
+                return 0
+        return count
+
+    def _make_room(self, step: _Step, sequence: Sequence, count: int) -> bool:
+        """Blocks for ``count`` more tokens, by preempting others; False when it was itself
+        preempted."""
+        needed = -(-(sequence.num_computed + count) // self._report.block_size)
+        missing = needed - sequence.num_sent_blocks
+        while self._kv.num_free_blocks < missing:
+            victim = self._victim()
+            self._preempt(step, victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _victim(self) -> Sequence:
+        """The last to have come, or the least important of them."""
+        if self._by_priority:
+            return max(self._running.values(), key=lambda s: s.rank)
+        return max(self._running.values(), key=lambda s: s.arrival)
+
+    def _preempt(self, step: _Step, sequence: Sequence) -> None:
+        """Take all blocks away; it will run again from the start, or from what the cache still
+        has."""
+        share = step.scheduled.pop(sequence.seq_id, None)
+        if share is not None:
+            step.budget += share.num_tokens
+            step.context -= share.num_computed + share.num_tokens
+            step.new = [n for n in step.new if n.seq_id != sequence.seq_id]
+        self._kv.free(sequence.seq_id)
+        del self._running[sequence.seq_id]
+        if sequence.known_to_workers:
+            self._finished.append(sequence.seq_id)
+        # a new id: results of a step in flight and the workers' old state cannot be mistaken for it
+        self._num_arrived += 1
+        sequence.seq_id = self._num_arrived
+        sequence.known_to_workers = False
+        sequence.num_computed = sequence.num_sent_blocks = 0
+        sequence.unsent_token = -1
+        if not sequence.reported:
+            sequence.prompt_logprobs = []
+        self._num_preemptions += 1
+        self._waiting.push_back(sequence)
+
+    def _start(self, step: _Step, sequence: Sequence, cached: int) -> None:
+        sequence.num_computed = cached
+        if sequence.num_cached < 0:
+            sequence.num_cached = min(cached, sequence.prompt_len)
+            sequence.queue_time = time.monotonic() - sequence.queued_at
+        self._running[sequence.seq_id] = sequence
+        step.new.append(
+            NewSequence(
+                seq_id=sequence.seq_id,
+                params=sequence.request.params,
+                token_ids=list(sequence.token_ids),
+                prompt_len=sequence.prompt_len,
+                eos_token_ids=self._report.eos_token_ids,
+                bad_words_token_ids=sequence.request.bad_words_token_ids,
+            )
+        )
+
+    def _take(self, step: _Step, sequence: Sequence, count: int) -> None:
+        """Put ``count`` tokens of a running sequence into the step."""
+        end = sequence.num_computed + count
+        new_blocks = self._kv.allocate(sequence.seq_id, end)
+        assert new_blocks is not None
+        if not sequence.known_to_workers:
+            new_blocks = self._kv.block_ids(sequence.seq_id)
+        sequence.num_sent_blocks += len(new_blocks)
+        step.scheduled[sequence.seq_id] = ScheduledSequence(
+            seq_id=sequence.seq_id,
+            num_computed=sequence.num_computed,
+            num_tokens=count,
+            new_blocks=new_blocks,
+            last_token=sequence.unsent_token,
+            samples=end == len(sequence.token_ids),
+        )
+        sequence.unsent_token = -1
+        sequence.known_to_workers = True
+        step.budget -= count
+        step.context += end
+        step.prefills += count > 1
+
+    # -- results ------------------------------------------------------------------------------
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
+        outputs: dict[int, TokenOutput] = {}
+        for share in plan.scheduled:
+            sequence = self._running.get(share.seq_id)
+            if sequence is None:
+                continue  # aborted or preempted while the step ran
+            done = share.num_computed + share.num_tokens
+            self._kv.commit(share.seq_id, sequence.token_ids, done)
+        for scored in result.prompt_logprobs:
+            sequence = self._running.get(scored.seq_id)
+            if sequence is not None and not sequence.reported:
+                sequence.prompt_logprobs += scored.positions
+        for seq_id, reason in result.failed.items():
+            sequence = self._running.get(seq_id)
+            if sequence is not None:
+                output = self._output(sequence, [])
+                output.finish_reason, output.error = "error", reason
+                outputs[seq_id] = output
+                self._forget(sequence)
+        for sampled in result.tokens:
+            sequence = self._running.get(sampled.seq_id)
+            if sequence is not None:
+                outputs[sampled.seq_id] = self._append(sequence, sampled.token_id, sampled.logprobs)
+        return list(outputs.values())
+
+    def _append(
+        self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None
+    ) -> TokenOutput:
+        sequence.token_ids.append(token)
+        sequence.unsent_token = token
+        output = self._output(sequence, [token])
+        if logprobs is not None:
+            output.logprobs = [logprobs]
+        reason, stop = sequence.finish_reason(token, self._report.max_model_len)
+        if reason is not None:
+            output.finish_reason, output.stop_reason = reason, stop
+            self._forget(sequence)
+        return output
+
+    def _output(self, sequence: Sequence, token_ids: list[int]) -> TokenOutput:
+        output = TokenOutput(request_id=sequence.request.request_id, token_ids=token_ids)
+        if not sequence.reported:
+            sequence.reported = True
+            output.num_cached_tokens = max(0, sequence.num_cached)
+            output.queue_time = sequence.queue_time
+            if sequence.request.params.prompt_logprobs is not None:
+                output.prompt_logprobs = sequence.prompt_logprobs
+        return output
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Whatever phase it is in: no block, row or queue place of it is left."""
+        del self._by_request[sequence.request.request_id]
+        self._kv.free(sequence.seq_id)
+        if self._running.pop(sequence.seq_id, None) is None:
+            self._waiting.remove(sequence)
+        elif sequence.known_to_workers:
+            self._finished.append(sequence.seq_id)
+
+    def stats(self) -> EngineStats:
+        queries, hits = self._kv.stats()
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            kv_cache_usage=1 - self._kv.num_free_blocks / self._usable,
+            num_preemptions=self._num_preemptions,
+            prefix_cache_queries=queries,
+            prefix_cache_hits=hits,
+            step_tokens=self._step_tokens,
+            num_steps=self._num_steps,
+        )

@@ -1,0 +1,64 @@
+"""What the scheduler keeps of one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm_di.components.messages import EngineRequest, FinishReason, TokenLogprobs
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request on its way: waiting, running, or preempted (waiting again with its tokens)."""
+
+    seq_id: int
+    request: EngineRequest
+    arrival: int
+    """Order of arrival, which breaks ties."""
+    max_tokens: int
+    stop_ids: frozenset[int]
+    eos_ids: frozenset[int]
+    queued_at: float
+    token_ids: list[int]
+    """Prompt and generated tokens."""
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache, counting a step in flight."""
+    num_cached: int = -1
+    """Prompt tokens found in the prefix cache at the first schedule; -1 before it."""
+    known_to_workers: bool = False
+    num_sent_blocks: int = 0
+    """Leading blocks of its table that the workers were told."""
+    unsent_token: int = -1
+    """Sampled, but not yet told to the workers."""
+    queue_time: float = 0.0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    reported: bool = False
+    """True once an output was sent."""
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Order under the priority policy: lower first."""
+        return self.request.priority, self.arrival
+
+    def finish_reason(
+        self, token: int, max_model_len: int
+    ) -> tuple[FinishReason | None, int | None]:
+        """(reason, stop id) after ``token`` was appended; the stop id is None for end of
+        sequence."""
+        params = self.request.params
+        if self.num_generated >= params.min_tokens:
+            if token in self.eos_ids and not params.ignore_eos:
+                return "stop", None
+            if token in self.stop_ids:
+                return "stop", token
+        if self.num_generated >= self.max_tokens or len(self.token_ids) >= max_model_len:
+            return "length", None
+        return None, None

@@ -1,0 +1,47 @@
+"""Refuses a request that can never run, before it takes a place in the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vllm_di.components.messages import EngineRequest, WorkerReport
+from vllm_di.errors import RequestError
+
+
+def validate(request: EngineRequest, report: WorkerReport, num_usable_blocks: int) -> int:
+    """-> the most tokens that the request may generate. Raises RequestError."""
+    prompt, params = request.prompt_token_ids, request.params
+    if not prompt:
+        raise RequestError("the prompt is empty", param="prompt")
+    if len(prompt) >= report.max_model_len:
+        raise RequestError(
+            f"the prompt has {len(prompt)} tokens; the context is {report.max_model_len} tokens, "
+            "prompt and answer together",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    _in_vocabulary("prompt", prompt, report.vocab_size)
+    _in_vocabulary("stop_token_ids", params.stop_token_ids, report.vocab_size)
+    _in_vocabulary("allowed_token_ids", params.allowed_token_ids or (), report.vocab_size)
+    _in_vocabulary("logit_bias", params.logit_bias or (), report.vocab_size)
+    for words in request.bad_words_token_ids:
+        _in_vocabulary("bad_words", words, report.vocab_size)
+    room = report.max_model_len - len(prompt)
+    max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    blocks = -(-(len(prompt) + max_tokens) // report.block_size)
+    if blocks > num_usable_blocks:
+        raise RequestError(
+            f"{len(prompt)} prompt tokens and up to {max_tokens} more need {blocks} blocks of the "
+            f"KV cache, which has {num_usable_blocks}; ask for fewer max_tokens",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    return max_tokens
+
+
+def _in_vocabulary(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    for token in token_ids:
+        if not 0 <= token < vocab_size:
+            raise RequestError(
+                f"{name}: token id {token} is outside the vocabulary [0, {vocab_size})", param=name
+            )
