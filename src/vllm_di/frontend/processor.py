@@ -158,6 +158,8 @@ class Generation:
         """
         sequence = self._sequences[output.request_id]
         if output.finish_reason == "error":
+            self._num_open -= sequence.finish_reason is None
+            sequence.finish_reason = "error"
             raise RequestError(
                 output.error or "the engine failed on this request",
                 param=output.error_param,

@@ -78,7 +78,7 @@ def fan_out(
     arrival_time: float,
 ) -> list[EngineRequest]:
     """One engine request for each of the ``n`` texts. Text i has the id ``<id>-<i>`` and the seed
-    + i; only the first computes the prompt's log-probabilities."""
+    + i."""
     requests: list[EngineRequest] = []
     for i in range(params.n):
         own = params
@@ -87,7 +87,6 @@ def fan_out(
                 params,
                 n=1,
                 seed=None if params.seed is None else _wrapped(params.seed + i),
-                prompt_logprobs=None if i else params.prompt_logprobs,
             )
         requests.append(
             EngineRequest(

@@ -1,0 +1,142 @@
+"""The OpenAI-compatible server: the root of the API process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from vllm_di.components.interfaces import (
+    ChatTemplate,
+    EngineClient,
+    Metrics,
+    ReasoningParser,
+    Server,
+    Tokenizer,
+    ToolParser,
+)
+from vllm_di.server.auth import ApiKeys
+from vllm_di.server.config import ServerConfig
+from vllm_di.server.errors import unavailable
+from vllm_di.server.gate import Gate
+from vllm_di.server.listen import Listener, open_socket, remove_unix_socket, signals
+from vllm_di.server.routes import on_http_exception, routes
+from vllm_di.server.service import Service
+
+_LAST_WORDS_SECONDS = 2.0
+"""For interrupted streams to send their error event."""
+
+log = logging.getLogger(__name__)
+
+
+class OpenAiServer(Server):
+    """Text in, text out, over HTTP. ``app`` is the ASGI application; ``run`` listens."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate,
+        tool_parser: ToolParser,
+        reasoning_parser: ReasoningParser,
+        metrics: Metrics,
+        engine_client: EngineClient,
+        *,
+        config: ServerConfig,
+    ) -> None:
+        keys = ApiKeys(file=config.api_key_file, env=config.api_key_env)
+        config.check_exposure(has_keys=bool(keys))
+        logging.getLogger("vllm_di.server").setLevel(config.log_level.upper())
+        self._config = config
+        self._engine = engine_client
+        self._service = Service(
+            tokenizer,
+            chat_template,
+            tool_parser,
+            reasoning_parser,
+            metrics,
+            engine_client,
+            config,
+        )
+        pages = routes(self._service)
+        templates: dict[object, str] = {page.endpoint: page.path for page in pages}
+        self.app = Starlette(
+            routes=pages,
+            middleware=[Middleware(Gate, keys=keys, metrics=metrics, handlers=templates)],
+            exception_handlers={HTTPException: on_http_exception},
+        )
+        self.app.router.redirect_slashes = False
+        self.address: str | None = None
+        """Where the server listens, once it does."""
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+
+    def stop(self) -> None:
+        """Begin to drain; a second call ends at once. SIGTERM and SIGINT call it. Only from the
+        event loop's thread."""
+        if self._stop.is_set():
+            self._stop_now.set()
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Listen at once, while the engine still starts; return after a drain. Raises ConfigError
+        when the address cannot be had, EngineDeadError when the engine does not start."""
+        bound, self.address = open_socket(self._config)
+        listener = Listener(self.app, self._config)
+        with signals(self.stop):
+            serving = asyncio.create_task(listener.serve(sockets=[bound]))
+            starting = asyncio.create_task(self._start_engine())
+            stopping = asyncio.create_task(self._stop.wait())
+            log.info("listening on %s", self.address)
+            try:
+                await _first_to_end(stopping, serving, or_to_fail=starting)
+                await self._drain()
+            finally:
+                listener.should_exit = True
+                for task in (starting, stopping):
+                    task.cancel()
+                await asyncio.gather(serving, starting, stopping, return_exceptions=True)
+                bound.close()
+                remove_unix_socket(self._config.unix_socket)
+        for task in (starting, serving):
+            if not task.cancelled() and (error := task.exception()):
+                raise error
+
+    async def _start_engine(self) -> None:
+        await self._engine.wait_ready()
+        _ = self._service.processor  # tells the metrics about the engine
+        log.info("ready: %s on %s", self._config.name, self.address)
+
+    async def _drain(self) -> None:
+        """Refuse what is new, let what runs end, then end it."""
+        admission = self._service.admission
+        admission.draining = True
+        log.info("stopping: %d texts in flight", admission.in_flight)
+        idle = asyncio.create_task(admission.wait_idle())
+        hurry = asyncio.create_task(self._stop_now.wait())
+        await asyncio.wait(
+            (idle, hurry),
+            timeout=self._config.drain_seconds,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        if not idle.done():
+            log.warning("aborting %d texts that are still running", admission.in_flight)
+            admission.interrupt_all(
+                unavailable(
+                    "the server was stopped before the answer was complete", "shutting_down"
+                )
+            )
+            await asyncio.wait((idle,), timeout=_LAST_WORDS_SECONDS)
+        for task in (idle, hurry):
+            task.cancel()
+
+
+async def _first_to_end(*tasks: asyncio.Task[object], or_to_fail: asyncio.Task[None]) -> None:
+    """Return when one of ``tasks`` has ended, or ``or_to_fail`` has failed."""
+    waiting: set[asyncio.Task[object]] = {*tasks, or_to_fail}
+    while True:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if done & {*tasks} or or_to_fail.exception():
+            return

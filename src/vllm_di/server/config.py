@@ -1,0 +1,62 @@
+"""What can be set about the HTTP server. The keys of ``conf/server/openai.yaml``."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Annotated, Literal
+
+import msgspec
+
+from vllm_di.errors import ConfigError
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)]
+Interval = Annotated[float, msgspec.Meta(gt=0.0, le=86_400.0)]
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The texts of the keys are in the YAML file. The defaults are those of the file, for use from
+    Python."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(ge=0, le=65_535)] = 8000
+    unix_socket: str | None = None
+    model_name: str | None = None
+    served_model_name: str | None = None
+    api_key_file: str | None = None
+    api_key_env: str | None = None
+    insecure: bool = False
+    max_queue: Count = 1024
+    max_body_bytes: Annotated[int, msgspec.Meta(ge=1024, le=2**30)] = 8 * 2**20
+    max_json_depth: Annotated[int, msgspec.Meta(ge=4, le=500)] = 64
+    unknown_fields: Literal["count", "refuse"] = "count"
+    body_timeout_seconds: Interval = 60.0
+    request_timeout_seconds: Interval | None = None
+    keep_alive_seconds: Interval = 15.0
+    idle_connection_seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 30
+    drain_seconds: Seconds = 30.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def name(self) -> str:
+        """The name that clients use for the model."""
+        return self.served_model_name or self.model_name or "model"
+
+    def check_exposure(self, *, has_keys: bool) -> None:
+        """Raise ConfigError for an open address without a key."""
+        if self.unix_socket or has_keys or self.insecure or _is_loopback(self.host):
+            return
+        raise ConfigError(
+            f"server.host={self.host} can be reached from other machines, and there is no API key: "
+            "set server.api_key_file or server.api_key_env, or server.insecure=true if that is "
+            "meant"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,84 @@
+"""The outermost layer: every request comes in and every error goes out through it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Mapping
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vllm_di.components.interfaces import Metrics
+from vllm_di.errors import RequestError
+from vllm_di.server.answer import send_json
+from vllm_di.server.auth import ApiKeys
+from vllm_di.server.errors import ClientGone, as_request_error, error_body, retry_after
+from vllm_di.server.service import new_id
+
+_SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_CLIENT_GONE = 499
+"""nginx's status for a closed connection; only metrics see it."""
+
+log = logging.getLogger(__name__)
+
+
+class Gate:
+    """Checks the key, gives the request an id, counts it, and turns what is raised into an
+    answer in OpenAI's form."""
+
+    def __init__(
+        self, app: ASGIApp, *, keys: ApiKeys, metrics: Metrics, handlers: Mapping[object, str]
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._metrics = metrics
+        self._handlers = handlers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return  # no WebSockets; uvicorn is told so too
+        started = time.monotonic()
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        given_id = headers.get(b"x-request-id", b"")
+        own_id = given_id if _SAFE_ID.fullmatch(given_id) else new_id("req").encode()
+        status = 0
+
+        async def labelled(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", own_id)]
+            await send(message)
+
+        try:
+            if not self._keys.allow(scope["path"], headers.get(b"authorization")):
+                raise RequestError(
+                    "a valid API key is needed: Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                    status=401,
+                )
+            await self._app(scope, receive, labelled)
+        except (ClientGone, asyncio.CancelledError) as error:
+            status = status or _CLIENT_GONE
+            if isinstance(error, asyncio.CancelledError):
+                raise
+        except Exception as error:
+            told = as_request_error(error)
+            if told.code == "internal_error":
+                log.error("request %s failed", own_id.decode(), exc_info=error)
+            if status == 0:
+                await send_json(labelled, error_body(told), told.status, _error_headers(told))
+        finally:
+            handler = self._handlers.get(scope.get("endpoint"), "other")
+            self._metrics.http(handler, status or 500, time.monotonic() - started)
+
+
+def _error_headers(error: RequestError) -> list[tuple[bytes, bytes]]:
+    headers = []
+    if (seconds := retry_after(error)) is not None:
+        headers.append((b"retry-after", str(seconds).encode()))
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    return headers

@@ -1,0 +1,104 @@
+"""Log-probabilities in the shapes of the two APIs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_di.components.interfaces import Tokenizer
+from vllm_di.components.messages import TokenLogprobs
+from vllm_di.frontend.outputs import position_logprobs, token_string
+
+_LOWEST = -9999.0
+"""Stands for minus infinity, which JSON lacks (OpenAI's value)."""
+
+
+def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    """``choices[].logprobs`` of chat completions."""
+
+    def shown(token_id: int, logprob: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token_id)
+        text = data.decode("utf-8", errors="replace")
+        return {"token": text, "logprob": max(logprob, _LOWEST), "bytes": list(data)}
+
+    content = []
+    for entry in entries:
+        first, *top = [shown(i, p) for i, p in zip(entry.token_ids, entry.logprobs, strict=True)]
+        content.append({**first, "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+class LegacyLogprobs:
+    """``choices[].logprobs`` of plain completions, for one text in pieces. Offsets count
+    characters from the text's start."""
+
+    def __init__(self, tokenizer: Tokenizer, *, has_top: bool) -> None:
+        self._tokenizer = tokenizer
+        self._has_top = has_top
+        self._offset = 0
+
+    def prompt(
+        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs] | None
+    ) -> dict[str, Any]:
+        """The echoed prompt; nothing can be said of its first token."""
+        piece = self.piece(entries or ())
+        first = token_string(self._tokenizer, token_ids[0])
+        shift = len(first)
+        self._offset += shift
+        return {
+            "tokens": [first, *piece["tokens"]],
+            "token_logprobs": [None, *piece["token_logprobs"]],
+            "top_logprobs": [None, *piece["top_logprobs"]] if self._has_top else None,
+            "text_offset": [0, *(offset + shift for offset in piece["text_offset"])],
+        }
+
+    def piece(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """The next tokens."""
+        tokens: list[str] = []
+        logprobs: list[float] = []
+        tops: list[dict[str, float]] = []
+        offsets: list[int] = []
+        for entry in entries:
+            texts = [token_string(self._tokenizer, i) for i in entry.token_ids]
+            values = [max(p, _LOWEST) for p in entry.logprobs]
+            tokens.append(texts[0])
+            logprobs.append(values[0])
+            top: dict[str, float] = {}
+            for text, value in zip(texts, values, strict=True):
+                top.setdefault(text, value)  # halves of characters read alike: the likeliest stays
+            tops.append(top)
+            offsets.append(self._offset)
+            self._offset += len(texts[0])
+        return {
+            "tokens": tokens,
+            "token_logprobs": logprobs,
+            "top_logprobs": tops if self._has_top else None,
+            "text_offset": offsets,
+        }
+
+
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two pieces of one text."""
+    return {k: None if first[k] is None else first[k] + second[k] for k in first}
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs] | None
+) -> list[dict[str, Any] | None] | None:
+    """vLLM's ``prompt_logprobs``: for each prompt token, id to log-probability, rank and text."""
+    if entries is None:
+        return None
+    result: list[dict[str, Any] | None] = [None]
+    for entry in entries:
+        position = position_logprobs(tokenizer, entry)
+        result.append(
+            {
+                str(token_id): {
+                    "logprob": max(p.logprob, _LOWEST),
+                    "rank": p.rank,
+                    "decoded_token": p.decoded_token,
+                }
+                for token_id, p in position.items()
+            }
+        )
+    return result

@@ -1,0 +1,289 @@
+"""The requests that clients send: OpenAI's fields and vLLM's extensions, decoded strictly.
+
+A field that we know and cannot honour is refused. Fields that nobody knows are counted, or refused
+where the config says so.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import accumulate
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from vllm_di.components.messages import SamplingParams
+from vllm_di.errors import RequestError, nearest
+
+Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+TokenIds = list[Int]
+FewTokenIds = Annotated[list[Int], msgspec.Meta(max_length=1024)]
+Stop = Annotated[str, msgspec.Meta(max_length=1024)]
+ShortText = Annotated[str, msgspec.Meta(max_length=1024)]
+BadWords = Annotated[list[ShortText], msgspec.Meta(max_length=256)]
+LogitBias = Annotated[dict[Int, float], msgspec.Meta(max_length=4096)]
+Object = dict[str, Any]
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerateRequest(msgspec.Struct, kw_only=True):
+    """What chat and plain completions have in common. None means not given, as null does."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # sampling
+    n: Int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: LogitBias | None = None
+    seed: Int | None = None
+    stop: Stop | list[Stop] | None = None
+    stop_token_ids: FewTokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: Int | None = None
+    max_tokens: Int | None = None
+    ignore_eos: bool | None = None
+    prompt_logprobs: Int | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: BadWords | None = None
+    skip_special_tokens: bool | None = None
+    # structured output, for the engine to take or to refuse
+    response_format: Object | None = None
+    structured_outputs: Object | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    # the rest
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
+    # known, and refused when given
+    best_of: Any = None
+    use_beam_search: Any = None
+    logits_processors: Any = None
+    truncate_prompt_tokens: Any = None
+    spaces_between_special_tokens: bool | None = None
+    prompt_embeds: Any = None
+
+
+class ChatRequest(GenerateRequest, kw_only=True):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Object], msgspec.Meta(min_length=1)]
+    max_completion_tokens: Int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Object | None = None
+    # for the tool parser
+    tools: list[Object] | None = None
+    tool_choice: Any = None
+    functions: list[Object] | None = None
+    function_call: Any = None
+    # for the reasoning parser
+    reasoning_effort: Any = None
+    reasoning: Any = None
+    thinking: Any = None
+    thinking_token_budget: Any = None
+    # known, and refused when given
+    chat_template: Any = None
+    echo: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+    modalities: list[str] | None = None
+
+
+class CompletionRequest(GenerateRequest, kw_only=True):
+    """``POST /v1/completions``."""
+
+    prompt: str | list[str | Int | list[Int]]
+    echo: bool | None = None
+    logprobs: Int | None = None
+    suffix: Any = None
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """``POST /tokenize``: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Object] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Object | None = None
+    chat_template: Any = None
+    tools: list[Object] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: TokenIds
+
+
+IGNORED = frozenset(
+    [
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prediction",
+        "parallel_tool_calls",
+        "verbosity",
+        "request_id",
+        "include_reasoning",
+    ]
+)
+"""Known fields that change nothing here, so that leaving them out is honest."""
+
+_REFUSED = [
+    "use_beam_search",
+    "logits_processors",
+    "truncate_prompt_tokens",
+    "prompt_embeds",
+    "chat_template",
+    "audio",
+    "web_search_options",
+    "suffix",
+]
+_SAMPLING = [
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "seed",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "min_tokens",
+    "max_tokens",
+    "ignore_eos",
+    "prompt_logprobs",
+    "allowed_token_ids",
+    "bad_words",
+    "skip_special_tokens",
+]
+_STRUCTURED = [
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+]
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]:
+    """The request, and the names of its unknown fields. Raises RequestError."""
+    _check_depth(body, max_depth)
+    try:
+        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        request = msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        message, _, place = str(error).partition(" - at ")
+        field = re.search(r"\$\.(\w+)", place)
+        raise RequestError(
+            f"{field[1]}: {message}" if field else message, param=field[1] if field else None
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    unknown = given.keys() - IGNORED - set(kind.__struct_fields__)
+    return request, sorted(unknown)
+
+
+def refuse_unknown(kind: type[msgspec.Struct], names: list[str]) -> None:
+    """For ``unknown_fields=refuse``."""
+    if names:
+        name = names[0][:80]
+        raise RequestError(
+            f"unknown field {name!r}{nearest(name, kind.__struct_fields__)}",
+            param=name,
+            code="unknown_field",
+        )
+
+
+def sampling_params(
+    request: GenerateRequest, *, logprobs: int | None, max_tokens: int | None
+) -> SamplingParams:
+    """Checked sampling parameters. Raises RequestError for what cannot be honoured."""
+    _check_supported(request)
+    given = {n: v for n in _SAMPLING if (v := getattr(request, n)) is not None}
+    stop = request.stop
+    given["stop"] = [stop] if isinstance(stop, str) else stop or []
+    given["max_tokens"] = max_tokens
+    if logprobs is not None:
+        given["logprobs"] = logprobs
+    return SamplingParams(**given, structured_output=_structured_output(request))
+
+
+def _check_supported(request: GenerateRequest) -> None:
+    for name in _REFUSED:
+        if getattr(request, name, None) not in (None, False, ""):
+            raise _unsupported(name)
+    if request.best_of not in (None, request.n or 1):
+        raise _unsupported("best_of")
+    if request.spaces_between_special_tokens is False:
+        raise _unsupported("spaces_between_special_tokens")
+    if isinstance(request, ChatRequest):
+        if request.echo:
+            raise _unsupported("echo")
+        if request.modalities not in (None, ["text"]):
+            raise _unsupported("modalities")
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options goes only with stream=true", param="stream_options")
+    if request.stream and request.prompt_logprobs is not None:
+        raise RequestError(
+            "prompt_logprobs is not available with stream=true", param="prompt_logprobs"
+        )
+
+
+def _unsupported(name: str) -> RequestError:
+    return RequestError(
+        f"{name} is not supported by this server", param=name, code="unsupported_parameter"
+    )
+
+
+def _structured_output(request: GenerateRequest) -> Object | None:
+    wanted = {n: v for n in _STRUCTURED if (v := getattr(request, n)) is not None}
+    format_ = request.response_format
+    if format_ is not None and format_.get("type") != "text":
+        wanted["response_format"] = format_
+    return wanted or None
+
+
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+
+
+def _check_depth(body: bytes, limit: int) -> None:
+    """Refuse deep nesting before any parser recurses into it."""
+    if body.count(b"[") + body.count(b"{") <= limit:
+        return
+    brackets = _STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
+    if any(depth > limit for depth in accumulate(map(_STEP.__getitem__, brackets))):
+        raise RequestError(f"the JSON is nested deeper than {limit}", code="invalid_json")

@@ -1,0 +1,230 @@
+"""The endpoints, one for each path."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import msgspec
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+import vllm_di
+from vllm_di.errors import RequestError
+from vllm_di.frontend.requests import check_token_ids
+from vllm_di.server.answer import Answer, send_answer
+from vllm_di.server.chat import start_chat
+from vllm_di.server.completions import start_completion
+from vllm_di.server.errors import ClientGone, error_body
+from vllm_di.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    decode,
+    refuse_unknown,
+)
+from vllm_di.server.service import Service
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class GenerateEndpoint:
+    """Reads a request, starts its generations, sends the answer. An ASGI application, because it
+    watches the connection while it answers."""
+
+    def __init__(
+        self, service: Service, kind: type[T], start: Callable[[Service, T], Awaitable[Answer]]
+    ) -> None:
+        self._service, self._kind, self._start = service, kind, start
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._service.admission.check_open()
+        request = await read_request(Request(scope, receive), self._service, self._kind)
+        answer = await self._start(self._service, request)
+        await send_answer(answer, receive, send)
+
+
+async def read_request(request: Request, service: Service, kind: type[T]) -> T:
+    """The decoded body. Raises RequestError: 400, 408, 413 or 415."""
+    config = service.config
+    body = await _read_body(request, config.max_body_bytes, config.body_timeout_seconds)
+    decoded, unknown = decode(body, kind, max_depth=config.max_json_depth)
+    if unknown:
+        if config.unknown_fields == "refuse":
+            refuse_unknown(kind, unknown)
+        # Not every Metrics component counts these.
+        count: Callable[[int], None] | None = getattr(service.metrics, "unknown_fields", None)
+        if count is not None:
+            count(len(unknown))
+    return decoded
+
+
+async def _read_body(request: Request, limit: int, timeout: float) -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # what a form on a hostile web page cannot send
+        raise RequestError(
+            "the body must be JSON, with the header Content-Type: application/json", status=415
+        )
+    too_long = RequestError(
+        f"the body is longer than {limit} bytes", code="body_too_large", status=413
+    )
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > limit:
+        raise too_long
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_long
+    except TimeoutError:
+        raise RequestError("the body came too slowly", code="timeout", status=408) from None
+    except ClientDisconnect:
+        raise ClientGone from None
+    return bytes(body)
+
+
+class Pages:
+    """The small endpoints."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def health(self, request: Request) -> Response:
+        """200 while requests can be answered."""
+        return self._state(ready_only=True)
+
+    async def live(self, request: Request) -> Response:
+        """503 only where a restart is the remedy: the engine is dead."""
+        return self._state(ready_only=False)
+
+    async def models(self, request: Request) -> Response:
+        return _json({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        self._service.check_model(request.path_params["model"])
+        return _json(self._model())
+
+    async def version(self, request: Request) -> Response:
+        return _json({"version": vllm_di.__version__})
+
+    async def metrics(self, request: Request) -> Response:
+        if self._service.engine.state == "ready" and not self._service.admission.draining:
+            _ = self._service.processor  # tells the metrics about the engine
+        body, kind = self._service.metrics.render()
+        return Response(body, headers={"content-type": kind})
+
+    async def tokenize(self, request: Request) -> Response:
+        service = self._service
+        asked = await read_request(request, service, TokenizeRequest)
+        service.check_model(asked.model)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise RequestError("give either prompt or messages", param="prompt")
+        special = asked.add_special_tokens
+        if asked.chat_template is not None:
+            raise RequestError(
+                "chat_template is not supported by this server",
+                param="chat_template",
+                code="unsupported_parameter",
+            )
+        if asked.messages is not None:
+            continues = bool(asked.continue_final_message)
+            begins = asked.add_generation_prompt
+            text = service.chat_template.render(
+                asked.messages,
+                tools=asked.tools,
+                add_generation_prompt=not continues if begins is None else begins,
+                continue_final_message=continues,
+                kwargs=asked.chat_template_kwargs,
+            )
+        else:
+            text = asked.prompt or ""
+        with_special = special if special is not None else asked.messages is None
+        tokenizer = service.tokenizer
+        ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=with_special)
+        strings = [tokenizer.token_text(i) for i in ids] if asked.return_token_strs else None
+        return _json(
+            {
+                "count": len(ids),
+                "max_model_len": service.processor.max_model_len,
+                "tokens": ids,
+                "token_strs": strings,
+            }
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        service = self._service
+        asked = await read_request(request, service, DetokenizeRequest)
+        service.check_model(asked.model)
+        check_token_ids(asked.tokens, service.processor.vocab_size, "tokens")
+        text = service.tokenizer.decode(asked.tokens, skip_special_tokens=False)
+        return _json({"prompt": text})
+
+    def _model(self) -> dict[str, Any]:
+        report = self._service.engine.report
+        return {
+            "id": self._service.config.name,
+            "object": "model",
+            "created": self._service.started_at,
+            "owned_by": "vllm-di",
+            "root": self._service.config.model_name or self._service.config.name,
+            "parent": None,
+            "max_model_len": report.max_model_len if report else None,
+            "permission": [],
+        }
+
+    def _state(self, *, ready_only: bool) -> Response:
+        engine = self._service.engine
+        state: dict[str, Any] = {"status": engine.state}
+        if engine.state == "starting":
+            state["stage"] = engine.stage
+        elif engine.state == "dead":
+            state["reason"] = engine.failure
+        elif self._service.admission.draining:
+            state["status"] = "draining"
+        bad = engine.state == "dead" or (ready_only and state["status"] != "ready")
+        return _json(state, 503 if bad else 200)
+
+
+def routes(service: Service) -> list[Route]:
+    """Every path that the server knows."""
+    pages = Pages(service)
+    chat = GenerateEndpoint(service, ChatRequest, start_chat)
+    completions = GenerateEndpoint(service, CompletionRequest, start_completion)
+    return [
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/models", pages.models),
+        Route("/v1/models/{model:path}", pages.model),
+        Route("/tokenize", pages.tokenize, methods=["POST"]),
+        Route("/detokenize", pages.detokenize, methods=["POST"]),
+        Route("/health", pages.health),
+        Route("/ping", pages.health),
+        Route("/readyz", pages.health),
+        Route("/livez", pages.live),
+        Route("/version", pages.version),
+        Route("/metrics", pages.metrics),
+    ]
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405, in OpenAI's form."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        message = f"{request.method[:20]} is not allowed here"
+        told = RequestError(message, code="method_not_allowed", status=405)
+    else:
+        told = RequestError("there is no such path", code="unknown_path", status=error.status_code)
+    headers = {**(error.headers or {}), "content-type": "application/json"}
+    return Response(error_body(told), error.status_code, headers=headers)
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, headers={"content-type": "application/json"})

@@ -1,0 +1,114 @@
+"""What all endpoints share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+
+from vllm_di.components.interfaces import (
+    ChatTemplate,
+    EngineClient,
+    Metrics,
+    ReasoningParser,
+    Tokenizer,
+    ToolParser,
+)
+from vllm_di.components.messages import SamplingParams
+from vllm_di.errors import RequestError
+from vllm_di.frontend.processor import Generation, RequestProcessor
+from vllm_di.server.admission import Admission
+from vllm_di.server.config import ServerConfig
+from vllm_di.server.protocol import GenerateRequest
+
+_LONG_TEXT = 4_000
+"""Characters from which a text is tokenised in a thread, so that other streams go on."""
+
+
+class Service:
+    """The components of the API process, and the processor that comes with a ready engine."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate,
+        tool_parser: ToolParser,
+        reasoning_parser: ReasoningParser,
+        metrics: Metrics,
+        engine: EngineClient,
+        config: ServerConfig,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.tool_parser = tool_parser
+        self.reasoning_parser = reasoning_parser
+        self.metrics = metrics
+        self.engine = engine
+        self.config = config
+        self.admission = Admission(engine, config.max_queue)
+        self.started_at = int(time.time())
+        self._processor: RequestProcessor | None = None
+
+    @property
+    def processor(self) -> RequestProcessor:
+        """Raises 503 while there is no engine to answer. The first call after the engine is ready
+        tells the metrics what it is."""
+        self.admission.check_open()
+        if self._processor is None:
+            report = self.engine.report
+            assert report is not None, "a ready engine has reported"
+            self._processor = RequestProcessor(
+                self.tokenizer, report.max_model_len, report.vocab_size
+            )
+            parts = {
+                "tokenizer": self.tokenizer,
+                "chat_template": self.chat_template,
+                "tool_parser": self.tool_parser,
+                "reasoning_parser": self.reasoning_parser,
+            }
+            labels = {slot: type(part).__qualname__ for slot, part in parts.items()}
+            self.metrics.info(report, labels)
+        return self._processor
+
+    def check_model(self, name: str | None) -> None:
+        """Raise 404 for a model that is not the one served."""
+        if name is not None and name != self.config.name:
+            raise RequestError(
+                f"the model {name[:100]!r} does not exist here; this server has "
+                f"{self.config.name!r}",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+
+    async def start(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        request: GenerateRequest,
+        *,
+        add_special_tokens: bool,
+    ) -> Generation:
+        """Tokenise and check one prompt."""
+        processor = self.processor
+
+        def begin() -> Generation:
+            return processor.start(
+                request_id,
+                prompt,
+                params,
+                add_special_tokens=add_special_tokens,
+                priority=request.priority or 0,
+                cache_salt=request.cache_salt,
+            )
+
+        if isinstance(prompt, str) and len(prompt) > _LONG_TEXT:
+            return await asyncio.to_thread(begin)
+        return begin()
+
+
+def new_id(prefix: str) -> str:
+    """Ids are always the server's own: a client's could collide with another client's."""
+    return f"{prefix}-{uuid.uuid4().hex}"
