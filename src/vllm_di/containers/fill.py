@@ -8,8 +8,8 @@ reverse order, all of them, even when one raises.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from dependency_injector.containers import DeclarativeContainer
@@ -101,13 +101,20 @@ def _call(component: Any, method: str) -> Any:
 class Launcher(WorkerLauncher):
     """Opens worker containers of one stage for an executor."""
 
-    def __init__(self, assembly: Assembly, stage: int = 0) -> None:
-        self._assembly, self._stage = assembly, stage
+    def __init__(
+        self, assembly: Assembly, stage: int = 0, objects: Mapping[str, Any] | None = None
+    ) -> None:
+        self._assembly, self._stage, self._objects = assembly, stage, dict(objects or {})
 
-    def open(self, placement: Placement) -> Any:
-        return open_worker(self._assembly, placement, self._stage)
+    def open(self, placement: Placement) -> AbstractContextManager[Worker]:
+        return open_worker(self._assembly, placement, self._stage, **self._objects)
 
     def command(self, placement: Placement, address: str) -> tuple[list[str], bytes]:
+        if self._objects:
+            raise ConfigError(
+                f"objects cannot be handed to worker processes: {', '.join(self._objects)}; "
+                "take executor=inline"
+            )
         arguments = [str(placement.rank), str(placement.world_size), placement.rendezvous, address]
         module = "vllm_di.containers.worker_process"
         return [sys.executable, "-m", module, *arguments], self._assembly.encode()
