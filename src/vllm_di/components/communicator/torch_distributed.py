@@ -1,0 +1,78 @@
+"""Collectives by torch.distributed: gloo on hosts, a vendor's backend on its devices."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vllm_di.components.interfaces import Communicator, Device, Placement
+from vllm_di.errors import ConfigError
+
+
+class TorchDistributedCommunicator(Communicator):
+    """A process group of its own: it neither needs nor touches torch's default group."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        device: Device,
+        *,
+        backend: str,
+        timeout: Annotated[float, msgspec.Meta(gt=0)],
+    ) -> None:
+        if not dist.is_backend_available(backend):
+            raise ConfigError(f"this torch has no distributed backend {backend!r}")
+        self.rank, self.world_size = placement.rank, placement.world_size
+        self._opened = False
+        if self.world_size > 1:
+            dist.init_process_group(
+                backend,
+                init_method=placement.rendezvous,
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timedelta(seconds=timeout),
+            )
+            self._opened = True
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        if self.world_size > 1:
+            x = x.contiguous()
+            dist.all_reduce(x)
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        if self.world_size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim)
+
+    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
+        # gloo has no reduce_scatter of its own: sum, then keep this rank's share
+        return self.all_reduce(x).chunk(self.world_size, dim)[self.rank].contiguous()
+
+    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
+        if self.world_size > 1:
+            dist.broadcast(x, src)
+        return x
+
+    def send(self, x: Tensor, dst: int) -> None:
+        dist.send(x.contiguous(), dst)
+
+    def recv(self, x: Tensor, src: int) -> Tensor:
+        dist.recv(x, src)
+        return x
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self._opened:
+            self._opened = False
+            dist.destroy_process_group()

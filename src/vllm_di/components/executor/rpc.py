@@ -1,0 +1,52 @@
+"""What an executor and a worker process say to each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from vllm_di.components.messages import StepPlan, StepResult, WorkerReport
+from vllm_di.components.transport import Failure
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """A worker's first message: its container is filled."""
+
+    rank: int
+
+
+class Load(msgspec.Struct, tag=True, frozen=True):
+    """Load the weights; answered by Report."""
+
+
+class Report(msgspec.Struct, tag=True, frozen=True):
+    report: WorkerReport
+
+
+class Allocate(msgspec.Struct, tag=True, frozen=True):
+    """Allocate the KV cache and warm up; answered by Done."""
+
+    num_blocks: int
+
+
+class Done(msgspec.Struct, tag=True, frozen=True):
+    value: Any = None
+
+
+class Execute(msgspec.Struct, tag=True, frozen=True):
+    """Run a step; answered by Result."""
+
+    plan: StepPlan
+
+
+class Result(msgspec.Struct, tag=True, frozen=True):
+    result: StepResult
+
+
+class Close(msgspec.Struct, tag=True, frozen=True):
+    """Close the container and exit."""
+
+
+Command = Load | Allocate | Execute | Close
+Answer = Hello | Report | Done | Result | Failure

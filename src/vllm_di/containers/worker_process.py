@@ -1,0 +1,62 @@
+"""A worker in a process of its own: ``python -m vllm_di.containers.worker_process RANK WORLD
+RENDEZVOUS SOCKET``.
+
+The assembly comes on standard input, commands over the Unix socket. The process ends when the
+socket does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from vllm_di.components.executor import rpc
+from vllm_di.components.interfaces import Placement, Worker
+from vllm_di.components.transport import Codec, Connection, Failure, connect
+from vllm_di.containers.assembly import Assembly
+from vllm_di.containers.fill import open_worker
+from vllm_di.errors import EngineDeadError
+
+
+def main() -> None:
+    rank, world, rendezvous, address = sys.argv[1:5]
+    # an interrupt at the keyboard reaches the whole group: the executor decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assembly = Assembly.decode(sys.stdin.buffer.read())
+    codec: Codec[rpc.Command] = Codec(rpc.Command)
+    connection = Connection(connect(address), codec)
+    try:
+        with open_worker(assembly, Placement(int(rank), int(world), rendezvous)) as worker:
+            connection.send(rpc.Hello(int(rank)))
+            serve(worker, connection)
+    except EngineDeadError:
+        return  # the executor is gone
+    except Exception as error:
+        try:
+            connection.send(Failure.of(error))
+        except OSError:
+            raise error from None
+        sys.stdout.flush()
+        os._exit(1)  # peers may be waiting in a collective: do not wait for them
+    finally:
+        connection.close()
+
+
+def serve(worker: Worker, connection: Connection[rpc.Command]) -> None:
+    """Answer commands until Close."""
+    while True:
+        command = connection.receive()
+        if isinstance(command, rpc.Execute):
+            connection.send(rpc.Result(worker.execute(command.plan)))
+        elif isinstance(command, rpc.Load):
+            connection.send(rpc.Report(worker.load()))
+        elif isinstance(command, rpc.Allocate):
+            worker.allocate(command.num_blocks)
+            connection.send(rpc.Done())
+        else:
+            return
+
+
+if __name__ == "__main__":
+    main()
