@@ -835,6 +835,8 @@ class EngineClient(ABC):
     stage: str
     """What a starting engine is doing: ``load``, ``warm-up``, ..."""
     report: WorkerReport | None
+    on_stats: Callable[[EngineStats], None] | None = None
+    """Called with the engine's gauges and totals after each of its messages."""
 
     @abstractmethod
     def generate(self, request: EngineRequest) -> AsyncIterator[TokenOutput]:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vllm_di.components.interfaces import OpTable
-from vllm_di.containers.compose import Composition, ConfigTree, shown
+from vllm_di.containers.compose import Composition, ConfigTree
 from vllm_di.containers.engine import (
     SLOTS,
     EngineContainer,
@@ -23,6 +23,7 @@ from vllm_di.containers.engine import (
     slots,
 )
 from vllm_di.containers.origins import Origin
+from vllm_di.containers.tree import shown
 from vllm_di.errors import ConfigError, nearest
 
 SETTINGS = ("model_name", "trust", "checkpoint", "platform")

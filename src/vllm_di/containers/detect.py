@@ -12,12 +12,12 @@ import yaml
 from vllm_di.errors import ConfigError, PortError
 
 if TYPE_CHECKING:
-    from vllm_di.containers.compose import ConfigTree
+    from vllm_di.containers.tree import ConfigFiles
 
 FALLBACK = "cpu"
 
 
-def detect_platform(tree: ConfigTree) -> tuple[str, str]:
+def detect_platform(tree: ConfigFiles) -> tuple[str, str]:
     """-> (platform option, reason). One accelerator wins, two are refused, none means ``cpu``.
 
     A platform's ``detect`` node names ``modules`` that must be installed and ``files`` (globs) that

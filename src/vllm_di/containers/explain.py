@@ -12,7 +12,6 @@ import msgspec
 import vllm_di
 from vllm_di.components.interfaces import OpTable, Placement
 from vllm_di.containers.assembly import Assembly
-from vllm_di.containers.compose import ConfigTree
 from vllm_di.containers.engine import (
     GIVEN,
     EngineContainer,
@@ -22,6 +21,7 @@ from vllm_di.containers.engine import (
 )
 from vllm_di.containers.fill import opened
 from vllm_di.containers.schema import check
+from vllm_di.containers.tree import ConfigFiles
 from vllm_di.errors import ConfigError, nearest
 
 
@@ -70,7 +70,7 @@ def explain(
 
     Raises ConfigError as the engine would at its start. Reads no weight.
     """
-    tree = ConfigTree.find(config_dirs)
+    tree = ConfigFiles.find(config_dirs)
     rows = []
     for container in (ServerContainer, EngineContainer, WorkerContainer):
         plan = check(container, assembly, replaced=GIVEN[container])
@@ -111,7 +111,7 @@ def explain(
 
 def alternatives(slot: str, config_dirs: Iterable[str | Path] = ()) -> dict[str, str]:
     """Option to its one-line summary. Raises ConfigError for an unknown slot."""
-    tree = ConfigTree.find(config_dirs)
+    tree = ConfigFiles.find(config_dirs)
     groups = tree.groups()
     if slot not in groups:
         raise ConfigError(f"--slot: no slot {slot!r}{nearest(slot, groups)}")

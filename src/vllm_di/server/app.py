@@ -51,6 +51,7 @@ class OpenAiServer(Server):
         logging.getLogger("vllm_di.server").setLevel(config.log_level.upper())
         self._config = config
         self._engine = engine_client
+        engine_client.on_stats = metrics.engine
         self._service = Service(
             tokenizer,
             chat_template,

@@ -1,0 +1,153 @@
+"""Words of the command line, apart: overrides, flags, plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from vllm_di.errors import VllmDiError, nearest
+
+
+class UsageError(VllmDiError):
+    """The command line cannot be understood."""
+
+
+def _model(value: str) -> list[str]:
+    looks_like_path = any(c in value for c in "/.\\")
+    return ["model=local", f"model.path={value}"] if looks_like_path else [f"model={value}"]
+
+
+def _tensor_parallel(value: str) -> list[str]:
+    return ["executor=multiprocess", f"executor.tensor_parallel_size={value}"]
+
+
+def _key(key: str) -> Callable[[str], list[str]]:
+    return lambda value: [f"{key}={value}"]
+
+
+ALIASES: dict[str, tuple[Callable[[str], list[str]], str]] = {
+    "--model": (_model, "model=NAME, or model=local model.path=PATH"),
+    "--host": (_key("server.host"), "server.host"),
+    "--port": (_key("server.port"), "server.port"),
+    "--api-key-file": (_key("server.api_key_file"), "server.api_key_file"),
+    "--served-model-name": (_key("server.served_model_name"), "server.served_model_name"),
+    "--max-model-len": (_key("model.max_model_len"), "model.max_model_len"),
+    "--max-num-seqs": (_key("scheduler.max_num_seqs"), "scheduler.max_num_seqs"),
+    "--dtype": (_key("model.dtype"), "model.dtype"),
+    "--tensor-parallel-size": (
+        _tensor_parallel,
+        "executor=multiprocess executor.tensor_parallel_size",
+    ),
+}
+"""Flags that users of vLLM expect: each stands for overrides."""
+
+SWITCHES = {
+    "--help": "this help; with a GROUP or GROUP=OPTION behind it, its keys",
+    "--debug": "show the traceback of an error",
+}
+OPTIONS = {"--config-dir": "a folder of your own config groups; may be repeated"}
+
+VERB_SWITCHES: dict[str, dict[str, str]] = {
+    "explain": {"--json": "as data", "--no-ops": "do not build the op table"},
+    "config": {"--origins": "say where each value came from"},
+    "bench": {"-m": "sweep: a value with commas is tried one by one"},
+}
+VERB_OPTIONS: dict[str, dict[str, str]] = {
+    "explain": {"--slot": "the alternatives for one slot"},
+    "chat": {
+        "--temperature": "0 is greedy",
+        "--max-tokens": "longest answer",
+        "--system": "prompt",
+    },
+    "complete": {"--temperature": "0 is greedy", "--max-tokens": "longest answer"},
+    "bench": {
+        "--input-len": "tokens of a prompt",
+        "--output-len": "tokens of an answer",
+        "--batch-size": "requests at once (latency)",
+        "--num-prompts": "requests in all (throughput, serve)",
+        "--concurrency": "requests at once (serve)",
+        "--request-rate": "requests a second (serve); default: as many as concurrency allows",
+        "--base-url": "a server that runs already (serve)",
+        "--warmup": "runs that are not counted",
+        "--repeats": "counted runs",
+        "--json": "file for the results",
+    },
+}
+
+
+@dataclass
+class Arguments:
+    """A command line, understood."""
+
+    verb: str = ""
+    overrides: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    """Neither override nor flag: a prompt, a sub-verb, a slot."""
+    options: dict[str, str] = field(default_factory=dict)
+    switches: set[str] = field(default_factory=set)
+    config_dirs: list[str] = field(default_factory=list)
+
+    @property
+    def help(self) -> bool:
+        return "--help" in self.switches
+
+    def number(self, name: str, default: int) -> int:
+        """A whole number above 0. Raises UsageError."""
+        text = self.options.get(name)
+        if text is None:
+            return default
+        if not text.isdigit() or int(text) < 1:
+            raise UsageError(f"{name}: expected a number above 0, got {text!r}")
+        return int(text)
+
+    def real(self, name: str, default: float) -> float:
+        """A number of 0 or more. Raises UsageError."""
+        text = self.options.get(name)
+        try:
+            value = default if text is None else float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < float("inf"):
+            raise UsageError(f"{name}: expected a number of 0 or more, got {text!r}")
+        return value
+
+
+def parse(verb: str, words: list[str]) -> Arguments:
+    """Sort the words behind a verb. Raises UsageError with the nearest flag."""
+    found = Arguments(verb=verb)
+    switches = SWITCHES | VERB_SWITCHES.get(verb, {})
+    options = OPTIONS | VERB_OPTIONS.get(verb, {})
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if word == "-h":
+            found.switches.add("--help")
+        elif word in switches:
+            found.switches.add(word)
+        elif name in options or name in ALIASES:
+            if not equals:
+                value = next(rest, "")
+                if not value or value.startswith("--"):
+                    raise UsageError(f"{name} needs a value")
+            if name == "--config-dir":
+                found.config_dirs.append(value)
+            elif name in ALIASES and name not in options:
+                found.overrides += ALIASES[name][0](value)
+            else:
+                found.options[name] = value
+        elif word.startswith("-") and len(word) > 1:
+            known = [*switches, *options, *ALIASES]
+            raise UsageError(f"{verb} has no flag {name!r}{nearest(name, known)}")
+        elif (equals and " " not in name) or word.startswith("~"):
+            found.overrides.append(word)
+        else:
+            found.words.append(word)
+    return found
+
+
+def no_words(arguments: Arguments) -> None:
+    """Refuse plain words where a verb takes none."""
+    if arguments.words:
+        raise UsageError(
+            f"{arguments.words[0]!r} is no override; write key=value or group=option, e.g. model=llama3"
+        )

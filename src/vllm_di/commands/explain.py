@@ -1,0 +1,47 @@
+"""``vllm-di explain``: which class fills each slot, who chose it, and where."""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+
+from vllm_di.commands.arguments import Arguments, no_words
+from vllm_di.commands.table import print_table
+
+
+def run(arguments: Arguments) -> int:
+    """A table, data (``--json``), or the alternatives of one slot (``--slot NAME``)."""
+    no_words(arguments)
+    from vllm_di.containers.assembly import assemble
+    from vllm_di.containers.explain import alternatives, explain
+
+    slot = arguments.options.get("--slot")
+    if slot is not None:
+        found = alternatives(slot, arguments.config_dirs)
+        print_table(["option", "what it is"], [list(row) for row in found.items()])
+        return 0
+    assembly = assemble(arguments.overrides, arguments.config_dirs)
+    told = explain(
+        assembly,
+        config_dirs=arguments.config_dirs,
+        ops="--no-ops" not in arguments.switches,
+    )
+    if "--json" in arguments.switches:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(told)).decode() + "\n")
+        return 0
+    print(f"platform {told.platform} ({told.platform_reason}), support level: {told.level}\n")
+    print_table(
+        ["slot", "class", "chosen by", "place"],
+        [[r.slot, _short(r.target), r.chosen_by, r.place] for r in told.rows],
+    )
+    if told.ops:
+        print()
+        print_table(["op", "runs on"], [[row.op, row.runs_on] for row in told.ops])
+        print(f"\nfusions in force: {', '.join(told.fusions) or 'none'}")
+    return 0
+
+
+def _short(target: str) -> str:
+    """Without the part that all components of this project share."""
+    return target.removeprefix("vllm_di.components.").removeprefix("vllm_di.")

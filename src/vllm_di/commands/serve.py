@@ -1,0 +1,75 @@
+"""``vllm-di serve``: the API process. It starts the engine process first, so that both start side
+by side."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Coroutine
+from typing import Any
+
+from vllm_di.commands.arguments import Arguments, no_words
+from vllm_di.containers.assembly import Assembly, assemble
+from vllm_di.server.engine_client import ProcessEngineClient
+
+
+def run(arguments: Arguments) -> int:
+    """Serve until a signal. Errors of the engine's start end here too."""
+    no_words(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    assembly = assemble(arguments.overrides, arguments.config_dirs)
+    asyncio.run(_serve(assembly))
+    return 0
+
+
+async def _serve(assembly: Assembly) -> None:
+    client = ProcessEngineClient()
+    await client.start(assembly.encode())
+    try:
+        # imported while the engine process starts
+        from vllm_di.containers.engine import ServerContainer
+        from vllm_di.containers.fill import opened
+
+        with opened(ServerContainer, assembly, engine_client=client) as container:
+            watching = asyncio.create_task(_announce(assembly, client))
+            try:
+                await container.server().run()
+            finally:
+                watching.cancel()
+                await _quietly(watching)
+    finally:
+        await client.close()
+
+
+async def _announce(assembly: Assembly, client: ProcessEngineClient) -> None:
+    """Say what starts, how far it is, and where it listens."""
+    platform, server = assembly.settings["platform"], assembly.server["server"]
+    level = platform["level"]
+    caution = "" if level == "hardware-tested" else " (not tested on hardware of the vendor)"
+    if platform["name"] == "cpu":
+        caution = ""
+    _say(f"model {assembly.settings['model_name']}, platform {platform['name']}: {level}{caution}")
+    stage = ""
+    while client.state == "starting":
+        if client.stage != stage:
+            stage = client.stage
+            _say(f"engine: {stage}")
+        await asyncio.sleep(0.1)
+    if client.state == "ready" and client.report is not None:
+        report = client.report
+        tokens = report.num_blocks * report.block_size
+        _say(
+            f"ready: {report.dtype} weights of {report.weight_bytes / 2**20:.0f} MiB, "
+            f"KV cache for {tokens} tokens"
+        )
+        where = server["unix_socket"] or f"http://{server['host']}:{server['port']}"
+        _say(f"listening on {where} (API under /v1)")
+
+
+async def _quietly(task: asyncio.Task[Any] | Coroutine[Any, Any, Any]) -> None:
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _say(text: str) -> None:
+    print(f"vllm-di: {text}", file=sys.stderr, flush=True)

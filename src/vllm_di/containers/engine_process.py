@@ -1,0 +1,102 @@
+"""The engine in a process of its own: ``python -m vllm_di.containers.engine_process SOCKET``.
+
+The assembly comes on standard input. One thread reads requests, the main thread runs the engine.
+The process ends when the socket does, or with a last message when the engine fails.
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import sys
+import threading
+
+from vllm_di.components.interfaces import Engine
+from vllm_di.components.messages import EngineOutputs, TokenOutput
+from vllm_di.components.transport import Codec, Connection, Failure, connect
+from vllm_di.containers.assembly import Assembly
+from vllm_di.containers.fill import open_engine
+from vllm_di.errors import EngineDeadError, RequestError
+from vllm_di.server import wire
+
+Inbox = queue.SimpleQueue[wire.ToEngine | None]
+
+
+def main() -> None:
+    # an interrupt at the keyboard reaches the whole group: the API process decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assembly = Assembly.decode(sys.stdin.buffer.read())
+    codec: Codec[wire.ToEngine] = Codec(wire.ToEngine)
+    connection = Connection(connect(sys.argv[1]), codec)
+    failed = False
+    try:
+        connection.send(wire.Stage("load"))
+        with open_engine(assembly) as engine:
+            connection.send(wire.Ready(engine.report))
+            serve(engine, connection)
+    except BrokenPipeError:
+        return  # the API process is gone
+    except Exception as error:
+        failed = True
+        connection.send(Failure.of(error))
+    finally:
+        connection.close()
+    sys.exit(1 if failed else 0)
+
+
+def serve(engine: Engine, connection: Connection[wire.ToEngine]) -> None:
+    """Run until the peer closes."""
+    inbox: Inbox = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, inbox), name="requests", daemon=True).start()
+    while True:
+        messages = _drain(inbox, wait=not engine.has_work())
+        refused = []
+        for message in messages:
+            if message is None:
+                return
+            if isinstance(message, wire.Add):
+                try:
+                    engine.add(message.request)
+                except RequestError as error:
+                    refused.append(_refusal(message.request.request_id, error))
+            elif isinstance(message, wire.Abort):
+                engine.abort(message.request_id)
+            else:
+                engine.reset_prefix_cache()
+        outputs = engine.step()
+        if refused or outputs.outputs or messages:
+            answer = EngineOutputs(outputs=[*refused, *outputs.outputs], stats=outputs.stats)
+            connection.send(wire.Outputs(answer))
+
+
+def _read(connection: Connection[wire.ToEngine], inbox: Inbox) -> None:
+    try:
+        while True:
+            inbox.put(connection.receive())
+    except (EngineDeadError, OSError):
+        inbox.put(None)
+
+
+def _drain(inbox: Inbox, *, wait: bool) -> list[wire.ToEngine | None]:
+    """All messages that are there; with ``wait`` at least one."""
+    messages = [inbox.get()] if wait else []
+    try:
+        while True:
+            messages.append(inbox.get_nowait())
+    except queue.Empty:
+        return messages
+
+
+def _refusal(request_id: str, error: RequestError) -> TokenOutput:
+    return TokenOutput(
+        request_id=request_id,
+        finish_reason="error",
+        error=error.message,
+        error_param=error.param,
+        error_code=error.code,
+        error_status=error.status,
+    )
+
+
+if __name__ == "__main__":
+    main()
