@@ -60,6 +60,7 @@ class EchoEngine(EngineClient):
         self.go_on = asyncio.Event()
         self.died = asyncio.Event()
         self.live: set[str] = set()
+        self.num_waiting = 0
         self.aborted: list[str] = []
         self.requests: list[EngineRequest] = []
 
@@ -92,12 +93,21 @@ class EchoEngine(EngineClient):
                 self.aborted.append(request.request_id)
 
     async def _wait(self) -> None:
+        self.num_waiting += 1
         tasks = [asyncio.ensure_future(e.wait()) for e in (self.go_on, self.died)]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self.num_waiting -= 1
             for task in tasks:
                 task.cancel()
+
+    async def until_waiting(self, count: int) -> None:
+        """Return when ``count`` requests wait, and all that came before has been sent."""
+        while self.num_waiting < count:
+            await asyncio.sleep(0)
+        for _ in range(50):
+            await asyncio.sleep(0)
 
     def _output(self, request: EngineRequest, i: int) -> TokenOutput:
         prompt = request.prompt_token_ids
@@ -117,7 +127,8 @@ class EchoEngine(EngineClient):
 
     async def wait_ready(self) -> None:
         if self.state == "starting":
-            await self.go_on.wait()
+            await self._wait()
+        if self.state == "starting":
             self.state = "ready"
         if self.state == "dead":
             raise EngineDeadError(self.failure or "")

@@ -1,0 +1,27 @@
+"""``python -m tests.server.process DELAY [KEY=NUMBER ...]``: a server round the echo engine in a
+process of its own. Prints its address, and at the end how many requests the engine still had."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from tests.server.fakes import EchoEngine, make_server
+
+
+async def main() -> None:
+    delay, *settings = sys.argv[1:]
+    engine = EchoEngine(delay=float(delay))
+    pairs = (s.split("=") for s in settings)
+    server = make_server(engine, port=0, **{name: float(number) for name, number in pairs})
+    running = asyncio.create_task(server.run())
+    while server.address is None:
+        await asyncio.sleep(0.001)
+    sys.stdout.write(f"{server.address}\n")
+    sys.stdout.flush()
+    await running
+    sys.stdout.write(f"left={len(engine.live)} aborted={len(engine.aborted)}\n")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,131 @@
+"""Plain completions: kinds of prompts, echo, the legacy log-probabilities, streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from tests.server.fakes import COMPLETIONS, EchoEngine, completion, with_client
+from tests.server.test_chat import events
+
+BOS = 256
+
+
+def texts(body: dict[str, Any]) -> list[str]:
+    return [choice["text"] for choice in body["choices"]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("ab", [[BOS, 97, 98]]),
+        (["ab", "c"], [[BOS, 97, 98], [BOS, 99]]),
+        ([97, 98], [[97, 98]]),
+        ([[97], [98, 99]], [[97], [98, 99]]),
+    ],
+)
+def test_kinds_of_prompts(prompt: Any, prompts: list[list[int]]) -> None:
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        response = await client.post(COMPLETIONS, json=completion(prompt, max_tokens=6))
+        body = response.json()
+        assert response.status_code == 200, body
+        assert [r.prompt_token_ids for r in engine.requests] == prompts
+        repeated = [bytes(i for i in (p * 6)[:6] if i < 256).decode() for p in prompts]
+        assert texts(body) == repeated
+        assert body["object"] == "text_completion"
+        assert [c["index"] for c in body["choices"]] == list(range(len(prompts)))
+        assert body["usage"]["prompt_tokens"] == sum(map(len, prompts))
+        assert len({r.request_id for r in engine.requests}) == len(prompts)
+        streamed = events(
+            await client.post(COMPLETIONS, json=completion(prompt, max_tokens=6, stream=True))
+        )
+        choices = [c for chunk in streamed for c in chunk["choices"]]
+        for i, text in enumerate(repeated):
+            assert "".join(c["text"] for c in choices if c["index"] == i) == text
+
+    with_client(test)
+
+
+def test_default_length_and_n() -> None:
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        body = (await client.post(COMPLETIONS, json=completion([97], n=2))).json()
+        assert texts(body) == ["a" * 16] * 2
+        both = completion([[97], [98]], n=2, max_tokens=1)
+        assert texts((await client.post(COMPLETIONS, json=both)).json()) == ["a", "a", "b", "b"]
+
+    with_client(test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo(stream: bool) -> None:
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        request = completion([97, 98], echo=True, max_tokens=3, stream=stream)
+        response = await client.post(COMPLETIONS, json=request)
+        if stream:
+            text = "".join(c["text"] for chunk in events(response) for c in chunk["choices"])
+        else:
+            (text,) = texts(response.json())
+        assert text == "ababa"
+
+    with_client(test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_scoring_a_prompt(stream: bool) -> None:
+    """What lm-eval asks for: echo, log-probabilities and no new tokens."""
+
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        request = completion("hé", echo=True, max_tokens=0, logprobs=1, stream=stream)
+        response = await client.post(COMPLETIONS, json=request)
+        if stream:
+            chunks = [c for chunk in events(response) for c in chunk["choices"]]
+            logprobs = next(c["logprobs"] for c in chunks if c["logprobs"])
+            text = "".join(c["text"] for c in chunks)
+        else:
+            body = response.json()
+            assert body["usage"]["completion_tokens"] == 0
+            (choice,) = body["choices"]
+            text, logprobs = choice["text"], choice["logprobs"]
+        assert text == "hé"
+        assert logprobs["tokens"] == ["<s>", "h", "\ufffd", "\ufffd"]
+        assert logprobs["token_logprobs"] == [None, -0.5, -0.5, -0.5]
+        assert logprobs["top_logprobs"][1] == {"h": -0.5}
+        assert logprobs["text_offset"] == [0, 3, 4, 5]
+
+    with_client(test)
+
+
+def test_legacy_logprobs() -> None:
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        request = completion([97, 98], logprobs=2, max_tokens=3)
+        body = (await client.post(COMPLETIONS, json=request)).json()
+        logprobs = body["choices"][0]["logprobs"]
+        assert logprobs == {
+            "tokens": ["a", "b", "a"],
+            "token_logprobs": [-0.5] * 3,
+            "top_logprobs": [{"a": -0.5, "A": -1.0}, {"b": -0.5, "A": -1.0}, {"a": -0.5, "A": -1.0}],
+            "text_offset": [0, 1, 2],
+        }
+        streamed = events(await client.post(COMPLETIONS, json={**request, "stream": True}))
+        pieces = [c["logprobs"] for chunk in streamed for c in chunk["choices"]]
+        assert [p["text_offset"] for p in pieces] == [[0], [1], [2]]
+        plain = {**request, "logprobs": 0}
+        body = (await client.post(COMPLETIONS, json=plain)).json()
+        assert body["choices"][0]["logprobs"]["top_logprobs"] is None
+
+    with_client(test)
+
+
+def test_stop_and_token_ids() -> None:
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        request = completion([97, 98, 99], stop="c", max_tokens=9, return_token_ids=True)
+        (choice,) = (await client.post(COMPLETIONS, json=request)).json()["choices"]
+        assert (choice["text"], choice["stop_reason"]) == ("ab", "c")
+        assert choice["token_ids"] == [97, 98, 99]
+        assert choice["prompt_token_ids"] == [97, 98, 99]
+        streamed = events(await client.post(COMPLETIONS, json={**request, "stream": True}))
+        ids = [i for chunk in streamed for c in chunk["choices"] for i in c["token_ids"]]
+        assert ids == [97, 98, 99]
+
+    with_client(test)
