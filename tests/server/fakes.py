@@ -12,6 +12,7 @@ from vllm_di.components.chat_template.jinja import JinjaChatTemplate
 from vllm_di.components.interfaces import EngineClient
 from vllm_di.components.messages import (
     EngineRequest,
+    EngineStats,
     LimitsReport,
     TokenLogprobs,
     TokenOutput,
@@ -84,6 +85,8 @@ class EchoEngine(EngineClient):
                 if self.state == "dead":
                     raise EngineDeadError(self.failure or "")
                 output = self._output(request, i)
+                if self.on_stats is not None:
+                    self.on_stats(EngineStats(num_running=len(self.live), step_tokens=1))
                 is_done = i == limit - 1
                 output.finish_reason = "length" if is_done else None
                 yield output

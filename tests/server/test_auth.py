@@ -77,7 +77,12 @@ def test_right_and_wrong_keys(key_file: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("SOME_KEY", "third-key")
 
     async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
-        for good in ["Bearer first-key", "bearer second-key", "Bearer third-key", "BEARER  first-key"]:
+        for good in [
+            "Bearer first-key",
+            "bearer second-key",
+            "Bearer third-key",
+            "BEARER  first-key",
+        ]:
             headers = {"authorization": good}
             response = await client.post(CHAT, json=chat(max_tokens=1), headers=headers)
             assert response.status_code == 200, good

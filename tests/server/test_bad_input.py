@@ -180,7 +180,22 @@ def test_bad_chat(fields: dict[str, Any], param: str) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    [[], "", None, 7, {}, [[]], ["a", 1], [1, "a"], [[1], "a"], [-1], [300], [1.5], [True], [[300]]],
+    [
+        [],
+        "",
+        None,
+        7,
+        {},
+        [[]],
+        ["a", 1],
+        [1, "a"],
+        [[1], "a"],
+        [-1],
+        [300],
+        [1.5],
+        [True],
+        [[300]],
+    ],
 )
 def test_bad_prompts(prompt: Any) -> None:
     async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
@@ -280,18 +295,22 @@ def test_more_texts_than_the_queue_takes() -> None:
 
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
-FIELDS = st.sampled_from(
-    "n temperature top_p top_k stop seed logprobs top_logprobs max_tokens min_tokens logit_bias "
-    "stream messages prompt echo bad_words allowed_token_ids tools response_format priority "
-    "chat_template_kwargs stream_options cache_salt model best_of".split()
+FIELDS = st.sampled_from([name for name, _, _ in BAD_FIELDS] + ["messages", "prompt", "echo"])
+MORE = st.sampled_from(
+    ["logprobs", "top_logprobs", "tools", "chat_template_kwargs", "best_of", "bad_words"]
 )
 
 
 @settings(max_examples=150, deadline=None)
-@given(path=st.sampled_from([CHAT, COMPLETIONS]), fields=st.dictionaries(FIELDS, ANYTHING, max_size=4))
+@given(
+    path=st.sampled_from([CHAT, COMPLETIONS]),
+    fields=st.dictionaries(FIELDS | MORE, ANYTHING, max_size=4),
+)
 def test_no_request_is_an_internal_error(path: str, fields: dict[str, Any]) -> None:
     async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
         base = {**(chat() if path == CHAT else completion()), "max_tokens": 3, **fields}

@@ -227,7 +227,11 @@ def test_what_cannot_be_honoured_is_refused(
         assert response.status_code == 400
         assert (error["param"], error["code"]) == (param, "unsupported_parameter")
         assert error["type"] == "invalid_request_error"
-        harmless = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}}
+        harmless: dict[str, Any] = {
+            "tools": [],
+            "tool_choice": "none",
+            "response_format": {"type": "text"},
+        }
         assert (await client.post(CHAT, json=chat(max_tokens=2, **harmless))).status_code == 200
 
     with_client(test)

@@ -104,7 +104,11 @@ def test_legacy_logprobs() -> None:
         assert logprobs == {
             "tokens": ["a", "b", "a"],
             "token_logprobs": [-0.5] * 3,
-            "top_logprobs": [{"a": -0.5, "A": -1.0}, {"b": -0.5, "A": -1.0}, {"a": -0.5, "A": -1.0}],
+            "top_logprobs": [
+                {"a": -0.5, "A": -1.0},
+                {"b": -0.5, "A": -1.0},
+                {"a": -0.5, "A": -1.0},
+            ],
             "text_offset": [0, 1, 2],
         }
         streamed = events(await client.post(COMPLETIONS, json={**request, "stream": True}))

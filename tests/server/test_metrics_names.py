@@ -72,6 +72,7 @@ def test_every_series_is_there_and_counts(stream: bool) -> None:
         assert value(text, f"vllm:inter_token_latency_seconds_count{{{LABELS}}}") == 2 * 3 + 1
         assert value(text, f"vllm:e2e_request_latency_seconds_count{{{LABELS}}}") == 3
         assert value(text, f"vllm:request_prompt_tokens_sum{{{LABELS}}}") == 5 + 5 + 2
+        assert value(text, f"vllm:iteration_tokens_total_sum{{{LABELS}}}") == 8 + 2
         success = 'vllm:request_success_total{engine="0",finished_reason="%s",model_name="echo"}'
         assert value(text, success % "length") == 2
         assert value(text, success % "stop") == 1

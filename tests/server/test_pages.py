@@ -203,7 +203,8 @@ def test_no_torch_in_the_api_process() -> None:
     code = (
         "import sys, pkgutil, importlib, vllm_di.server, vllm_di.frontend\n"
         "parts = [vllm_di.server, vllm_di.frontend]\n"
-        "names = [m.name for p in parts for m in pkgutil.iter_modules(p.__path__, p.__name__ + '.')]\n"
+        "walk = pkgutil.iter_modules\n"
+        "names = [m.name for p in parts for m in walk(p.__path__, p.__name__ + '.')]\n"
         "slots = 'tokenizer.hf tokenizer.bytes chat_template.jinja tool_parser.none "
         "reasoning_parser.none metrics.prometheus'.split()\n"
         "for n in names + ['vllm_di.components.' + s for s in slots]: importlib.import_module(n)\n"
