@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -14,7 +15,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-import vllm_di
 from vllm_di.errors import RequestError
 from vllm_di.frontend.requests import check_token_ids
 from vllm_di.server.answer import Answer, send_answer
@@ -113,7 +113,8 @@ class Pages:
         return _json(self._model())
 
     async def version(self, request: Request) -> Response:
-        return _json({"version": vllm_di.__version__})
+        # The package's root names the LLM class, so importing it by statement would look up.
+        return _json({"version": importlib.import_module("vllm_di").__version__})
 
     async def metrics(self, request: Request) -> Response:
         if self._service.engine.state == "ready" and not self._service.admission.draining:
