@@ -200,8 +200,15 @@ class OpTable(ABC):
         return weight
 
     @abstractmethod
-    def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        """x [tokens, in], weight from ``pack_linear`` -> [tokens, out]."""
+    def linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """x [tokens, in], weight from ``pack_linear`` -> [tokens, out] in ``out_dtype`` (x's by
+        default). Logits ask for fp32: rounded to bf16, likely tokens would tie."""
 
     @abstractmethod
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
@@ -393,9 +400,11 @@ class Quantization(ABC):
     """(8) What becomes of a linear weight after loading, and the product that goes with it."""
 
     @abstractmethod
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """weight [out, in] of this rank, loaded -> a function x [tokens, in] -> [tokens, out]. It
-        must not keep ``weight`` alive beside a packed copy."""
+    def linear(
+        self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """weight [out, in] of this rank, loaded -> a function x [tokens, in] -> [tokens, out] in
+        ``out_dtype`` (x's by default). It must not keep ``weight`` alive beside a packed copy."""
 
 
 class Model(ABC):

@@ -337,7 +337,7 @@ class Decoder(nn.Module, Model):
         for module in self.modules():
             if isinstance(module, Linear | Experts):
                 module.finalize(self._quantization)
-        self.head.run = self._quantization.linear(self.head.weight, None)
+        self.head.run = self._quantization.linear(self.head.weight, None, torch.float32)
         if self.head is not self.embedding:
             self.head.weight = self.head.weight[:0]
 
@@ -384,7 +384,7 @@ class Decoder(nn.Module, Model):
         ]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        out = self.head.logits(hidden).float()
+        out = self.head.logits(hidden)
         if self.config.logits_scaling is not None:
             out = out / self.config.logits_scaling
         if (cap := self.config.final_logit_softcapping) is not None:

@@ -108,7 +108,7 @@ class SelectedOps(OpTable):
                 rows[op] = owner.describe().get(op, type(owner).__name__)
         return rows
 
-    # Replaced in the constructor by the chosen library's methods; they stand here for the interface.
+    # Replaced in the constructor by the chosen library's methods; here for the interface.
 
     rms_norm = TorchOps.rms_norm
     rotary_embedding = TorchOps.rotary_embedding

@@ -42,8 +42,19 @@ class TorchOps(OpLibrary):
         gate, up = x.chunk(2, -1)
         return F.gelu(gate, approximate="tanh") * up
 
-    def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
+    def linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        if out_dtype is None or out_dtype == x.dtype:
+            return F.linear(x, weight, bias)
+        # a wide copy of a slice of the weight at a time: the whole one would double the memory
+        parts = [F.linear(x.to(out_dtype), part.to(out_dtype)) for part in weight.split(8192)]
+        out = torch.cat(parts, -1)
+        return out if bias is None else out + bias
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(token_ids, weight)
@@ -113,7 +124,7 @@ class TorchOps(OpLibrary):
     def top_k_top_p_sample(
         self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
     ) -> Tensor:
-        logits, ids = logits.sort(-1, descending=True, stable=True)
+        logits, ids = logits.sort(dim=-1, descending=True, stable=True)
         last = (top_k.clamp(1, logits.shape[-1]) - 1)[:, None]
         logits = logits.masked_fill(logits < logits.gather(-1, last), float("-inf"))
         probs = logits.softmax(-1)

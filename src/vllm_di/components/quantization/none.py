@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from vllm_di.components.interfaces import OpTable, Quantization
@@ -15,10 +16,12 @@ class NoQuantization(Quantization):
     def __init__(self, ops: OpTable) -> None:
         self._pack, self._linear = ops.pack_linear, ops.linear
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def linear(
+        self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None
+    ) -> Callable[[Tensor], Tensor]:
         packed, product = self._pack(weight), self._linear
 
         def run(x: Tensor) -> Tensor:
-            return product(x, packed, bias)
+            return product(x, packed, bias, out_dtype)
 
         return run

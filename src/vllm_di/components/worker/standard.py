@@ -111,7 +111,8 @@ class StandardWorker(Worker):
             need = (per_sequence + reserved) * block_bytes / GIB
             raise ConfigError(
                 f"the KV cache has room for {blocks} blocks ({source}), but one sequence of "
-                f"{self._model.max_model_len} tokens needs {per_sequence + reserved} ({need:.2f} GiB); "
+                f"{self._model.max_model_len} tokens needs {per_sequence + reserved} "
+                f"({need:.2f} GiB); "
                 "raise worker.kv_cache_memory or worker.num_blocks, or lower model.max_model_len"
             )
         return blocks
