@@ -99,14 +99,14 @@ EXPORT void gate_and_mul(int dtype, int gelu, const void* x, void* out, int64_t 
         for (int64_t i = 0; i < n; i++) {
           float v = load(gate + i);
           float u = 0.7978845608028654f * (v + 0.044715f * v * v * v);
-          float tanh_u = 1.f - 2.f / (std::exp(2.f * u) + 1.f);
+          float tanh_u = 1.f - 2.f / (fast_exp(2.f * u) + 1.f);
           store(to + i, 0.5f * v * (1.f + tanh_u) * load(gate + n + i));
         }
       } else {
         _Pragma("omp simd")
         for (int64_t i = 0; i < n; i++) {
           float v = load(gate + i);
-          store(to + i, v / (1.f + std::exp(-v)) * load(gate + n + i));
+          store(to + i, v / (1.f + fast_exp(-v)) * load(gate + n + i));
         }
       }
     }

@@ -5,11 +5,7 @@
 // In fp32 a panel is [k][16]. Each tile of panels stays in the nearest cache while all rows pass over it.
 #include "common.h"
 
-typedef float f16 __attribute__((vector_size(64)));
 typedef uint32_t u16 __attribute__((vector_size(64)));
-static const int64_t kLanes = 16;
-
-static inline f16 zero() { return f16{}; }
 
 #if defined(__AVX512BF16__)
 static inline f16 multiply_add(f16 sum, uint32_t pair, const uint32_t* weights) {
@@ -36,6 +32,8 @@ static inline f16 multiply_add(f16 sum, float x, const float* weights) {
   return sum + x * w;
 }
 
+static const int64_t kSpan = 192;  // rows of a piece of work, a multiple of the tile's rows
+
 struct Product {
   const void* x;
   const void* weights;
@@ -45,6 +43,15 @@ struct Product {
   int out_dtype;
 };
 
+template <typename T>
+static inline void finish(T* out, f16 sum, const float* bias, int64_t count) {
+  if (count == kLanes) {
+    store16(out, bias ? sum + load16(bias) : sum);
+    return;
+  }
+  for (int64_t i = 0; i < count; i++) store(out + i, sum[i] + (bias ? bias[i] : 0.f));
+}
+
 // ROWS rows times PANELS panels. S is what one step along k loads: a pair of bf16, or a float.
 template <typename S, int ROWS, int PANELS>
 static void tile(const Product& p, int64_t row, int64_t panel) {
@@ -52,7 +59,7 @@ static void tile(const Product& p, int64_t row, int64_t panel) {
   const S* w = (const S*)p.weights + panel * p.k * kLanes;
   f16 sums[ROWS][PANELS];
   for (int r = 0; r < ROWS; r++)
-    for (int c = 0; c < PANELS; c++) sums[r][c] = zero();
+    for (int c = 0; c < PANELS; c++) sums[r][c] = f16{};
   for (int64_t k = 0; k < p.k; k++) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
@@ -65,21 +72,17 @@ static void tile(const Product& p, int64_t row, int64_t panel) {
     for (int c = 0; c < PANELS; c++) {
       int64_t first = (panel + c) * kLanes, count = std::min(kLanes, p.n - first);
       int64_t at = (row + r) * p.n + first;
-      for (int64_t i = 0; i < count; i++) {
-        float value = sums[r][c][i] + (p.bias ? p.bias[first + i] : 0.f);
-        if (p.out_dtype == 0)
-          store((float*)p.out + at + i, value);
-        else
-          store((bf16*)p.out + at + i, value);
-      }
+      if (p.out_dtype == 0)
+        finish((float*)p.out + at, sums[r][c], p.bias ? p.bias + first : nullptr, count);
+      else
+        finish((bf16*)p.out + at, sums[r][c], p.bias ? p.bias + first : nullptr, count);
     }
 }
 
 template <typename S, int PANELS>
-static void rows_of(const Product& p, int64_t panel) {
-  int64_t row = 0;
-  for (; row + 6 <= p.rows; row += 6) tile<S, 6, PANELS>(p, row, panel);
-  switch (p.rows - row) {
+static void rows_of(const Product& p, int64_t panel, int64_t row, int64_t end) {
+  for (; row + 6 <= end; row += 6) tile<S, 6, PANELS>(p, row, panel);
+  switch (end - row) {
     case 5: tile<S, 5, PANELS>(p, row, panel); break;
     case 4: tile<S, 4, PANELS>(p, row, panel); break;
     case 3: tile<S, 3, PANELS>(p, row, panel); break;
@@ -90,14 +93,16 @@ static void rows_of(const Product& p, int64_t panel) {
 
 template <typename S>
 static void product(const Product& p, int threads) {
+  // pieces of work: a group of panels times a span of rows, all spans of a group one after the other
   int64_t panels = (p.n + kLanes - 1) / kLanes, groups = (panels + 3) / 4;
+  int64_t spans = (p.rows + kSpan - 1) / kSpan;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t g = 0; g < groups; g++) {
-    int64_t panel = g * 4;
+  for (int64_t i = 0; i < groups * spans; i++) {
+    int64_t panel = i / spans * 4, row = i % spans * kSpan, end = std::min(p.rows, row + kSpan);
     if (panel + 4 <= panels)
-      rows_of<S, 4>(p, panel);
+      rows_of<S, 4>(p, panel, row, end);
     else
-      for (; panel < panels; panel++) rows_of<S, 1>(p, panel);
+      for (; panel < panels; panel++) rows_of<S, 1>(p, panel, row, end);
   }
 }
 
