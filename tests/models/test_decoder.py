@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from tests.models.checkpoints import CASES, make
 from tests.models.runner import load
 

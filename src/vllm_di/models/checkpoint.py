@@ -78,7 +78,8 @@ def _in_package(path: str) -> Path:
     if not found.is_file():
         inside = sorted(p.name for p in Path(places[0]).glob("*.gguf"))
         raise CheckpointError(
-            f"model.path: {path}: no such file in the package; it has {', '.join(inside) or 'no GGUF'}"
+            f"model.path: {path}: no such file in the package; "
+            f"it has {', '.join(inside) or 'no GGUF'}"
         )
     return found
 

@@ -48,6 +48,8 @@ class Parts:
         self.ops, self.attention, self.communicator = ops, attention, communicator
         self.rank, self.world = communicator.rank, communicator.world_size
         self.dtype, self.device = device.dtype(config.dtype), device.torch_device
+        self.reduce = communicator.all_reduce
+        """Sums the ranks' partial products."""
 
     def linear(self, outputs: list[Shard], inputs: Shard, bias: bool | None) -> Linear:
         return Linear(outputs, inputs, bias=bool(bias), dtype=self.dtype, device=self.device)
@@ -62,10 +64,6 @@ class Parts:
 
     def shard(self, size: int, what: str) -> Shard:
         return shard(size, self.rank, self.world, what)
-
-    def reduce(self, x: Tensor) -> Tensor:
-        """Sum the ranks' partial products."""
-        return x if self.world == 1 else self.communicator.all_reduce(x)
 
 
 class Attention(nn.Module):

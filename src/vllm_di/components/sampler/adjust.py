@@ -1,83 +1,146 @@
-"""What a request may do to its logits before a token is chosen."""
+"""What a request may do to its logits before a token is chosen: masks, biases, penalties.
+
+Everything is a short list of token ids, never an array of the vocabulary's size: a step edits the
+few logits concerned, of all rows at once. Order and meaning are vLLM's: allowed ids, bad words,
+min_tokens, bias, repetition, frequency, presence.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vllm_di.components.messages import SamplingParams
+from vllm_di.components.interfaces import SequenceState
+
+Ids = npt.NDArray[np.int64]
+Values = npt.NDArray[np.float32]
+NEVER = float("-inf")
 
 
 class Adjustments:
-    """Masks, biases and penalties of one sequence. Counts are brought up to date as tokens come."""
+    """Masks, biases and penalties of one sequence. Its tokens are counted as they come."""
 
     @classmethod
-    def of(
-        cls, params: SamplingParams, ends: list[int], bad_words: list[list[int]]
-    ) -> Adjustments | None:
+    def of(cls, row: SequenceState) -> Adjustments | None:
         """None for a request that leaves its logits alone."""
+        params = row.params
         wanted = (
             params.logit_bias
             or params.allowed_token_ids is not None
-            or bad_words
+            or row.bad_words_token_ids
             or params.min_tokens
             or params.presence_penalty
             or params.frequency_penalty
             or params.repetition_penalty != 1.0
         )
-        return cls(params, ends, bad_words) if wanted else None
+        return cls(row) if wanted else None
 
-    def __init__(self, params: SamplingParams, ends: list[int], bad_words: list[list[int]]) -> None:
-        self._params, self._bad_words = params, bad_words
-        self._ends = torch.tensor(sorted(set(ends)), dtype=torch.int64)
-        self._repeats = params.repetition_penalty != 1.0
-        self._counts_output = bool(params.presence_penalty or params.frequency_penalty)
-        self._seen: Tensor | None = None  # [vocab] bool: prompt and output
-        self._counts: Tensor | None = None  # [vocab] fp32: output alone
-        self._num_counted = 0
+    def __init__(self, row: SequenceState) -> None:
+        params, bias = row.params, row.params.logit_bias or {}
+        self.allowed = params.allowed_token_ids
+        self.bias_ids: Ids = np.array(list(bias), np.int64)
+        self.bias: Values = np.array(list(bias.values()), np.float32)
+        self.repetition = params.repetition_penalty
+        self.frequency, self.presence = params.frequency_penalty, params.presence_penalty
+        self._bad_words = row.bad_words_token_ids
+        self._min_tokens = params.min_tokens
+        # ids that would end the sequence: kept away until min_tokens are out, ignore_eos or not
+        self._ends = sorted({*row.eos_token_ids, *params.stop_token_ids})
+        self._counts_prompt = self.repetition != 1.0
+        self.penalised = bool(self._counts_prompt or self.frequency or self.presence)
+        self.ids: Ids = np.zeros(0, np.int64)  # ids seen, each once
+        self.counts: Values = np.zeros(0, np.float32)  # times in the output; 0: prompt alone
+        self._place: dict[int, int] = {}
+        self._num_counted = 0 if self._counts_prompt else row.prompt_len
 
-    def apply(self, logits: Tensor, token_ids: Sequence[int], prompt_len: int) -> None:
-        """logits [vocab] fp32, changed in place. Order and meaning are vLLM's."""
-        params = self._params
-        if params.allowed_token_ids is not None:
-            mask = torch.ones_like(logits, dtype=torch.bool)
-            mask[params.allowed_token_ids] = False
-            logits.masked_fill_(mask, float("-inf"))
-        for words in self._bad_words:
-            before = words[:-1]
-            if not before or list(token_ids[-len(before) :]) == before:
-                logits[words[-1]] = float("-inf")
-        if len(token_ids) - prompt_len < params.min_tokens:
-            logits[self._ends] = float("-inf")
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=logits.device)
-            values = torch.tensor(list(params.logit_bias.values()), device=logits.device)
-            logits[ids] += values
-        if self._repeats or self._counts_output:
-            self._count(logits, token_ids, prompt_len)
-            self._penalise(logits)
+    def banned(self, row: SequenceState) -> list[int]:
+        """Ids that may not come now: ends before min_tokens, last parts of bad words."""
+        generated = row.num_generated
+        banned = self._ends.copy() if generated < self._min_tokens else []
+        for word in self._bad_words:
+            before = len(word) - 1  # tokens that must have been generated for it to be complete
+            if before <= generated and row.token_ids[len(row.token_ids) - before :] == word[:-1]:
+                banned.append(word[-1])
+        return banned
 
-    def _count(self, logits: Tensor, token_ids: Sequence[int], prompt_len: int) -> None:
-        if self._seen is None or self._counts is None:
-            self._seen = torch.zeros_like(logits, dtype=torch.bool)
-            self._counts = torch.zeros_like(logits)
-            self._num_counted = 0
-        new = torch.tensor(token_ids[self._num_counted :], dtype=torch.int64, device=logits.device)
-        self._seen[new] = True
-        output = new[max(0, prompt_len - self._num_counted) :]
-        self._counts.index_add_(0, output, torch.ones_like(output, dtype=self._counts.dtype))
-        self._num_counted = len(token_ids)
+    def count(self, row: SequenceState) -> None:
+        """Take in the tokens that came since the last call."""
+        tokens, done = row.token_ids, self._num_counted
+        fresh = [t for t in dict.fromkeys(tokens[done:]) if t not in self._place]
+        if fresh:
+            self._place |= zip(fresh, range(len(self.ids), len(self.ids) + len(fresh)), strict=True)
+            self.ids = np.concatenate((self.ids, np.array(fresh, np.int64)))
+            self.counts = np.concatenate((self.counts, np.zeros(len(fresh), np.float32)))
+        for token in tokens[max(done, row.prompt_len) :]:
+            self.counts[self._place[token]] += 1
+        self._num_counted = len(tokens)
 
-    def _penalise(self, logits: Tensor) -> None:
-        assert self._seen is not None
-        assert self._counts is not None
-        params = self._params
-        if self._repeats:
-            factor = params.repetition_penalty
-            scaled = torch.where(logits > 0, logits / factor, logits * factor)
-            torch.where(self._seen, scaled, logits, out=logits)
-        if self._counts_output:
-            logits -= params.frequency_penalty * self._counts
-            logits -= params.presence_penalty * (self._counts > 0)
+
+Adjusted = Sequence[tuple[int, SequenceState, Adjustments]]
+"""Row of the logits, its sequence, its adjustments."""
+
+
+def adjust(logits: Tensor, rows: Adjusted) -> None:
+    """logits [rows, vocab] fp32, changed in place."""
+    _mask(logits, rows)
+    biased = [(i, own) for i, _, own in rows if len(own.bias_ids)]
+    if biased:
+        place = _places(logits, biased, [own.bias_ids for _, own in biased])
+        logits[place] += _tensor(np.concatenate([own.bias for _, own in biased]), logits)
+    penalised = [(i, row, own) for i, row, own in rows if own.penalised]
+    if penalised:
+        for _, row, own in penalised:
+            own.count(row)
+        _penalise(logits, [(i, own) for i, _, own in penalised])
+
+
+def _mask(logits: Tensor, rows: Adjusted) -> None:
+    banned_rows: list[int] = []
+    banned_ids: list[int] = []
+    for i, row, own in rows:
+        if own.allowed is not None:
+            kept = logits[i, own.allowed]
+            logits[i] = NEVER
+            logits[i, own.allowed] = kept
+        banned = own.banned(row)
+        banned_rows += [i] * len(banned)
+        banned_ids += banned
+    if banned_ids:
+        device = logits.device
+        place = (
+            torch.tensor(banned_rows, device=device),
+            torch.tensor(banned_ids, device=device),
+        )
+        logits[place] = NEVER
+
+
+def _penalise(logits: Tensor, rows: Sequence[tuple[int, Adjustments]]) -> None:
+    lengths = [len(own.ids) for _, own in rows]
+    place = _places(logits, rows, [own.ids for _, own in rows])
+    counts = _tensor(np.concatenate([own.counts for _, own in rows]), logits)
+
+    def spread(values: list[float]) -> Tensor:
+        return _tensor(np.repeat(np.array(values, np.float32), lengths), logits)
+
+    values = logits[place]
+    factor = spread([own.repetition for _, own in rows])
+    values = torch.where(values > 0, values / factor, values * factor)
+    values -= spread([own.frequency for _, own in rows]) * counts
+    values -= spread([own.presence for _, own in rows]) * (counts > 0)
+    logits[place] = values
+
+
+def _places(
+    logits: Tensor, rows: Sequence[tuple[int, Adjustments]], ids: list[Ids]
+) -> tuple[Tensor, Tensor]:
+    """(row, id) of each logit concerned. No pair is there twice, so that order cannot matter."""
+    owner = np.repeat(np.array([i for i, _ in rows], np.int64), [len(one) for one in ids])
+    return _tensor(owner, logits), _tensor(np.concatenate(ids), logits)
+
+
+def _tensor(values: Ids | Values, like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.device)

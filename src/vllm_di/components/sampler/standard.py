@@ -3,17 +3,27 @@ batch."""
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from vllm_di.components.interfaces import OpTable, Sampler, SequenceState
 from vllm_di.components.messages import SampledToken, TokenLogprobs
-from vllm_di.components.sampler.adjust import Adjustments
+from vllm_di.components.sampler.adjust import Adjustments, adjust
+from vllm_di.components.sampler.logprobs import report
 
-MASK64 = (1 << 64) - 1
+NOT_FINITE = "the model gave logits that are not finite (NaN or infinity)"
+NONE_LEFT = (
+    "no token can be chosen: allowed_token_ids, bad_words and min_tokens together leave none, "
+    "or a penalty went beyond what a float holds"
+)
+PROMPT_ROWS = 64
+"""Rows of a prompt whose log-probabilities are computed at once: bounds the extra memory."""
 
 
 class RowState:
@@ -21,12 +31,35 @@ class RowState:
 
     def __init__(self, row: SequenceState) -> None:
         params = row.params
-        # ids that would end the sequence: kept away until min_tokens are out
-        ends = [*row.eos_token_ids, *params.stop_token_ids]
-        self.adjustments = Adjustments.of(params, ends, row.bad_words_token_ids)
-        self.greedy = params.greedy
-        self.plain = self.greedy and self.adjustments is None and params.logprobs is None
-        self.seed = secrets.randbits(64) if params.seed is None else params.seed & MASK64
+        self.params = params
+        self.adjustments = Adjustments.of(row)
+        seed = params.seed if params.seed is not None else secrets.randbits(64)
+        self.seed = seed % 2**64
+
+
+class Group:
+    """A set of rows as tensors. Kept for as long as the same rows come, step after step."""
+
+    def __init__(self, states: list[RowState], device: torch.device, vocab_size: int) -> None:
+        params = [state.params for state in states]
+        self.states = states
+        self.adjusted = [i for i, state in enumerate(states) if state.adjustments is not None]
+        self.reported = [i for i, p in enumerate(params) if p.logprobs is not None]
+        self.counts = [params[i].logprobs or 0 for i in self.reported]
+        self.greedy = [i for i, p in enumerate(params) if p.greedy]
+        self.drawn = [i for i, p in enumerate(params) if not p.greedy]
+        self.all_greedy, self.all_drawn = not self.drawn, not self.greedy
+        self.plain = self.all_greedy and not self.adjusted and not self.reported
+        drawn = [params[i] for i in self.drawn]
+        self.greedy_rows = torch.tensor(self.greedy, dtype=torch.int64, device=device)
+        self.drawn_rows = torch.tensor(self.drawn, dtype=torch.int64, device=device)
+        self.reported_rows = torch.tensor(self.reported, dtype=torch.int64, device=device)
+        self.temperature = torch.tensor([[p.temperature] for p in drawn], device=device)
+        top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in drawn]
+        self.top_k = torch.tensor(top_k, dtype=torch.int64, device=device)
+        self.top_p = torch.tensor([p.top_p for p in drawn], dtype=torch.float32, device=device)
+        self.min_p = torch.tensor([p.min_p for p in drawn], dtype=torch.float32, device=device)
+        self.seeds = np.array([states[i].seed for i in self.drawn], np.uint64)
 
 
 class StandardSampler(Sampler):
@@ -35,107 +68,113 @@ class StandardSampler(Sampler):
 
     def __init__(self, ops: OpTable) -> None:
         self._greedy, self._random = ops.greedy_sample, ops.top_k_top_p_sample
+        self._group: Group | None = None
 
     @torch.inference_mode()
     def sample(
         self, logits: Tensor, rows: Sequence[SequenceState]
     ) -> tuple[list[SampledToken], dict[int, str]]:
-        states = [self._state(row) for row in rows]
-        finite = torch.isfinite(logits.amax(-1)).tolist()  # amax passes NaN on
-        failed = {
-            row.seq_id: "the model gave logits that are not finite (NaN or infinity)"
-            for row, good in zip(rows, finite, strict=True)
-            if not good
-        }
-        if failed:
-            keep = [i for i, good in enumerate(finite) if good]
-            rows, states = [rows[i] for i in keep], [states[i] for i in keep]
-            logits = logits[keep]
         if not rows:
-            return [], failed
-        if all(state.plain for state in states):
+            return [], {}
+        good = [math.isfinite(peak) for peak in logits.amax(-1).tolist()]  # amax passes NaN on
+        if not all(good):
+            keep = [i for i, is_good in enumerate(good) if is_good]
+            failed = {r.seq_id: NOT_FINITE for r, ok in zip(rows, good, strict=True) if not ok}
+            tokens, others = self.sample(logits[keep], [rows[i] for i in keep])
+            return tokens, failed | others
+        group = self._grouped(logits, rows)
+        if group.plain:
             ids = self._greedy(logits).tolist()
             pairs = zip(rows, ids, strict=True)
-            return [SampledToken(row.seq_id, token) for row, token in pairs], failed
-        raw = self._raw_logprobs(logits, rows)
-        for i, (row, state) in enumerate(zip(rows, states, strict=True)):
-            if state.adjustments is not None:
-                state.adjustments.apply(logits[i], row.token_ids, row.prompt_len)
-        ids = self._choose(logits, rows, states)
-        return [
-            SampledToken(row.seq_id, token, self._logprobs(raw.get(i), row, token))
-            for i, (row, token) in enumerate(zip(rows, ids, strict=True))
-        ], failed
+            return [SampledToken(row.seq_id, token) for row, token in pairs], {}
+        raw = self._raw_logprobs(logits, group)
+        dead = self._adjust(logits, rows, group) if group.adjusted else set()
+        ids = self._choose(logits, rows, group)
+        reports = self._reports(raw, ids, group)
+        tokens = [
+            SampledToken(row.seq_id, ids[i], reports.get(i))
+            for i, row in enumerate(rows)
+            if i not in dead
+        ]
+        return tokens, {rows[i].seq_id: NONE_LEFT for i in dead}
 
+    @torch.inference_mode()
     def prompt_logprobs(
         self, logits: Tensor, token_ids: Sequence[int], count: int
     ) -> list[TokenLogprobs]:
-        with torch.inference_mode():
-            logprobs = logits.log_softmax(-1)
-            return [
-                describe(row, token, count) for row, token in zip(logprobs, token_ids, strict=True)
-            ]
+        found: list[TokenLogprobs] = []
+        for start in range(0, len(token_ids), PROMPT_ROWS):
+            ids = token_ids[start : start + PROMPT_ROWS]
+            logprobs = logits[start : start + len(ids)].log_softmax(-1)
+            found += report(logprobs, ids, [count] * len(ids))
+        return found
 
-    def _state(self, row: SequenceState) -> RowState:
-        state = row.sampler_state
-        if state is None:
-            state = row.sampler_state = RowState(row)
-        assert isinstance(state, RowState)
-        return state
+    def _grouped(self, logits: Tensor, rows: Sequence[SequenceState]) -> Group:
+        states = [row.sampler_state or _state(row) for row in rows]
+        if self._group is None or self._group.states != states:
+            self._group = Group(states, logits.device, logits.shape[-1])
+        return self._group
 
-    def _choose(
-        self, logits: Tensor, rows: Sequence[SequenceState], states: Sequence[RowState]
-    ) -> list[int]:
-        drawn = [i for i, state in enumerate(states) if not state.greedy]
-        if not drawn:
-            return [int(i) for i in self._greedy(logits).tolist()]
-        ids = [0] * len(rows)
-        argmax = [i for i, state in enumerate(states) if state.greedy]
-        if argmax:
-            for i, token in zip(argmax, self._greedy(logits[argmax]).tolist(), strict=True):
-                ids[i] = token
-            logits = logits[drawn]
-        params = [rows[i].params for i in drawn]
-        vocab = logits.shape[-1]
-        temperature = torch.tensor([p.temperature for p in params], device=logits.device)
-        tokens = self._random(
-            logits / temperature[:, None],
-            torch.tensor([p.top_k if p.top_k > 0 else vocab for p in params], device=logits.device),
-            torch.tensor([p.top_p for p in params], device=logits.device),
-            torch.tensor([p.min_p for p in params], device=logits.device),
-            torch.tensor(
-                [uniform(states[i].seed, rows[i].num_generated) for i in drawn],
-                device=logits.device,
-            ),
-        )
-        for i, token in zip(drawn, tokens.tolist(), strict=True):
-            ids[i] = token
-        return ids
-
-    def _raw_logprobs(self, logits: Tensor, rows: Sequence[SequenceState]) -> dict[int, Tensor]:
-        """Log-probabilities before any adjustment, for the rows that report them."""
-        wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-        if not wanted:
-            return {}
-        return dict(zip(wanted, logits[wanted].log_softmax(-1), strict=True))
-
-    def _logprobs(self, raw: Tensor | None, row: SequenceState, token: int) -> TokenLogprobs | None:
-        if raw is None or row.params.logprobs is None:
+    def _raw_logprobs(self, logits: Tensor, group: Group) -> Tensor | None:
+        """Log-probabilities before any adjustment, of the rows that report them."""
+        if not group.reported:
             return None
-        return describe(raw, token, row.params.logprobs)
+        whole = len(group.reported) == len(group.states)
+        return (logits if whole else logits[group.reported_rows]).log_softmax(-1)
+
+    def _adjust(self, logits: Tensor, rows: Sequence[SequenceState], group: Group) -> set[int]:
+        """-> rows without a token left; they get a harmless one, which nobody is told."""
+        owned = [(i, rows[i], group.states[i].adjustments) for i in group.adjusted]
+        adjust(logits, [(i, row, own) for i, row, own in owned if own is not None])
+        peaks = logits[group.adjusted].amax(-1).tolist()
+        dead = {i for i, p in zip(group.adjusted, peaks, strict=True) if not math.isfinite(p)}
+        for i in dead:
+            logits[i] = 0.0
+        return dead
+
+    def _choose(self, logits: Tensor, rows: Sequence[SequenceState], group: Group) -> list[int]:
+        if group.all_greedy:
+            return self._greedy(logits).tolist()
+        tokens = self._draw(
+            logits if group.all_drawn else logits[group.drawn_rows],
+            [rows[i].num_generated for i in group.drawn],
+            group,
+        )
+        if group.all_drawn:
+            return tokens
+        best = self._greedy(logits[group.greedy_rows]).tolist()
+        pairs = (*zip(group.drawn, tokens, strict=True), *zip(group.greedy, best, strict=True))
+        return [token for _, token in sorted(pairs)]
+
+    def _draw(self, logits: Tensor, positions: list[int], group: Group) -> list[int]:
+        """logits [rows, vocab] of the rows that are drawn, not greedy."""
+        # from the peak down, so that a small temperature cannot reach infinity
+        scaled = (logits - logits.amax(-1, keepdim=True)).div_(group.temperature)
+        draws = torch.from_numpy(uniform(group.seeds, np.array(positions, np.uint64)))
+        uniforms = draws.to(logits.device)
+        return self._random(scaled, group.top_k, group.top_p, group.min_p, uniforms).tolist()
+
+    def _reports(
+        self, raw: Tensor | None, ids: list[int], group: Group
+    ) -> dict[int, TokenLogprobs]:
+        if raw is None:
+            return {}
+        reports = report(raw, [ids[i] for i in group.reported], group.counts)
+        return dict(zip(group.reported, reports, strict=True))
 
 
-def describe(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
-    """logprobs [vocab]; the token first, then the ``count`` most likely."""
-    value = logprobs[token]
-    rank = int((logprobs > value).sum()) + 1
-    top = logprobs.topk(count)
-    return TokenLogprobs([token, *top.indices.tolist()], [float(value), *top.values.tolist()], rank)
+def _state(row: SequenceState) -> RowState:
+    row.sampler_state = RowState(row)
+    return row.sampler_state
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from a seed and a position alone: SplitMix64 (Steele, Lea, Flood 2014)."""
-    z = (seed + 0x9E3779B97F4A7C15 * (position + 1)) & MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
-    return ((z ^ (z >> 31)) >> 40) / (1 << 24)  # 24 bits: exact in fp32, below 1
+def uniform(
+    seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.float32]:
+    """Numbers in [0, 1), each from a seed and a position alone: SplitMix64 (Steele, Lea, Flood
+    2014)."""
+    z = seeds + np.uint64(0x9E3779B97F4A7C15) * (positions + np.uint64(1))
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return ((z >> np.uint64(40)) * 2.0**-24).astype(np.float32)  # 24 bits: exact in fp32, below 1

@@ -15,4 +15,4 @@ class DynamicShapes(ShapePolicy):
 
     def warm_up_sizes(self, max_num_tokens: int) -> list[int]:
         """One decode row and a small prefill: enough to have every kernel loaded."""
-        return [1, min(16, max_num_tokens)]
+        return sorted({1, min(16, max_num_tokens)})
