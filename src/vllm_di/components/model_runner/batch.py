@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from vllm_di.components.interfaces import BatchPlan, SequenceState
-from vllm_di.components.messages import ScheduledSequence, StepPlan
+from vllm_di.components.messages import NewSequence, ScheduledSequence, StepPlan
 
 
 class Batch:
     """Keeps sequences between steps and turns a StepPlan into a BatchPlan.
 
-    All arrays are allocated once and reused: numpy writes them, torch sees the same memory.
+    All arrays are allocated once and reused: numpy writes them, torch sees the same memory. A plan
+    is good until the next one is built.
     """
 
     def __init__(
@@ -24,21 +25,21 @@ class Batch:
         *,
         max_num_seqs: int,
         max_num_tokens: int,
-        max_blocks: int,
+        max_model_len: int,
         block_size: int,
         device: torch.device,
     ) -> None:
         self.sequences: dict[int, SequenceState] = {}
         self._row_of: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._tables = np.zeros((max_num_seqs, max_blocks), np.int32)
-        self._block_size, self._device = block_size, device
-        self._tokens = _Buffer(max_num_tokens, np.int64)
-        self._positions = _Buffer(max_num_tokens, np.int64)
-        self._slots = _Buffer(max_num_tokens, np.int64)
-        self._rows = _Buffer(max_num_tokens, np.int64)
-        self._starts = _Buffer(max_num_seqs + 2, np.int32)
-        self._lengths = _Buffer(max_num_seqs + 1, np.int32)
+        self._tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        self._max_model_len, self._block_size, self._device = max_model_len, block_size, device
+        self._tokens = _Buffer(max_num_tokens, np.int64, device)
+        self._positions = _Buffer(max_num_tokens, np.int64, device)
+        self._slots = _Buffer(max_num_tokens, np.int64, device)
+        self._rows = _Buffer(max_num_tokens, np.int64, device)
+        self._starts = _Buffer(max_num_seqs + 1, np.int32, device)
+        self._lengths = _Buffer(max_num_seqs, np.int32, device)
         self._arange = np.arange(max_num_tokens, dtype=np.int64)
 
     def update(self, plan: StepPlan) -> None:
@@ -47,15 +48,7 @@ class Batch:
             if self.sequences.pop(seq_id, None) is not None:
                 self._free_rows.append(self._row_of.pop(seq_id))
         for new in plan.new:
-            self.sequences[new.seq_id] = SequenceState(
-                seq_id=new.seq_id,
-                params=new.params,
-                token_ids=list(new.token_ids),
-                prompt_len=new.prompt_len,
-                block_ids=[],
-                eos_token_ids=new.eos_token_ids,
-                bad_words_token_ids=new.bad_words_token_ids,
-            )
+            self.sequences[new.seq_id] = _state(new)
             self._row_of[new.seq_id] = self._free_rows.pop()
         for share in plan.scheduled:
             state = self.sequences[share.seq_id]
@@ -72,81 +65,122 @@ class Batch:
     ) -> BatchPlan:
         """The batch of one step; ``padded`` rows in all, those beyond the last token go nowhere."""
         count = len(scheduled)
-        rows = [self._row_of[s.seq_id] for s in scheduled]
         queries = [s.num_tokens for s in scheduled]
-        computed = np.fromiter((s.num_computed for s in scheduled), np.int64, count)
-        lens = np.array(queries, np.int64)
-        lengths = computed + lens
-        total = int(lens.sum())
-        starts = self._starts.array
-        starts[0] = 0
-        np.cumsum(lens, out=starts[1 : count + 1])
-        positions = self._positions.array[:total]
-        if total == count:  # decode alone: one token each
-            sequences = [self.sequences[s.seq_id].token_ids for s in scheduled]
-            tokens = [ids[s.num_computed] for ids, s in zip(sequences, scheduled, strict=True)]
-            self._tokens.array[:total] = tokens
-            positions[:] = computed
-            owner = self._arange[:count]
+        lengths = [s.num_computed + s.num_tokens for s in scheduled]
+        total = sum(queries)
+        rows = [self._row_of[s.seq_id] for s in scheduled]
+        # fancy indexing may choose another order in memory: kernels read rows
+        columns = -(-max(lengths) // self._block_size)
+        table = np.ascontiguousarray(self._tables[rows, :columns])
+        if total == count:
+            self._place_decodes(scheduled)
         else:
-            for s, start in zip(scheduled, starts[:count].tolist(), strict=True):
-                ids = self.sequences[s.seq_id].token_ids
-                end = s.num_computed + s.num_tokens
-                self._tokens.array[start : start + s.num_tokens] = ids[s.num_computed : end]
-            owner = np.repeat(self._arange[:count], lens)
-            np.add(self._arange[:total], (computed - starts[:count])[owner], out=positions)
-        size = self._block_size
-        columns = -(-int(lengths.max()) // size)
-        table = self._tables[rows, :columns]
-        blocks = table[owner, positions // size].astype(np.int64)
-        self._slots.array[:total] = blocks * size + positions % size
-        for buffer in (self._tokens, self._positions):
-            buffer.array[total:padded] = 0
-        self._slots.array[total:padded] = -1
+            self._place_chunks(scheduled, table)
+        self._pad(total, padded)
         self._lengths.array[:count] = lengths
         self._rows.array[: len(logits_rows)] = logits_rows
-        return BatchPlan(
-            token_ids=self._tokens.tensor(padded, self._device),
-            positions=self._positions.tensor(padded, self._device),
-            query_start=self._starts.tensor(count + 1, self._device),
-            seq_lens=self._lengths.tensor(count, self._device),
-            block_table=torch.from_numpy(table).to(self._device),
-            slot_mapping=self._slots.tensor(padded, self._device),
-            logits_rows=self._rows.tensor(len(logits_rows), self._device),
-            query_lens_host=queries,
-            seq_lens_host=lengths.tolist(),
-        )
+        return self._plan(padded, len(logits_rows), table, queries, lengths)
 
     def blank(self, num_tokens: int) -> BatchPlan:
-        """A batch of one sequence that touches no slot of the cache, for warm-up."""
-        self._tokens.array[:num_tokens] = 0
-        self._positions.array[:num_tokens] = self._arange[:num_tokens]
-        self._slots.array[:num_tokens] = -1
-        self._starts.array[:2] = (0, num_tokens)
-        self._lengths.array[:1] = num_tokens
-        self._rows.array[:1] = num_tokens - 1
-        columns = -(-num_tokens // self._block_size)
+        """A batch of one sequence that touches no slot of the cache, for warm-up. Rows beyond the
+        longest sequence are padding."""
+        length = min(num_tokens, self._max_model_len)
+        self._tokens.array[:length] = 0
+        self._positions.array[:length] = self._arange[:length]
+        self._slots.array[:length] = -1
+        self._pad(length, num_tokens)
+        self._starts.array[:2] = (0, length)
+        self._lengths.array[:1] = length
+        self._rows.array[:1] = length - 1
+        table = np.zeros((1, -(-length // self._block_size)), np.int32)
+        return self._plan(num_tokens, 1, table, [length], [length])
+
+    def _place_decodes(self, scheduled: Sequence[ScheduledSequence]) -> None:
+        """One token each: tokens, positions, slots and starts."""
+        count, size = len(scheduled), self._block_size
+        states = [self.sequences[s.seq_id] for s in scheduled]
+        places = [s.num_computed for s in scheduled]
+        pairs = list(zip(states, places, strict=True))
+        self._tokens.array[:count] = [state.token_ids[at] for state, at in pairs]
+        self._positions.array[:count] = places
+        self._slots.array[:count] = [
+            state.block_ids[at // size] * size + at % size for state, at in pairs
+        ]
+        self._starts.array[: count + 1] = self._arange[: count + 1]
+
+    def _place_chunks(
+        self, scheduled: Sequence[ScheduledSequence], table: npt.NDArray[np.int32]
+    ) -> None:
+        """Any number of tokens each. table [seqs, columns]: the blocks of this step's sequences."""
+        count, size = len(scheduled), self._block_size
+        start = 0
+        for share in scheduled:
+            first, end = share.num_computed, start + share.num_tokens
+            ids = self.sequences[share.seq_id].token_ids[first : first + share.num_tokens]
+            self._tokens.array[start:end] = ids
+            start = end
+        queries = np.array([s.num_tokens for s in scheduled], np.int64)
+        computed = np.array([s.num_computed for s in scheduled], np.int64)
+        starts = self._starts.array[: count + 1]
+        starts[0] = 0
+        np.cumsum(queries, out=starts[1:])
+        owner = np.repeat(self._arange[:count], queries)  # [tokens]: row of the table
+        positions = self._positions.array[:start]
+        np.add(self._arange[:start], (computed - starts[:-1])[owner], out=positions)
+        blocks, offsets = np.divmod(positions, size)
+        self._slots.array[:start] = table[owner, blocks].astype(np.int64) * size + offsets
+
+    def _pad(self, total: int, padded: int) -> None:
+        if padded > total:
+            self._tokens.array[total:padded] = 0
+            self._positions.array[total:padded] = 0
+            self._slots.array[total:padded] = -1
+
+    def _plan(
+        self,
+        num_tokens: int,
+        num_rows: int,
+        table: npt.NDArray[np.int32],
+        queries: list[int],
+        lengths: list[int],
+    ) -> BatchPlan:
+        blocks = torch.from_numpy(table)
         return BatchPlan(
-            token_ids=self._tokens.tensor(num_tokens, self._device),
-            positions=self._positions.tensor(num_tokens, self._device),
-            query_start=self._starts.tensor(2, self._device),
-            seq_lens=self._lengths.tensor(1, self._device),
-            block_table=torch.zeros(1, columns, dtype=torch.int32, device=self._device),
-            slot_mapping=self._slots.tensor(num_tokens, self._device),
-            logits_rows=self._rows.tensor(1, self._device),
-            query_lens_host=[num_tokens],
-            seq_lens_host=[num_tokens],
+            token_ids=self._tokens.tensor(num_tokens),
+            positions=self._positions.tensor(num_tokens),
+            query_start=self._starts.tensor(len(queries) + 1),
+            seq_lens=self._lengths.tensor(len(queries)),
+            block_table=blocks if self._device.type == "cpu" else blocks.to(self._device),
+            slot_mapping=self._slots.tensor(num_tokens),
+            logits_rows=self._rows.tensor(num_rows),
+            query_lens_host=queries,
+            seq_lens_host=lengths,
         )
 
 
 class _Buffer:
     """One array, as numpy and as torch."""
 
-    def __init__(self, size: int, dtype: npt.DTypeLike) -> None:
+    def __init__(self, size: int, dtype: npt.DTypeLike, device: torch.device) -> None:
         self.array: npt.NDArray[np.integer] = np.zeros(size, dtype)
-        self._tensor = torch.from_numpy(self.array)
+        self._whole, self._device = torch.from_numpy(self.array), device
+        self._view = self._whole
+        self._on_host = device.type == "cpu"
 
-    def tensor(self, size: int, device: torch.device) -> Tensor:
-        """The first ``size`` entries on the device; a view where that is the host."""
-        view = self._tensor[:size]
-        return view if device.type == "cpu" else view.to(device)
+    def tensor(self, size: int) -> Tensor:
+        """The first ``size`` entries on the device; on the host a view, kept for the next step."""
+        if len(self._view) != size:
+            self._view = self._whole[:size]
+        return self._view if self._on_host else self._view.to(self._device)
+
+
+def _state(new: NewSequence) -> SequenceState:
+    return SequenceState(
+        seq_id=new.seq_id,
+        params=new.params,
+        token_ids=list(new.token_ids),
+        prompt_len=new.prompt_len,
+        block_ids=[],
+        eos_token_ids=new.eos_token_ids,
+        bad_words_token_ids=new.bad_words_token_ids,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import msgspec
@@ -53,12 +54,17 @@ class StandardModelRunner(ModelRunner):
         self._shapes, self._graph, self._sampler = shapes, graph, sampler
         self._run = program.run
         self._samples = placement.rank == 0
-        self._max_tokens = max_num_batched_tokens
-        largest = max(shapes.padded_tokens(max_num_batched_tokens), max_num_batched_tokens)
+        # a warm-up step is never longer than a sequence, nor than a step
+        self._warm_up_tokens = min(max_num_batched_tokens, model.max_model_len)
+        self._warm_up_sizes = shapes.warm_up_sizes(self._warm_up_tokens)
         self._batch = Batch(
             max_num_seqs=max_num_seqs,
-            max_num_tokens=largest,
-            max_blocks=-(-model.max_model_len // kv_layout.block_size),
+            max_num_tokens=max(
+                max_num_batched_tokens,
+                shapes.padded_tokens(max_num_batched_tokens),
+                *self._warm_up_sizes,
+            ),
+            max_model_len=model.max_model_len,
             block_size=kv_layout.block_size,
             device=device.torch_device,
         )
@@ -68,10 +74,9 @@ class StandardModelRunner(ModelRunner):
         self._caches = self._layout.allocate(self._model.kv_specs(), num_blocks, self._model.dtype)
 
     def warm_up(self) -> None:
-        sizes = self._shapes.warm_up_sizes(min(self._max_tokens, self._model.max_model_len))
-        for size in sizes:
+        for size in self._warm_up_sizes:
             self._blank_step(size)
-        self._graph.capture(sizes, self._blank_step)
+        self._graph.capture(self._warm_up_sizes, self._blank_step)
         self._device.synchronize()
 
     def _blank_step(self, num_tokens: int) -> Tensor:
@@ -81,21 +86,20 @@ class StandardModelRunner(ModelRunner):
     def execute(self, plan: StepPlan) -> StepResult:
         batch = self._batch
         batch.update(plan)
+        if not plan.scheduled:
+            return StepResult(plan.step, [])
         rows, sampled, scored = self._wanted_rows(plan)
-        total = sum(s.num_tokens for s in plan.scheduled)
-        logits = self._run(
-            batch.build(plan.scheduled, rows, self._shapes.padded_tokens(total)), self._caches
-        )
+        padded = self._shapes.padded_tokens(sum(s.num_tokens for s in plan.scheduled))
+        logits = self._run(batch.build(plan.scheduled, rows, padded), self._caches)
         if not self._samples:
             return StepResult(plan.step, [])
-        prompts = [
-            PromptLogprobs(share.seq_id, share.num_computed + 1, self._score(share, logits[span]))
-            for share, span in scored
-        ]
+        prompts, failed = self._score(scored, logits)
         if len(sampled) != len(rows):
             logits = logits[[i for i, _ in sampled]]
-        tokens, failed = self._sampler.sample(logits, [state for _, state in sampled])
-        return StepResult(plan.step, tokens, prompts, failed)
+        tokens, others = self._sampler.sample(logits, [state for _, state in sampled])
+        if failed:
+            tokens = [token for token in tokens if token.seq_id not in failed]
+        return StepResult(plan.step, tokens, prompts, failed | others)
 
     def _wanted_rows(
         self, plan: StepPlan
@@ -121,8 +125,20 @@ class StandardModelRunner(ModelRunner):
             start = end
         return rows, sampled, scored
 
-    def _score(self, share: ScheduledSequence, logits: Tensor) -> list[object]:
-        state = self._batch.sequences[share.seq_id]
-        first = share.num_computed + 1
-        ids = state.token_ids[first : first + len(logits)]
-        return self._sampler.prompt_logprobs(logits, ids, state.params.prompt_logprobs or 0)
+    def _score(
+        self, scored: list[tuple[ScheduledSequence, slice]], logits: Tensor
+    ) -> tuple[list[PromptLogprobs], dict[int, str]]:
+        """-> log-probabilities of prompts, and seq_id -> reason where they are no numbers."""
+        prompts: list[PromptLogprobs] = []
+        failed: dict[int, str] = {}
+        for share, span in scored:
+            state = self._batch.sequences[share.seq_id]
+            first = share.num_computed + 1
+            ids = state.token_ids[first : first + span.stop - span.start]
+            count = state.params.prompt_logprobs or 0
+            positions = self._sampler.prompt_logprobs(logits[span], ids, count)
+            if any(math.isnan(position.logprobs[0]) for position in positions):
+                failed[share.seq_id] = "the model gave prompt logits that are not finite"
+            else:
+                prompts.append(PromptLogprobs(share.seq_id, first, positions))
+        return prompts, failed

@@ -23,7 +23,7 @@ class EagerProgram(ModelProgram):
 
     def __init__(self, model: Model, attention: AttentionBackend, graph: GraphPolicy) -> None:
         self._build, self._graph = attention.build, graph
-        self._logits = model.logits
+        self._logits, self._vocab_size = model.logits, model.vocab_size
         self._forward = graph.wrap(model.forward)
 
     @torch.inference_mode()
@@ -31,6 +31,8 @@ class EagerProgram(ModelProgram):
         metadata: Any = self._build(plan)
         self._graph.before_replay(metadata)
         hidden = self._forward(plan.token_ids, plan.positions, caches, metadata)
-        if len(plan.logits_rows) != len(hidden):
-            hidden = hidden[plan.logits_rows]
-        return self._logits(hidden)
+        wanted = len(plan.logits_rows)
+        if not wanted:  # chunks of prompts alone: no product with the vocabulary
+            return hidden.new_empty((0, self._vocab_size), dtype=torch.float32)
+        # the rows stand in order, each once: as many as there are tokens are all of them
+        return self._logits(hidden if wanted == len(hidden) else hidden[plan.logits_rows])

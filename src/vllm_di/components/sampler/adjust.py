@@ -41,12 +41,14 @@ class Adjustments:
 
     def __init__(self, row: SequenceState) -> None:
         params, bias = row.params, row.params.logit_bias or {}
-        self.allowed = params.allowed_token_ids
+        self.allowed: Ids | None = None
+        if params.allowed_token_ids is not None:
+            self.allowed = np.array(params.allowed_token_ids, np.int64)
         self.bias_ids: Ids = np.array(list(bias), np.int64)
         self.bias: Values = np.array(list(bias.values()), np.float32)
         self.repetition = params.repetition_penalty
         self.frequency, self.presence = params.frequency_penalty, params.presence_penalty
-        self._bad_words = row.bad_words_token_ids
+        self._bad_words = [word for word in row.bad_words_token_ids if word]
         self._min_tokens = params.min_tokens
         # ids that would end the sequence: kept away until min_tokens are out, ignore_eos or not
         self._ends = sorted({*row.eos_token_ids, *params.stop_token_ids})
@@ -103,9 +105,10 @@ def _mask(logits: Tensor, rows: Adjusted) -> None:
     banned_ids: list[int] = []
     for i, row, own in rows:
         if own.allowed is not None:
-            kept = logits[i, own.allowed]
+            allowed = _tensor(own.allowed, logits)
+            kept = logits[i, allowed]
             logits[i] = NEVER
-            logits[i, own.allowed] = kept
+            logits[i, allowed] = kept
         banned = own.banned(row)
         banned_rows += [i] * len(banned)
         banned_ids += banned

@@ -126,8 +126,8 @@ class StandardSampler(Sampler):
         """-> rows without a token left; they get a harmless one, which nobody is told."""
         owned = [(i, rows[i], group.states[i].adjustments) for i in group.adjusted]
         adjust(logits, [(i, row, own) for i, row, own in owned if own is not None])
-        peaks = logits[group.adjusted].amax(-1).tolist()
-        dead = {i for i, p in zip(group.adjusted, peaks, strict=True) if not math.isfinite(p)}
+        peaks = logits.amax(-1).tolist()
+        dead = {i for i in group.adjusted if not math.isfinite(peaks[i])}
         for i in dead:
             logits[i] = 0.0
         return dead
@@ -164,8 +164,8 @@ class StandardSampler(Sampler):
 
 
 def _state(row: SequenceState) -> RowState:
-    row.sampler_state = RowState(row)
-    return row.sampler_state
+    row.sampler_state = state = RowState(row)
+    return state
 
 
 def uniform(
@@ -177,4 +177,6 @@ def uniform(
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)
-    return ((z >> np.uint64(40)) * 2.0**-24).astype(np.float32)  # 24 bits: exact in fp32, below 1
+    draws: npt.NDArray[np.float32] = (z >> np.uint64(40)).astype(np.float32)  # 24 bits: exact
+    draws *= np.float32(2.0**-24)
+    return draws

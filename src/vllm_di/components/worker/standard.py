@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from vllm_di.components.device.sizes import parse_size
+from vllm_di.components.device.sizes import parse_size, show_size
 from vllm_di.components.interfaces import (
     AttentionBackend,
     Device,
@@ -22,8 +22,6 @@ from vllm_di.components.interfaces import (
 )
 from vllm_di.components.messages import StepPlan, StepResult, WorkerReport
 from vllm_di.errors import ConfigError
-
-GIB = 1024**3
 
 
 class StandardWorker(Worker):
@@ -51,11 +49,18 @@ class StandardWorker(Worker):
                 f"{type(attention).__name__} cannot read the KV layout {kv_layout.name!r}; "
                 f"it reads {', '.join(attention.layouts)}"
             )
+        if num_blocks is not None and kv_cache_memory is not None:
+            raise ConfigError(
+                f"num_blocks ({num_blocks}) and kv_cache_memory ({kv_cache_memory}) both size the "
+                "KV cache; give one of them"
+            )
         self._device, self._loader, self._model, self._layout = device, loader, model, kv_layout
-        self._limits, self._ops, self._runner = limits, ops, model_runner
+        self._limits, self._ops, self._runner = limits.report(), ops, model_runner
         self._placement, self._max_num_seqs = placement, max_num_seqs
         self._num_blocks, self._fraction = num_blocks, memory_fraction
-        self._memory = None if kv_cache_memory is None else parse_size(kv_cache_memory)
+        self._memory = (
+            None if kv_cache_memory is None else parse_size(kv_cache_memory, "kv_cache_memory")
+        )
 
     def load(self) -> WorkerReport:
         begin = time.perf_counter()
@@ -65,18 +70,23 @@ class StandardWorker(Worker):
         model, layout = self._model, self._layout
         specs = model.kv_specs()
         block_bytes = layout.bytes_per_block(specs, model.dtype)
+        memory = self._device.memory()
+        num_blocks = self._blocks(block_bytes, memory.free)
         details: dict[str, Any] = {
             "rank": self._placement.rank,
             "load_seconds": round(seconds, 3),
             "ops": self._ops.describe(),
             "fusions": list(getattr(self._ops, "fusions", ())),
+            "memory_free": memory.free,  # bytes, with the weights in and before the cache
+            "memory_total": memory.total,
+            "kv_cache_bytes": num_blocks * block_bytes,
         }
         return WorkerReport(
             block_size=layout.block_size,
-            num_blocks=self._blocks(block_bytes),
+            num_blocks=num_blocks,
             bytes_per_block=block_bytes,
             kv_specs=specs,
-            limits=self._limits.report(),
+            limits=self._limits,
             max_model_len=model.max_model_len,
             vocab_size=model.vocab_size,
             eos_token_ids=model.eos_token_ids,
@@ -93,26 +103,41 @@ class StandardWorker(Worker):
     def execute(self, plan: StepPlan) -> StepResult:
         return self._runner.execute(plan)
 
-    def _blocks(self, block_bytes: int) -> int:
-        """As many blocks as asked for or as fit, and never more than full batches of full sequences
-        need."""
+    def _blocks(self, block_bytes: int, free: int) -> int:
+        """As many blocks as asked for; else as many as fit, and never more than full batches of
+        full sequences need. Raises ConfigError when not one full sequence fits."""
+        reserved = int(self._limits.null_block)
         per_sequence = -(-self._model.max_model_len // self._layout.block_size)
-        reserved = int(self._limits.report().null_block)
         if self._num_blocks is not None:
             blocks, source = self._num_blocks, "worker.num_blocks"
         else:
-            if self._memory is not None:
-                room, source = self._memory, "worker.kv_cache_memory"
-            else:
-                room = int(self._device.memory().free * self._fraction)
-                source = f"memory_fraction {self._fraction} of the device's free memory"
-            blocks = min(room // block_bytes, per_sequence * self._max_num_seqs + reserved)
+            room, source = self._room(free)
+            most = per_sequence * self._max_num_seqs + reserved
+            blocks = min(room // block_bytes, most) if block_bytes else most
         if blocks < per_sequence + reserved:
-            need = (per_sequence + reserved) * block_bytes / GIB
             raise ConfigError(
                 f"the KV cache has room for {blocks} blocks ({source}), but one sequence of "
                 f"{self._model.max_model_len} tokens needs {per_sequence + reserved} "
-                f"({need:.2f} GiB); "
-                "raise worker.kv_cache_memory or worker.num_blocks, or lower model.max_model_len"
+                f"({show_size((per_sequence + reserved) * block_bytes)}); raise "
+                f"{self._keys_to_raise()}, or lower model.max_model_len"
+            )
+        if (wanted := blocks * block_bytes) > free:
+            raise ConfigError(
+                f"a KV cache of {blocks} blocks ({source}) takes {show_size(wanted)}, but "
+                f"{show_size(free)} are free; lower it"
             )
         return blocks
+
+    def _room(self, free: int) -> tuple[int, str]:
+        """-> (bytes that the cache may take, who says so)."""
+        if self._memory is not None:
+            return self._memory, "worker.kv_cache_memory"
+        share = f"{self._fraction:g} of {show_size(free)} free memory"
+        return int(free * self._fraction), f"worker.memory_fraction: {share}"
+
+    def _keys_to_raise(self) -> str:
+        if self._num_blocks is not None:
+            return "worker.num_blocks"
+        if self._memory is not None:
+            return "worker.kv_cache_memory"
+        return "worker.memory_fraction, or set worker.kv_cache_memory"
