@@ -109,7 +109,7 @@ loud: true  # for no reason
     "mychip/conf/communicator/mychip.yaml": """\
 # A world of one.
 _target_: mychip.provider.MyChipCommunicator
-log: ${attention.log}  # a file that the start adds a line to
+log: null  # a file that the start adds a line to
 """,
 }
 
@@ -165,7 +165,8 @@ def test_it_serves_through_the_port(site: Path, tmp_path: Path) -> None:
     asked = ["complete", "hello", "model=tiny", "model.dtype=float32", "--max-tokens", "4"]
     plain = run(site, *asked, "platform=cpu")
     assert plain.returncode == 0, plain.stderr
-    ported = run(site, *asked, "platform=mychip", f"attention.log={log}")
+    logs = f"attention.log={log}", f"communicator.log={log}"
+    ported = run(site, *asked, "platform=mychip", *logs)
     assert ported.returncode == 0, ported.stderr
     assert ported.stdout == plain.stdout
     calls = log.read_text().split()

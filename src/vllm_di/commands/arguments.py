@@ -149,5 +149,6 @@ def no_words(arguments: Arguments) -> None:
     """Refuse plain words where a verb takes none."""
     if arguments.words:
         raise UsageError(
-            f"{arguments.words[0]!r} is no override; write key=value or group=option, e.g. model=llama3"
+            f"{arguments.words[0]!r} is no override; write key=value or group=option, "
+            "e.g. model=llama3"
         )

@@ -81,6 +81,12 @@ class Device(ABC):
     def seed(self, seed: int) -> None:
         """Seed this device's default random generator."""
 
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A zeroed tensor on the device; a host may leave its pages to be touched first on use."""
+        import torch
+
+        return torch.zeros(tuple(shape), dtype=dtype, device=self.torch_device)
+
     def dtype(self, name: str) -> torch.dtype:
         """``auto`` or a torch dtype's name, checked against ``supported_dtypes``. Raises
         ConfigError."""

@@ -8,7 +8,7 @@ output folder, no logging and no change of directory.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,8 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vllm_di.containers.origins import Origin
@@ -138,26 +137,41 @@ class ConfigTree(ConfigFiles):
 
     def _hydra(self, overrides: list[str]) -> tuple[DictConfig, list[tuple[Path, str]]]:
         """-> (config, [(file, package)] in the order of merging)."""
-        extra = ",".join(f"'file://{root}'" for root in self.roots[1:])
-        arguments = [f"hydra.searchpath=[{extra}]", *overrides] if extra else overrides
         with _LOCK:
             GlobalHydra.instance().clear()
             try:
                 with initialize_config_dir(str(self.roots[0]), version_base="1.3"):
-                    values = hydra_compose("config", arguments)
-                    loader = GlobalHydra.instance().hydra.config_loader  # type: ignore[union-attr]
-                    tree = loader.compute_defaults_list("config", arguments, RunMode.RUN)
+                    values = hydra_compose(
+                        "config", [*self._searched(), *overrides], return_hydra_config=True
+                    )
             except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
                 raise self._explained(error, overrides) from None
-        files = [
-            (self._file(d.config_path), d.package or "")
-            for d in tree.defaults
-            if d.config_path and not d.config_path.startswith("hydra")
-        ]
-        return values, files
+        choices = dict(values.hydra.runtime.choices)
+        with open_dict(values):
+            del values["hydra"]
+        return values, list(self._merged(choices))
 
-    def _file(self, config_path: str) -> Path:
-        return next(f for r in self.roots if (f := r / f"{config_path}.yaml").is_file())
+    def _searched(self) -> list[str]:
+        """The override that tells Hydra of the other trees."""
+        extra = ",".join(f"'file://{root}'" for root in self.roots[1:])
+        return [f"hydra.searchpath=[{extra}]"] if extra else []
+
+    def _merged(self, choices: dict[str, str]) -> Iterator[tuple[Path, str]]:
+        """(file, package) of everything that was merged: what is merged last comes last."""
+        yield self.roots[0] / "config.yaml", ""
+        paths = {
+            group: self._file(f"{group}/{option}")
+            for group, option in choices.items()
+            if option is not None and not group.startswith("hydra")
+        }
+        for group, path in sorted(paths.items(), key=lambda item: item[0] == "platform"):
+            file = self.read(path)
+            for included in file.includes:
+                yield self._file(f"{group}/{included}"), group
+            yield path, "" if file.is_global else group
+
+    def _file(self, name: str) -> Path:
+        return next(f for r in self.roots if (f := r / f"{name}.yaml").is_file())
 
     def _explained(self, error: Exception, overrides: list[str]) -> ConfigError:
         """Hydra's words for an unknown key do not name the valid ones: find the override and name
@@ -166,10 +180,8 @@ class ConfigTree(ConfigFiles):
         plain_groups = self.groups()
         if len(plain) < len(overrides):
             with initialize_config_dir(str(self.roots[0]), version_base="1.3"):
-                extra = ",".join(f"'file://{root}'" for root in self.roots[1:])
-                searched = [f"hydra.searchpath=[{extra}]"] if extra else []
                 try:
-                    values = hydra_compose("config", [*searched, *plain])
+                    values = hydra_compose("config", [*self._searched(), *plain])
                 except (HydraException, OmegaConfBaseException):
                     values = OmegaConf.create({})
             for text in overrides:

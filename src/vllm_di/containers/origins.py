@@ -40,6 +40,10 @@ class YamlFile(msgspec.Struct, frozen=True):
     """Dotted key to the comment behind it: what ``--help`` prints."""
     chooses: dict[str, tuple[str, int]]
     """Group to (option, line), from the defaults list, ``override`` entries included."""
+    includes: tuple[str, ...]
+    """Options of the same group that it builds on, from the defaults list."""
+    is_global: bool
+    """True when the file's keys are those of the whole config, not of its group."""
     summary: str
     """The comment at the top, or nothing."""
 
@@ -50,6 +54,7 @@ def read_yaml(path: Path) -> YamlFile:
     rows = text.splitlines()
     lines: dict[str, int] = {}
     chooses: dict[str, tuple[str, int]] = {}
+    includes: list[str] = []
 
     def walk(node: yaml.Node | None, prefix: str) -> None:
         if not isinstance(node, yaml.MappingNode):
@@ -58,7 +63,7 @@ def read_yaml(path: Path) -> YamlFile:
             name = f"{prefix}{key.value}"
             lines[name] = key.start_mark.line + 1
             if name == "defaults" and isinstance(value, yaml.SequenceNode):
-                _read_defaults(value, chooses)
+                _read_defaults(value, chooses, includes)
             else:
                 walk(value, f"{name}.")
 
@@ -72,12 +77,17 @@ def read_yaml(path: Path) -> YamlFile:
         elif head or row.strip():
             break
     summary = " ".join(row for row in head if not row.startswith("@package"))
-    return YamlFile(path, lines, texts, chooses, summary)
+    is_global = "@package _global_" in head
+    return YamlFile(path, lines, texts, chooses, tuple(includes), is_global, summary)
 
 
-def _read_defaults(node: yaml.SequenceNode, chooses: dict[str, tuple[str, int]]) -> None:
+def _read_defaults(
+    node: yaml.SequenceNode, chooses: dict[str, tuple[str, int]], includes: list[str]
+) -> None:
     for item in node.value:
         if isinstance(item, yaml.MappingNode) and item.value:
             key, value = item.value[0]
             group = key.value.removeprefix("override ").strip().lstrip("/").split("@")[0]
             chooses[group] = (str(value.value), key.start_mark.line + 1)
+        elif isinstance(item, yaml.ScalarNode) and item.value != "_self_":
+            includes.append(item.value)

@@ -134,9 +134,26 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _known_hash(path: Path, cache: Path) -> str:
+    """Config and tokenizer of a GGUF, by transformers, in another process; renamed into place."""
+    stat = path.stat()
+    facts = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    note = cache / "hashes" / hashlib.sha256(facts.encode()).hexdigest()[:32]
+    try:
+        return note.read_text()
+    except OSError:
+        digest = file_hash(path)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(digest)
+    except OSError:
+        pass  # a cache that cannot be written: hash again next time
+    return digest
+
+
 def _gguf(path: Path, cache: Path) -> Checkpoint:
     check_gguf_header(path)
-    folder = cache / "gguf" / file_hash(path)[:32]
+    folder = cache / "gguf" / _known_hash(path, cache)[:32]
     if not (folder / "config.json").is_file():
         _convert(path, folder)
     generation = folder / "generation_config.json"

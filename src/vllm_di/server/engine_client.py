@@ -20,8 +20,8 @@ ENGINE = (sys.executable, "-m", "vllm_di.containers.engine_process")
 class ProcessEngineClient(EngineClient):
     """Starts the engine process and shares one socket among all requests.
 
-    ``start`` returns at once; ``wait_ready`` waits for the weights. When the process dies, every open
-    request gets an EngineDeadError and ``state`` is ``dead`` at once.
+    ``start`` returns at once; ``wait_ready`` waits for the weights. When the process dies, every
+    open request gets an EngineDeadError and ``state`` is ``dead`` at once.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,8 @@ class ProcessEngineClient(EngineClient):
                 self._send(wire.Abort(request_id))
 
     async def close(self) -> None:
-        """End the engine process: closing the socket asks it to, then it is told to, then made to."""
+        """End the engine process: closing the socket asks it to, a signal tells it, another makes
+        it."""
         if self._writer is not None:
             self._writer.close()
         if self._process is not None:

@@ -35,7 +35,7 @@ class HndLayout(KvLayout):
     ) -> list[LayerCache]:
         def empty(spec: KvSpec) -> Tensor:
             shape = (num_blocks, spec.num_kv_heads, self.block_size, spec.head_size)
-            return torch.zeros(shape, dtype=self._dtype(dtype), device=self._device.torch_device)
+            return self._device.zeros(shape, self._dtype(dtype))
 
         return [LayerCache(empty(spec), empty(spec)) for spec in specs]
 
