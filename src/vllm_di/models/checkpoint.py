@@ -135,7 +135,7 @@ def file_hash(path: Path) -> str:
 
 
 def _known_hash(path: Path, cache: Path) -> str:
-    """Config and tokenizer of a GGUF, by transformers, in another process; renamed into place."""
+    """``file_hash``, remembered while the file keeps its place, size and time of change."""
     stat = path.stat()
     facts = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     note = cache / "hashes" / hashlib.sha256(facts.encode()).hexdigest()[:32]
@@ -180,8 +180,7 @@ def check_gguf_header(path: Path) -> None:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    """Config and tokenizer of a GGUF, by transformers, in a process of its own; renamed into
-    place."""
+    """Config and tokenizer of a GGUF, by transformers, in another process; renamed into place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="converting-"))
     try:
