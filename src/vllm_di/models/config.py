@@ -10,6 +10,7 @@ from vllm_di.errors import ConfigError
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Size = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 REQUIRED = (
     "architecture",
@@ -20,6 +21,16 @@ REQUIRED = (
     "num_attention_heads",
     "max_position_embeddings",
 )
+SWITCHES = (
+    "tie_word_embeddings",
+    "attention_bias",
+    "attention_output_bias",
+    "mlp_bias",
+    "qk_norm",
+    "post_norms",
+    "fused_projections",
+)
+"""Off where nothing is said."""
 
 
 class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,23 +59,23 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     eos_token_ids: list[Size] | None = None
     bos_token_id: Size | None = None
 
-    rope_theta: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    rope_theta: Positive | None = None
     rope_scaling: dict[str, Any] | None = None
-    rope_local_theta: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    rope_local_theta: Positive | None = None
     partial_rotary_factor: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     no_rope_layers: list[Size] | None = None
 
     sliding_window: Count | None = None
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
-    attn_logit_softcapping: float | None = None
-    final_logit_softcapping: float | None = None
-    attention_scale: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    attn_logit_softcapping: Positive | None = None
+    final_logit_softcapping: Positive | None = None
+    attention_scale: Positive | None = None
     qk_norm: bool | None = None
     norm_offset: float | None = None
     post_norms: bool | None = None
     embedding_multiplier: float | None = None
     residual_multiplier: float | None = None
-    logits_scaling: float | None = None
+    logits_scaling: Positive | None = None
     fused_projections: bool | None = None
 
     num_experts: Count | None = None
@@ -73,18 +84,56 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     norm_topk_prob: bool | None = None
     dense_layers: list[Size] | None = None
 
-    def __post_init__(self) -> None:
-        if self.num_experts and (self.num_experts_per_tok or 1) > self.num_experts:
-            raise ValueError("num_experts_per_tok is above num_experts")
-
     def complete(self) -> DecoderConfig:
         """With every default filled in. Raises ConfigError for what is missing or does not fit."""
-        missing = [name for name in REQUIRED if getattr(self, name) is None]
+        required = (*REQUIRED, "num_experts_per_tok") if self.num_experts else REQUIRED
+        missing = [name for name in required if getattr(self, name) is None]
         if missing:
             raise ConfigError(
                 f"model: {', '.join(missing)} must be set; give a checkpoint with model.path, "
                 "or take a model option that carries its architecture"
             )
+        layers = self.num_hidden_layers or 0
+        head_dim = self._check_heads()
+        limit = self._check_length()
+        types = self.layer_types or ["full_attention"] * layers
+        if len(types) < layers:
+            raise ConfigError(
+                f"model.layer_types has {len(types)} entries for {layers} layers "
+                "(model.num_hidden_layers)"
+            )
+        if "sliding_attention" in types[:layers] and self.sliding_window is None:
+            raise ConfigError("model.layer_types has sliding_attention: set model.sliding_window")
+        if (self.num_experts_per_tok or 0) > (self.num_experts or self.num_experts_per_tok or 0):
+            raise ConfigError(
+                f"model.num_experts_per_tok ({self.num_experts_per_tok}) is above "
+                f"model.num_experts ({self.num_experts})"
+            )
+        return msgspec.structs.replace(
+            self,
+            max_model_len=self.max_model_len or limit,
+            num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
+            head_dim=head_dim,
+            rms_norm_eps=1e-6 if self.rms_norm_eps is None else self.rms_norm_eps,
+            hidden_act=self.hidden_act or "silu",
+            eos_token_ids=self.eos_token_ids or [],
+            rope_theta=self.rope_theta or 10000.0,
+            partial_rotary_factor=self.partial_rotary_factor or 1.0,
+            no_rope_layers=self.no_rope_layers or [],
+            layer_types=types[:layers],
+            norm_offset=self.norm_offset or 0.0,
+            moe_intermediate_size=self.moe_intermediate_size or self.intermediate_size,
+            norm_topk_prob=self.norm_topk_prob is not False,
+            dense_layers=self.dense_layers or [],
+            # factors of one are not applied at all
+            embedding_multiplier=_factor(self.embedding_multiplier),
+            residual_multiplier=_factor(self.residual_multiplier),
+            logits_scaling=_factor(self.logits_scaling),
+            **{name: bool(getattr(self, name)) for name in SWITCHES},
+        )
+
+    def _check_heads(self) -> int:
+        """-> elements of a head."""
         heads, hidden = self.num_attention_heads or 0, self.hidden_size or 0
         kv_heads = self.num_key_value_heads or heads
         if heads % kv_heads:
@@ -97,32 +146,36 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 f"model.num_attention_heads ({heads}) must divide model.hidden_size ({hidden}), "
                 "or set model.head_dim"
             )
-        layers = self.num_hidden_layers or 0
-        types = self.layer_types or ["full_attention"] * layers
-        if len(types) < layers:
+        head_dim = self.head_dim or hidden // heads
+        rotary = int(head_dim * (self.partial_rotary_factor or 1.0))
+        if rotary % 2 or not rotary:
             raise ConfigError(
-                f"model.layer_types has {len(types)} entries for {layers} layers "
-                "(model.num_hidden_layers)"
+                f"model.head_dim ({head_dim}) times model.partial_rotary_factor must be even: "
+                f"rotary embedding turns pairs, and {rotary} is not"
             )
-        limit = self.max_position_embeddings or 0
-        if (self.max_model_len or 0) > limit:
+        for name in ("short_factor", "long_factor"):
+            factors = (self.rope_scaling or {}).get(name)
+            if factors is not None and len(factors) != rotary // 2:
+                raise ConfigError(
+                    f"model.rope_scaling.{name} has {len(factors)} values, "
+                    f"but {rotary // 2} pairs are rotated"
+                )
+        return head_dim
+
+    def _check_length(self) -> int:
+        """-> the longest context by default. YaRN may be asked for more than the model's own."""
+        limit = largest = self.max_position_embeddings or 0
+        scaling = self.rope_scaling or {}
+        if scaling.get("rope_type") == "yarn":
+            old = scaling.get("original_max_position_embeddings") or limit
+            largest = max(limit, int(old * float(scaling.get("factor") or 1)))
+        if (self.max_model_len or 0) > largest:
             raise ConfigError(
                 f"model.max_model_len ({self.max_model_len}) is above what the model was made "
                 f"for: model.max_position_embeddings is {limit}"
             )
-        return msgspec.structs.replace(
-            self,
-            max_model_len=self.max_model_len or limit,
-            num_key_value_heads=kv_heads,
-            head_dim=self.head_dim or hidden // heads,
-            rms_norm_eps=1e-6 if self.rms_norm_eps is None else self.rms_norm_eps,
-            hidden_act=self.hidden_act or "silu",
-            tie_word_embeddings=bool(self.tie_word_embeddings),
-            eos_token_ids=self.eos_token_ids or [],
-            rope_theta=self.rope_theta or 10000.0,
-            partial_rotary_factor=self.partial_rotary_factor or 1.0,
-            layer_types=types[:layers],
-            norm_offset=self.norm_offset or 0.0,
-            moe_intermediate_size=self.moe_intermediate_size or self.intermediate_size,
-            norm_topk_prob=self.norm_topk_prob is not False,
-        )
+        return limit
+
+
+def _factor(value: float | None) -> float | None:
+    return None if value == 1.0 else value

@@ -9,8 +9,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_di.errors import UnsupportedModelError
+from vllm_di.models.hf_settings import (
+    Config,
+    refuse,
+    refuse_quantized,
+    refuse_unknown,
+    with_defaults,
+)
 
-Config = Mapping[str, Any]
 Fields = dict[str, Any]
 
 ACTIVATIONS = {
@@ -26,8 +32,11 @@ def is_native(architecture: str) -> bool:
     return architecture in FAMILIES
 
 
-def model_fields(config: Config, generation: Config | None = None) -> Fields:
-    """Fields of DecoderConfig for a checkpoint. For a foreign architecture only the shared ones.
+def model_fields(
+    config: Config, generation: Config | None = None, *, native: bool = True
+) -> Fields:
+    """Fields of DecoderConfig for a checkpoint. For a foreign architecture, or with ``native``
+    false, only those that transformers' code shares.
 
     Raises UnsupportedModelError for a config without an architecture, or with settings that the
     native decoder lacks.
@@ -37,18 +46,28 @@ def model_fields(config: Config, generation: Config | None = None) -> Fields:
         raise UnsupportedModelError(
             "config.json names no architecture; native ones are " + ", ".join(sorted(FAMILIES))
         )
-    if names[0] == "Gemma3ForConditionalGeneration" and "text_config" in config:
-        config = {**config["text_config"], "architectures": ["Gemma3ForCausalLM"]}
-        names = ["Gemma3ForCausalLM"]
-    fields: Fields = {"architecture": names[0], **_token_ids(config, generation or {})}
-    if names[0] not in FAMILIES:
+    refuse_quantized(config)
+    if names[0] == "Gemma3ForConditionalGeneration" and "text_config" in config and native:
+        config = _text_part(config)
+    name = config["architectures"][0]
+    config = with_defaults(config)
+    fields: Fields = {"architecture": name, **_token_ids(config, generation or {})}
+    if native and name in FAMILIES:
+        refuse_unknown(config)
+        fields |= _common(config) | FAMILIES[name](config)
+    else:
         fields["vocab_size"] = config.get("vocab_size")
         fields["max_position_embeddings"] = _first(
             config, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
         )
-        return fields
-    fields |= _common(config) | FAMILIES[names[0]](config)
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _text_part(config: Config) -> Config:
+    """Of a Gemma 3 that also sees images; what stands beside the text's config holds for it too."""
+    shared = ("bos_token_id", "eos_token_id", "tie_word_embeddings")
+    outer = {key: config[key] for key in shared if config.get(key) is not None}
+    return {**outer, **config["text_config"], "architectures": ["Gemma3ForCausalLM"]}
 
 
 def _token_ids(config: Config, generation: Config) -> Fields:
@@ -89,47 +108,81 @@ def _common(config: Config) -> Fields:
     return fields | {"hidden_act": ACTIVATIONS[activation]} | _rope(config)
 
 
+ROPE_KEYS: dict[str, frozenset[str]] = {
+    kind: frozenset(keys.split())
+    for kind, keys in {
+        "default": "",
+        "linear": "factor",
+        "dynamic": "factor",
+        "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
+        "yarn": "factor original_max_position_embeddings attention_factor beta_fast beta_slow "
+        "mscale mscale_all_dim truncate",
+        "longrope": "factor original_max_position_embeddings attention_factor short_factor "
+        "long_factor",
+    }.items()
+}
+"""What each kind of rotary scaling may say, beside what all may."""
+ROPE_SHARED = ("rope_theta", "partial_rotary_factor", "type", "rope_type")
+
+
 def _rope(config: Config) -> Fields:
     """transformers 5 keeps theta and scaling in ``rope_parameters``, 4 in two keys."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if any(isinstance(v, Mapping) for v in rope.values()):  # one set for each kind of layer
+        local = rope.get("sliding_attention") or {}
+        if _kind(local) != "default":
+            raise UnsupportedModelError(
+                f"{config['architectures'][0]} with scaled rotary embedding "
+                f"({_kind(local)}) in its sliding layers is not supported"
+            )
         rope = rope.get("full_attention") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = _kind(rope)
     theta = _first(rope, "rope_theta") or config.get("rope_theta")
     partial = _first(rope, "partial_rotary_factor") or config.get("partial_rotary_factor")
     fields: Fields = {"rope_theta": theta, "partial_rotary_factor": partial}
+    if kind not in ROPE_KEYS:
+        raise UnsupportedModelError(
+            f"rope_scaling {kind!r} is not known; known are {', '.join(ROPE_KEYS)}"
+        )
+    scaling = {k: v for k, v in rope.items() if k not in ROPE_SHARED and v is not None}
+    if foreign := set(scaling) - ROPE_KEYS[kind]:
+        raise UnsupportedModelError(
+            f"rope_scaling {kind!r} with {', '.join(sorted(foreign))} is not supported"
+        )
     if kind != "default":
-        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
-        scaling["rope_type"] = "longrope" if kind == "su" else kind
-        old = _first(config, "original_max_position_embeddings")
-        if old and "original_max_position_embeddings" not in scaling:
+        old = config.get("original_max_position_embeddings")
+        if old and "original_max_position_embeddings" in ROPE_KEYS[kind]:
             scaling["original_max_position_embeddings"] = old
-        fields["rope_scaling"] = scaling
+        fields["rope_scaling"] = scaling | {"rope_type": kind}
     return fields
 
 
-def _refuse(config: Config, **expected: Any) -> None:
-    for name, value in expected.items():
-        if name in config and config[name] not in (value, None):
-            raise UnsupportedModelError(
-                f"{config['architectures'][0]} with {name}={config[name]!r} is not supported "
-                f"(only {value!r})"
-            )
+def _kind(rope: Config) -> str:
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    return "longrope" if kind == "su" else kind
 
 
 def _sliding(config: Config) -> Fields:
-    """Window and the kind of each layer, as the newer configs list it."""
-    types = config.get("layer_types")
+    """A window in every layer, unless the config lists them."""
+    return _listed(config, ["sliding_attention"] * int(config["num_hidden_layers"]))
+
+
+def _listed(config: Config, types: list[str]) -> Fields:
+    """A window in the layers that the config lists, or else in those of ``types``."""
+    types = list(config.get("layer_types") or types)
+    if foreign := set(types) - {"full_attention", "sliding_attention"}:
+        raise UnsupportedModelError(
+            f"{config['architectures'][0]} with layers of type {', '.join(sorted(foreign))} is "
+            "not supported (full_attention and sliding_attention are)"
+        )
     window = config.get("sliding_window")
-    if window is None or (types and "sliding_attention" not in types):
+    if window is None or "sliding_attention" not in types:
         return {}
-    if types is None:
-        types = ["sliding_attention"] * int(config["num_hidden_layers"])
-    return {"sliding_window": window, "layer_types": list(types)}
+    return {"sliding_window": window, "layer_types": types}
 
 
 def _llama(config: Config) -> Fields:
-    _refuse(config, pretraining_tp=1)
+    refuse(config, pretraining_tp=1)
     bias = config.get("attention_bias")
     return {
         "attention_bias": bias,
@@ -138,31 +191,39 @@ def _llama(config: Config) -> Fields:
     }
 
 
-def _mistral(config: Config) -> Fields:
-    return _sliding(config)
+def _mixed_window(config: Config) -> Fields:
+    """Qwen: a window only where ``use_sliding_window`` says so, from ``max_window_layers`` on."""
+    if not config.get("use_sliding_window"):
+        return {}
+    layers, after = int(config["num_hidden_layers"]), int(config.get("max_window_layers") or 0)
+    return _listed(
+        config, ["full_attention" if i < after else "sliding_attention" for i in range(layers)]
+    )
 
 
 def _qwen2(config: Config) -> Fields:
-    window = _sliding(config) if config.get("use_sliding_window") else {}
-    if window and not config.get("layer_types"):
-        after = int(config.get("max_window_layers") or 0)
-        kinds = window["layer_types"]
-        window["layer_types"] = ["full_attention"] * after + kinds[after:]
-    return {"attention_bias": True, "attention_output_bias": False} | window
+    return _mixed_window(config) | {"attention_bias": True, "attention_output_bias": False}
 
 
 def _qwen3(config: Config) -> Fields:
     bias = config.get("attention_bias")
-    window = _qwen2(config)
-    return window | {"attention_bias": bias, "attention_output_bias": bias, "qk_norm": True}
+    return _mixed_window(config) | {
+        "attention_bias": bias,
+        "attention_output_bias": bias,
+        "qk_norm": True,
+    }
 
 
 def _qwen3_moe(config: Config) -> Fields:
+    bias = config.get("attention_bias")
     layers, step = int(config["num_hidden_layers"]), int(config.get("decoder_sparse_step") or 1)
     dense = set(config.get("mlp_only_layers") or [])
     dense |= {i for i in range(layers) if (i + 1) % step}
-    return _qwen3(config) | {
-        "num_experts": _first(config, "num_experts", "num_local_experts"),
+    return (_sliding(config) if config.get("use_sliding_window") else {}) | {
+        "attention_bias": bias,
+        "attention_output_bias": bias,
+        "qk_norm": True,
+        "num_experts": _first(config, "num_experts", "num_local_experts") or 128,
         "num_experts_per_tok": config.get("num_experts_per_tok"),
         "moe_intermediate_size": config.get("moe_intermediate_size"),
         "norm_topk_prob": bool(config.get("norm_topk_prob")),
@@ -185,7 +246,8 @@ def _smollm3(config: Config) -> Fields:
     if rope is None:
         interval = int(config.get("no_rope_layer_interval") or 4)
         rope = [int((i + 1) % interval != 0) for i in range(layers)]
-    window = _sliding(config) if config.get("use_sliding_window") else {}
+    types = ["full_attention" if used else "sliding_attention" for used in rope[:layers]]
+    window = _listed(config, types) if config.get("use_sliding_window") else {}
     return window | {
         "attention_bias": bias,
         "attention_output_bias": bias,
@@ -196,7 +258,7 @@ def _smollm3(config: Config) -> Fields:
 
 def _granite(config: Config) -> Fields:
     return _llama(config) | {
-        "attention_scale": config.get("attention_multiplier"),
+        "attention_scale": config.get("attention_multiplier") or 1.0,
         "embedding_multiplier": config.get("embedding_multiplier"),
         "residual_multiplier": config.get("residual_multiplier"),
         "logits_scaling": config.get("logits_scaling"),
@@ -204,19 +266,18 @@ def _granite(config: Config) -> Fields:
 
 
 def _phi3(config: Config) -> Fields:
+    refuse(config, interpolate_factor=1, full_attn_mod=1)
     return _sliding(config) | {"fused_projections": True}
 
 
 def _gemma(config: Config) -> Fields:
     bias = config.get("attention_bias")
-    heads_scale = config.get("query_pre_attn_scalar")
-    tied = config.get("tie_word_embeddings")
+    refuse(config, use_bidirectional_attention=False)
     return {
-        "tie_word_embeddings": True if tied is None else tied,
         "norm_offset": 1.0,
         "post_norms": True,
         "embedding_multiplier": float(config["hidden_size"]) ** 0.5,
-        "attention_scale": float(heads_scale) ** -0.5 if heads_scale else None,
+        "attention_scale": float(config["query_pre_attn_scalar"]) ** -0.5,
         "attn_logit_softcapping": config.get("attn_logit_softcapping"),
         "final_logit_softcapping": config.get("final_logit_softcapping"),
         "attention_bias": bias,
@@ -226,32 +287,29 @@ def _gemma(config: Config) -> Fields:
 
 def _gemma2(config: Config) -> Fields:
     layers = int(config["num_hidden_layers"])
-    types = config.get("layer_types") or [
-        "full_attention" if i % 2 else "sliding_attention" for i in range(layers)
-    ]
-    return _gemma(config) | {"sliding_window": config.get("sliding_window"), "layer_types": types}
+    types = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    return _gemma(config) | _listed(config, types)
 
 
 def _gemma3(config: Config) -> Fields:
-    _refuse(config, use_bidirectional_attention=False)
     layers = int(config["num_hidden_layers"])
     pattern = int(_first(config, "sliding_window_pattern", "_sliding_window_pattern") or 6)
-    types = config.get("layer_types") or [
-        "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)
-    ]
+    types = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
     rope = config.get("rope_parameters") or {}
     local = (rope.get("sliding_attention") or {}).get("rope_theta")
-    return _gemma(config) | {
-        "sliding_window": config.get("sliding_window"),
-        "layer_types": types,
-        "qk_norm": True,
-        "rope_local_theta": local or config.get("rope_local_base_freq") or 10000.0,
-    }
+    return (
+        _gemma(config)
+        | _listed(config, types)
+        | {
+            "qk_norm": True,
+            "rope_local_theta": local or config.get("rope_local_base_freq") or 10000.0,
+        }
+    )
 
 
 FAMILIES: dict[str, Callable[[Config], Fields]] = {
     "LlamaForCausalLM": _llama,
-    "MistralForCausalLM": _mistral,
+    "MistralForCausalLM": _sliding,
     "Qwen2ForCausalLM": _qwen2,
     "Qwen3ForCausalLM": _qwen3,
     "SmolLM3ForCausalLM": _smollm3,
