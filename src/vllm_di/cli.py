@@ -57,8 +57,8 @@ def run(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         raise UsageError(
-            f"no verb {verb!r}; there are {', '.join(VERBS)}{nearest(verb, VERBS)}. "
-            "The verb comes first: vllm-di serve model=llama3"
+            f"no verb {verb!r}; the verb comes first, and there are {', '.join(VERBS)}"
+            f"{nearest(verb, VERBS)}"
         )
     arguments = parse(verb, rest)
     if arguments.help:

@@ -29,6 +29,9 @@ from vllm_di.errors import ConfigError, nearest
 SETTINGS = ("model_name", "trust", "checkpoint", "platform")
 """Top-level keys that are no slots."""
 
+STAND_INS = {"tokenizer": "bytes", "chat_template": "plain"}
+"""Options for a model without a checkpoint, unless somebody chose others."""
+
 TRANSFORMERS_MODEL = "vllm_di.models.transformers_fallback.TransformersModel"
 
 
@@ -152,8 +155,11 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
             raise ConfigError(
                 f"{chosen}: model={option} brings no weights; give them with "
                 "model.path=FOLDER, FILE.gguf or "
-                "a hub name (org/name), or run with random weights: loader=dummy tokenizer=bytes"
+                "a hub name (org/name), or run with random weights: loader=dummy"
             )
+        for slot, option in STAND_INS.items():
+            if composition.choices[slot][1].chosen_by == "default":
+                _replace(tree, composition, slot, option, "no checkpoint brings its own")
     else:
         found = describe(str(model.path))
         checkpoint.format, checkpoint.weights = found.format, found.weights
@@ -163,7 +169,11 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
             _take(composition, key, value)
         if loader == "auto":
             _replace(
-                tree, composition, "loader", found.format, f"{found.weights} is {found.format}"
+                tree,
+                composition,
+                "loader",
+                found.format,
+                f"{Path(found.weights).name} is {found.format}",
             )
     architecture = model.architecture
     if model.implementation == "transformers" or (
