@@ -140,7 +140,7 @@ def _sweep(arguments: Arguments) -> int:
     table: list[list[object]] = []
     names: list[str] = []
     results: list[dict[str, Any]] = []
-    failed = 0
+    reasons: list[str] = []
     for point in points(arguments.overrides):
         label = " ".join(o for o in point if o not in _constant(arguments.overrides))
         with tempfile.TemporaryDirectory() as folder:
@@ -151,9 +151,9 @@ def _sweep(arguments: Arguments) -> int:
             command += ["--json", str(path)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode or not path.is_file():
-                failed += 1
                 reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                table.append([label or "-", f"failed: {reason}"])
+                reasons.append(f"{label or 'the point'} failed: {reason}")
+                table.append([label or "-", "failed"])
                 continue
             result = json.loads(path.read_text())
         results.append(result)
@@ -166,7 +166,9 @@ def _sweep(arguments: Arguments) -> int:
     print_table(["point", *(names or ["result"])], table)
     if path_given := arguments.options.get("--json"):
         Path(path_given).write_text(json.dumps(results, indent=2))
-    if failed == len(table):
+    for text in reasons:
+        print(text, file=sys.stderr)
+    if len(reasons) == len(table):
         raise VllmDiError("every point of the sweep failed")
     return 0
 
