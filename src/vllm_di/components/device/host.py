@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
+import numpy as np
 import torch
+from torch import Tensor
 
 from vllm_di.components.device import system
 from vllm_di.components.device.sizes import parse_size
@@ -52,6 +56,11 @@ class HostDevice(Device):
 
     def synchronize(self) -> None:
         """Work on the host is done when its call returns."""
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        # calloc: the system gives zero pages when they are touched, which torch.zeros does at once
+        count = math.prod(shape) * dtype.itemsize
+        return torch.from_numpy(np.zeros(count, np.uint8)).view(dtype).view(*shape)
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from vllm_di.components.device import system
+from vllm_di.components.device.host import HostDevice
+from vllm_di.components.interfaces import Placement
+from vllm_di.errors import ConfigError
+
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def host(
+    placement: Placement | None = None,
+    *,
+    threads: int | None = 1,
+    budget: str | int | None = None,
+    dtype: str = "auto",
+) -> HostDevice:
+    return HostDevice(placement, threads=threads, memory_budget=budget, default_dtype=dtype)
+
+
+def test_threads_are_set_and_restored() -> None:
+    torch.set_num_threads(2)
+    device = host(threads=1)
+    assert torch.get_num_threads() == 1
+    device.close()
+    assert torch.get_num_threads() == 2
+
+
+def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "usable_cores", lambda: 7)
+    for ranks, threads in ((1, 7), (2, 3), (16, 1)):
+        device = host(Placement(rank=0, world_size=ranks), threads=None)
+        assert torch.get_num_threads() == threads
+        device.close()
+
+
+def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, dtype in (
+        ({"avx512_bf16", "avx2"}, torch.bfloat16),
+        ({"amx_bf16"}, torch.bfloat16),
+        ({"avx512f", "avx2"}, torch.float32),
+        (set(), torch.float32),
+    ):
+        monkeypatch.setattr(system, "cpu_flags", lambda flags=flags: flags)
+        assert host().default_dtype == dtype
+        assert host().dtype("auto") == dtype
+
+
+def test_a_dtype_is_honoured_or_refused() -> None:
+    assert host(dtype="float16").dtype("auto") == torch.float16
+    assert host().dtype("bfloat16") == torch.bfloat16
+    with pytest.raises(ConfigError, match=r"float64.*HostDevice does not support it"):
+        host(dtype="float64")
+    with pytest.raises(ConfigError, match=r"no such dtype.*did you mean 'bfloat16'"):
+        host().dtype("bfloat61")
+
+
+def test_a_declared_budget_shrinks_as_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = 3 * GIB
+    monkeypatch.setattr(system, "resident_bytes", lambda: held)
+    device = host(budget="8GiB")
+    assert (device.memory().free, device.memory().total) == (8 * GIB, 8 * GIB)
+    held = 5 * GIB
+    assert device.memory().free == 6 * GIB
+    held = 50 * GIB
+    assert device.memory().free == 0
+
+
+def test_ranks_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "memory", lambda: (6 * GIB, 8 * GIB))
+    pair = Placement(rank=1, world_size=2)
+    assert (host(pair).memory().free, host(pair).memory().total) == (3 * GIB, 4 * GIB)
+    assert host(pair, budget=2 * GIB).memory().total == GIB
+    assert host().memory().free == 6 * GIB
+
+
+def test_a_wrong_budget_names_the_key() -> None:
+    with pytest.raises(ConfigError, match="memory_budget: 'much'"):
+        host(budget="much")
+
+
+def test_seed_makes_torch_repeat_itself() -> None:
+    device = host()
+    device.seed(3)
+    first = torch.rand(4)
+    device.seed(3)
+    assert torch.equal(first, torch.rand(4))
+
+
+def test_zeros_are_zero_in_any_dtype() -> None:
+    for dtype in HostDevice.supported_dtypes:
+        zeros = host().zeros((3, 2, 5), dtype)
+        assert zeros.shape == (3, 2, 5) and zeros.dtype == dtype and not zeros.any()
+        zeros += 1  # it is writable memory of its own
+        assert bool((zeros == 1).all())

@@ -1,0 +1,231 @@
+"""The worker with fakes around it: what it asks of them, in what order, and how it sizes the
+cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from tests.components.model_runner.fakes import CountingModel, PlanAttention
+
+from vllm_di.components.interfaces import (
+    Device,
+    DeviceMemory,
+    KvLayout,
+    LayerCache,
+    Loader,
+    Model,
+    ModelRunner,
+    Placement,
+)
+from vllm_di.components.limits.standard import StandardLimits
+from vllm_di.components.messages import KvSpec, StepPlan, StepResult
+from vllm_di.components.ops.table import SelectedOps
+from vllm_di.components.ops.torch import TorchOps
+from vllm_di.components.worker.standard import StandardWorker
+from vllm_di.errors import CheckpointError, ConfigError
+
+BLOCK = 16
+BLOCK_BYTES = 1000
+FREE = 1_000_000
+
+
+class SmallDevice(Device):
+    torch_device = torch.device("cpu")
+    default_dtype = torch.float32
+    supported_dtypes = (torch.float32,)
+
+    def __init__(self, events: list[str], free: int) -> None:
+        self._events, self._free = events, free
+
+    def memory(self) -> DeviceMemory:
+        self._events.append("memory")
+        return DeviceMemory(free=self._free, total=2 * self._free)
+
+    def synchronize(self) -> None:
+        self._events.append("synchronize")
+
+    def seed(self, seed: int) -> None: ...
+
+
+class Pages(KvLayout):
+    """A layout of nothing but sizes."""
+
+    name, block_size = "pages", BLOCK
+
+    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
+        self._block_bytes = block_bytes
+
+    def bytes_per_block(self, specs: Sequence[KvSpec], dtype: torch.dtype) -> int:
+        assert len(specs) == 1 and dtype == torch.float32
+        return self._block_bytes
+
+    def allocate(self, *_: Any) -> list[LayerCache]:
+        return []
+
+    def write(self, *_: Any) -> None: ...
+
+    def gather(self, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty(0), torch.empty(0)
+
+    def copy_blocks(self, *_: Any) -> None: ...
+
+
+class Seven(Loader):
+    def __init__(self, events: list[str]) -> None:
+        self._events = events
+
+    def load(self, model: Model) -> None:
+        self._events.append("load")
+        model.load_random(7)
+
+
+class Broken(Loader):
+    def __init__(self) -> None: ...
+
+    def load(self, model: Model) -> None:
+        raise CheckpointError("no such file")
+
+
+class Runner(ModelRunner):
+    def __init__(self, events: list[str]) -> None:
+        self._events = events
+
+    def allocate(self, num_blocks: int) -> None:
+        self._events.append(f"allocate {num_blocks}")
+
+    def warm_up(self) -> None:
+        self._events.append("warm_up")
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self._events.append("execute")
+        return StepResult(plan.step, [])
+
+
+class Hnd(PlanAttention):
+    layouts = ("hnd", "nhd")
+
+
+def worker(
+    events: list[str] | None = None,
+    *,
+    free: int = FREE,
+    max_model_len: int = 64,
+    attention: PlanAttention | None = None,
+    layout: KvLayout | None = None,
+    loader: Loader | None = None,
+    null_block: bool = False,
+    num_blocks: int | None = None,
+    kv_cache_memory: str | int | None = None,
+    memory_fraction: float = 0.5,
+    max_num_seqs: int = 3,
+) -> StandardWorker:
+    events = [] if events is None else events
+    return StandardWorker(
+        device=SmallDevice(events, free),
+        loader=loader or Seven(events),
+        model=CountingModel(vocab_size=50, max_model_len=max_model_len),
+        kv_layout=layout or Pages(),
+        attention=attention or PlanAttention(),
+        limits=StandardLimits(
+            mixed_steps=True,
+            chunked_prefill=True,
+            max_prefill_rows=None,
+            max_batch_context=None,
+            null_block=null_block,
+        ),
+        ops=SelectedOps(TorchOps()),
+        model_runner=Runner(events),
+        placement=Placement(rank=1, world_size=2),
+        num_blocks=num_blocks,
+        kv_cache_memory=kv_cache_memory,
+        memory_fraction=memory_fraction,
+        max_num_seqs=max_num_seqs,
+    )
+
+
+def test_the_order_of_a_worker_s_life() -> None:
+    events: list[str] = []
+    one = worker(events, num_blocks=9)
+    report = one.load()
+    assert events == ["load", "synchronize", "memory"]  # memory counts with the weights in
+    one.allocate(report.num_blocks)
+    assert one.execute(StepPlan(4, [], [], [])).step == 4
+    assert events[3:] == ["allocate 9", "warm_up", "execute"]
+
+
+def test_the_report_says_what_only_the_device_knows() -> None:
+    report = worker(num_blocks=9, max_model_len=100).load()
+    assert (report.num_blocks, report.block_size, report.bytes_per_block) == (9, BLOCK, BLOCK_BYTES)
+    assert (report.max_model_len, report.vocab_size, report.eos_token_ids) == (100, 50, [0])
+    assert (report.device, report.dtype) == ("cpu", "float32")
+    assert report.kv_specs == [KvSpec(layer=0, num_kv_heads=1, head_size=1)]
+    details = report.details
+    assert details["rank"] == 1 and details["load_seconds"] >= 0
+    assert details["kv_cache_bytes"] == 9 * BLOCK_BYTES
+    assert (details["memory_free"], details["memory_total"]) == (FREE, 2 * FREE)
+    assert details["ops"]["linear"] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("given", "blocks"),
+    [
+        ({"num_blocks": 25}, 25),
+        ({"kv_cache_memory": 11 * BLOCK_BYTES + 999}, 11),
+        ({"kv_cache_memory": "8KB"}, 8),
+        ({"memory_fraction": 0.01}, 10),
+        ({"memory_fraction": 1.0}, 12),  # three sequences of four blocks: more is never used
+        ({"memory_fraction": 1.0, "null_block": True}, 13),
+        ({"kv_cache_memory": "900KB", "max_num_seqs": 100}, 400),
+        ({"layout": Pages(0)}, 12),  # a model that keeps no cache
+    ],
+)
+def test_the_cache_is_sized_from_config_or_free_memory(given: dict[str, Any], blocks: int) -> None:
+    assert worker(**given).load().num_blocks == blocks
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"num_blocks": 3}, "raise worker.num_blocks,"),
+        ({"num_blocks": 4, "null_block": True}, "needs 5"),
+        ({"kv_cache_memory": "3999B"}, "raise worker.kv_cache_memory,"),
+        ({"free": 7999}, "raise worker.memory_fraction"),
+        ({"free": 0}, r"room for 0 blocks .*0\.5 of 0 B free"),
+    ],
+)
+def test_one_whole_sequence_must_fit(given: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=key) as caught:
+        worker(**given).load()
+    assert "64 tokens" in str(caught.value) and "model.max_model_len" in str(caught.value)
+    assert "3.91 KiB" in str(caught.value) or given.get("null_block")
+
+
+@pytest.mark.parametrize("given", [{"num_blocks": 1001}, {"kv_cache_memory": "2MB"}])
+def test_more_than_is_free_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"976.56 KiB are free"):
+        worker(**given, max_num_seqs=1000).load()
+
+
+def test_two_sizes_of_one_cache_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"num_blocks \(4\) and kv_cache_memory \(1GiB\)"):
+        worker(num_blocks=4, kv_cache_memory="1GiB")
+
+
+def test_an_attention_that_cannot_read_the_layout_is_refused_before_the_weights() -> None:
+    events: list[str] = []
+    with pytest.raises(ConfigError, match=r"Hnd cannot read the KV layout 'pages'.*hnd, nhd"):
+        worker(events, attention=Hnd())
+    assert events == []
+
+
+def test_a_wrong_size_is_named() -> None:
+    with pytest.raises(ConfigError, match="kv_cache_memory: 'plenty'"):
+        worker(kv_cache_memory="plenty")
+
+
+def test_a_loader_s_error_is_the_worker_s() -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        worker(loader=Broken()).load()
