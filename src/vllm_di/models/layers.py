@@ -64,8 +64,9 @@ def shard_heads(heads: int, head_size: int, rank: int, world: int, what: str) ->
 class Linear(nn.Module):
     """One or more products with the same input, as one: outputs stand side by side.
 
-    ``outputs`` shard the rows of each; ``inputs`` shards the columns of all. After ``finalize``,
-    ``run`` is the product, x [tokens, in] -> [tokens, out], and the loaded weight is gone.
+    ``outputs`` shard the rows of each; ``inputs`` shards the columns of all. ``adds_bias`` is false
+    where another rank adds the bias to the sum. After ``finalize``, ``run`` is the product, x
+    [tokens, in] -> [tokens, out], and the loaded weight is gone.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -76,14 +77,15 @@ class Linear(nn.Module):
         inputs: Shard,
         *,
         bias: bool,
+        adds_bias: bool = True,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.outputs, self.inputs = outputs, inputs
+        self.outputs, self.inputs, self.has_bias = outputs, inputs, bias
         rows = sum(s.size for s in outputs)
         self.weight: Tensor | None = torch.empty(rows, inputs.size, dtype=dtype, device=device)
-        self.bias = torch.empty(rows, dtype=dtype, device=device) if bias else None
+        self.bias = torch.empty(rows, dtype=dtype, device=device) if bias and adds_bias else None
         self.num_bytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def targets(self, names: list[str]) -> dict[str, Target]:
@@ -94,7 +96,7 @@ class Linear(nn.Module):
             place = slice(offset, offset + output.size)
             shape = (output.whole, self.inputs.whole)
             found[f"{name}.weight"] = Target(shape, self._filler(place, output))
-            if self.bias is not None:
+            if self.has_bias:
                 found[f"{name}.bias"] = Target(
                     (output.whole,), self._bias_filler(place, output), "bias"
                 )
@@ -107,7 +109,7 @@ class Linear(nn.Module):
         parts = list(self.targets([str(i) for i in range(len(self.outputs))]).values())
 
         def fill(tensor: Tensor) -> None:
-            pieces = tensor.split([s.whole for s in self.outputs])
+            pieces = torch.split(tensor, [s.whole for s in self.outputs])
             for part, piece in zip(parts, pieces, strict=True):
                 part.fill(piece)
 
@@ -122,8 +124,8 @@ class Linear(nn.Module):
 
     def _bias_filler(self, place: slice, output: Shard) -> Callable[[Tensor], None]:
         def fill(tensor: Tensor) -> None:
-            assert self.bias is not None
-            self.bias[place].copy_(tensor[output.span])
+            if self.bias is not None:
+                self.bias[place].copy_(tensor[output.span])
 
         return fill
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor, nn
 
 from vllm_di.components.interfaces import Quantization
-from vllm_di.models.layers import Linear, Target
+from vllm_di.models.layers import Target
 
 if TYPE_CHECKING:
-    from vllm_di.models.decoder import Parts
+    from vllm_di.models.blocks import Parts
 
 
 class Experts(nn.Module):
@@ -26,29 +25,18 @@ class Experts(nn.Module):
         self.num_experts, self.hidden = c.num_experts, c.hidden_size
         self.top_k, self.renormalise = c.num_experts_per_tok, bool(c.norm_topk_prob)
         self.block_sparse = c.architecture == "MixtralForCausalLM"
-        self.router: Linear = parts.linear(
-            [parts.whole(c.num_experts)], parts.whole(c.hidden_size), False
-        )
-        placed = {"dtype": parts.dtype, "device": parts.device}
-        shape = (c.num_experts, 2 * self.inner.size, c.hidden_size)
-        self.gate_up = torch.empty(shape, **placed)
-        self.down = torch.empty(c.num_experts, c.hidden_size, self.inner.size, **placed)
+        self.router = parts.linear([parts.whole(c.num_experts)], parts.whole(c.hidden_size), False)
+        self.gate_up = parts.empty(c.num_experts, 2 * self.inner.size, c.hidden_size)
+        self.down = parts.empty(c.num_experts, c.hidden_size, self.inner.size)
         self.num_bytes = self.gate_up.nbytes + self.down.nbytes
         self.experts = parts.ops.fused_experts
-        self.activation = c.hidden_act or "silu"
+        self.activation: Literal["silu", "gelu_tanh"] = c.hidden_act or "silu"
         self.reduce = parts.reduce
 
     def targets(self, prefix: str) -> dict[str, Target]:
         found = self.router.targets([f"{prefix}.gate"])
-        gate, up, down = (
-            ("w1", "w3", "w2")
-            if self.block_sparse
-            else (
-                "gate_proj",
-                "up_proj",
-                "down_proj",
-            )
-        )
+        names = ("w1", "w3", "w2") if self.block_sparse else ("gate_proj", "up_proj", "down_proj")
+        gate, up, down = names
         rows = (self.inner.whole, self.hidden)
         for e in range(self.num_experts):
             name = f"{prefix}.experts.{e}"
@@ -77,6 +65,4 @@ class Experts(nn.Module):
         weights, ids = self.router.run(x).float().softmax(-1).topk(self.top_k)  # [tokens, k]
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
-        return self.reduce(
-            self.experts(x, self.gate_up, self.down, weights, ids, self.activation)  # type: ignore[arg-type]
-        )
+        return self.reduce(self.experts(x, self.gate_up, self.down, weights, ids, self.activation))

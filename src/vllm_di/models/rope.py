@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_di.errors import UnsupportedModelError
 
-KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def cos_sin_table(
@@ -31,7 +31,8 @@ def cos_sin_table(
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     plain = theta ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
     amplitude = 1.0
-    if kind == "default":
+    if kind in ("default", "dynamic"):
+        # dynamic scaling acts beyond max_position_embeddings, which is never served
         frequencies = plain
     elif kind == "linear":
         frequencies = plain / float(scaling["factor"])
