@@ -9,6 +9,7 @@ conversation knows.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import struct
 import tempfile
@@ -17,7 +18,10 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from vllm_di import errors
 from vllm_di.errors import EngineDeadError
+
+log = logging.getLogger(__name__)
 
 MAX_FRAME = 1 << 30
 _LENGTH = struct.Struct("<I")
@@ -117,25 +121,17 @@ class Failure(msgspec.Struct, tag=True, frozen=True):
 
     kind: str
     message: str
-    traceback: str = ""
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """With a traceback only for what is no error of a user."""
-        import traceback
-
-        from vllm_di.errors import VllmDiError
-
-        ours = isinstance(error, VllmDiError)
-        text = "" if ours else "".join(traceback.format_exception(error))
-        return cls(type(error).__name__, str(error) or type(error).__name__, text)
+        """The traceback of what is no user's error goes to this process's log, not to the peer."""
+        if not isinstance(error, errors.VllmDiError):
+            log.error("this process failed", exc_info=error)
+        return cls(type(error).__name__, str(error) or type(error).__name__)
 
     def error(self) -> Exception:
         """The exception to raise on this side."""
-        import vllm_di.errors as tree
-
-        kind = getattr(tree, self.kind, None)
-        if isinstance(kind, type) and issubclass(kind, tree.VllmDiError):
+        kind = getattr(errors, self.kind, None)
+        if isinstance(kind, type) and issubclass(kind, errors.VllmDiError):
             return kind(self.message)
-        detail = f"\n{self.traceback}" if self.traceback else ""
-        return EngineDeadError(f"{self.kind}: {self.message}{detail}")
+        return EngineDeadError(f"{self.kind}: {self.message}")

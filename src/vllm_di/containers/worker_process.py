@@ -7,6 +7,7 @@ socket does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -33,10 +34,8 @@ def main() -> None:
     except EngineDeadError:
         return  # the executor is gone
     except Exception as error:
-        try:
+        with contextlib.suppress(OSError):  # the executor may be gone
             connection.send(Failure.of(error))
-        except OSError:
-            raise error from None
         sys.stdout.flush()
         os._exit(1)  # peers may be waiting in a collective: do not wait for them
     finally:

@@ -102,15 +102,16 @@ class MultiprocessExecutor(Executor):
                 assert process.stdin is not None
                 process.stdin.write(assembly)
                 process.stdin.close()
-            by_rank = {}
-            while len(by_rank) < self._world:
+            rank_of = {}
+            while len(self._workers) < self._world:
                 connection = self._accept(rendezvous)
+                self._workers.append(connection)
                 hello = connection.receive()
                 if isinstance(hello, Failure):
                     raise hello.error()
                 assert isinstance(hello, rpc.Hello)
-                by_rank[hello.rank] = connection
-            self._workers = [by_rank[rank] for rank in range(self._world)]
+                rank_of[connection] = hello.rank
+            self._workers.sort(key=rank_of.__getitem__)
         finally:
             rendezvous.close()
 

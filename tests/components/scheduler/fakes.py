@@ -1,0 +1,167 @@
+"""An engine without a model: the next token is a hash of all before it."""
+
+from __future__ import annotations
+
+import zlib
+from concurrent.futures import Future
+from typing import Any
+
+from vllm_di.components.engine.standard import StandardEngine
+from vllm_di.components.interfaces import Executor
+from vllm_di.components.kv_cache_manager.paged import PagedKvCacheManager
+from vllm_di.components.messages import (
+    EngineRequest,
+    KvSpec,
+    LimitsReport,
+    SampledToken,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    WorkerReport,
+)
+from vllm_di.components.scheduler.continuous import ContinuousScheduler
+from vllm_di.components.structured_output.none import NoStructuredOutput
+
+VOCAB = 1000
+EOS = 999
+BLOCK = 4
+
+
+def report(num_blocks: int = 16, **limits: Any) -> WorkerReport:
+    return WorkerReport(
+        block_size=BLOCK,
+        num_blocks=num_blocks,
+        bytes_per_block=64,
+        kv_specs=[KvSpec(layer=0, num_kv_heads=1, head_size=4)],
+        limits=LimitsReport(**limits),
+        max_model_len=48,
+        vocab_size=VOCAB,
+        eos_token_ids=[EOS],
+        device="fake",
+        dtype="float32",
+        weight_bytes=0,
+    )
+
+
+def next_token(token_ids: list[int]) -> int:
+    """A function of everything before, so that any lost or doubled token shows."""
+    return zlib.crc32(bytes(f"{token_ids}", "ascii")) % VOCAB
+
+
+def expected(prompt: list[int], params: SamplingParams) -> list[int]:
+    """What a request generates when it is alone in the world."""
+    ids, out = list(prompt), []
+    while len(out) < (params.max_tokens or 1) and len(ids) < 48:
+        token = next_token(ids)
+        ids.append(token)
+        out.append(token)
+        if len(out) >= params.min_tokens and token == EOS and not params.ignore_eos:
+            break
+    return out
+
+
+class FakeExecutor(Executor):
+    """A worker that keeps its own copy of every sequence and of the cache, and checks the plan
+    against them."""
+
+    def __init__(self, the_report: WorkerReport) -> None:
+        self.report = the_report
+        self.tokens: dict[int, list[int]] = {}
+        self.blocks: dict[int, list[int]] = {}
+        self.slots: dict[int, int] = {}
+        """Slot of the cache to the hash of all tokens up to the one that was written there."""
+        self.fail: set[str] = set()
+        self.plans: list[StepPlan] = []
+
+    def start(self) -> WorkerReport:
+        return self.report
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        self.plans.append(plan)
+        for seq_id in plan.finished:
+            self.tokens.pop(seq_id, None)
+            self.blocks.pop(seq_id, None)
+        for new in plan.new:
+            assert new.seq_id not in self.tokens
+            self.tokens[new.seq_id], self.blocks[new.seq_id] = list(new.token_ids), []
+        sampled = []
+        for share in plan.scheduled:
+            ids, blocks = self.tokens[share.seq_id], self.blocks[share.seq_id]
+            if share.last_token >= 0:
+                ids.append(share.last_token)
+            blocks += share.new_blocks
+            assert len(set(blocks)) == len(blocks)
+            end = share.num_computed + share.num_tokens
+            assert share.num_tokens > 0
+            assert end <= min(len(ids), len(blocks) * BLOCK)
+            for position in range(share.num_computed):  # what came before is in the cache
+                assert self.slots[self._slot(blocks, position)] == _mark(ids, position)
+            for position in range(share.num_computed, end):
+                self.slots[self._slot(blocks, position)] = _mark(ids, position)
+            assert share.samples == (end == len(ids))
+            if share.samples:
+                sampled.append(SampledToken(share.seq_id, next_token(ids)))
+        result = StepResult(plan.step, sampled)
+        future: Future[StepResult] = Future()
+        future.set_result(result)
+        return future
+
+    def collective(self, method: str, *args: Any) -> list[Any]:
+        return []
+
+    @staticmethod
+    def _slot(blocks: list[int], position: int) -> int:
+        return blocks[position // BLOCK] * BLOCK + position % BLOCK
+
+
+def _mark(ids: list[int], position: int) -> int:
+    return hash(tuple(ids[: position + 1]))
+
+
+class World:
+    """An engine on fakes, and what it has put out."""
+
+    def __init__(
+        self, the_report: WorkerReport, *, prefix_caching: bool = True, **scheduler: Any
+    ) -> None:
+        self.kv = PagedKvCacheManager(the_report, prefix_caching=prefix_caching)
+        self.num_free = self.kv.num_free_blocks
+        settings = {
+            "policy": "fcfs",
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 16,
+            "max_waiting": None,
+        }
+        self.scheduler = ContinuousScheduler(
+            the_report, self.kv, NoStructuredOutput(), **(settings | scheduler)
+        )
+        self.executor = FakeExecutor(the_report)
+        self.engine = StandardEngine(self.scheduler, self.kv, self.executor, the_report)
+        self.out: dict[str, list[int]] = {}
+        self.reasons: dict[str, str] = {}
+
+    def add(self, name: str, prompt: list[int], priority: int = 0, **params: Any) -> EngineRequest:
+        request = EngineRequest(
+            request_id=name,
+            prompt_token_ids=prompt,
+            params=SamplingParams(**({"max_tokens": 6} | params)),
+            priority=priority,
+        )
+        self.engine.add(request)
+        self.out[name] = []
+        return request
+
+    def step(self) -> None:
+        for output in self.engine.step().outputs:
+            self.out[output.request_id] += output.token_ids
+            if output.finish_reason is not None:
+                assert output.request_id not in self.reasons
+                self.reasons[output.request_id] = output.finish_reason
+
+    def run(self, most: int = 2000) -> None:
+        """To the end; a livelock fails."""
+        for _ in range(most):
+            if not self.engine.has_work():
+                return
+            self.step()
+        raise AssertionError("the engine never ends")

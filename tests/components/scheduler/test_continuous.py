@@ -1,0 +1,251 @@
+"""The scheduler, the cache manager and the engine together, on a worker that checks every plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from tests.components.scheduler.fakes import BLOCK, VOCAB, World, expected, report
+
+from vllm_di.components.messages import SampledToken, SamplingParams, StepResult
+from vllm_di.errors import ConfigError, QueueFullError, RequestError
+
+prompts = st.lists(st.integers(0, 3), min_size=1, max_size=30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(prompts, st.integers(1, 12)), min_size=1, max_size=10),
+    st.integers(12, 40),
+    st.booleans(),
+    st.sampled_from(
+        [
+            {},
+            {"mixed_steps": False},
+            {"max_prefill_rows": 1},
+            {"max_batch_context": 50},
+            {"null_block": True},
+        ]
+    ),
+)
+def test_each_request_gets_its_own_tokens(
+    wanted: list[tuple[list[int], int]], blocks: int, caching: bool, limits: dict[str, Any]
+) -> None:
+    world = World(report(blocks, **limits), prefix_caching=caching)
+    asked = {}
+    for i, (prompt, count) in enumerate(wanted):
+        asked[f"r{i}"] = world.add(f"r{i}", prompt, max_tokens=count)
+    world.run()
+    for name, request in asked.items():
+        assert world.out[name] == expected(request.prompt_token_ids, request.params)
+    assert world.kv.num_free_blocks == world.num_free
+    for plan in world.executor.plans:
+        assert len(plan.scheduled) <= 4
+        assert sum(s.num_tokens for s in plan.scheduled) <= 16
+        rows = [s.num_tokens > 1 for s in plan.scheduled]
+        assert rows == sorted(rows)  # decodes first
+        if not limits.get("mixed_steps", True):
+            started = {new.seq_id for new in plan.new}
+            decodes = [s for s in plan.scheduled if s.seq_id not in started and s.last_token >= 0]
+            assert not (decodes and any(rows))
+        if limits.get("max_prefill_rows"):
+            assert sum(rows) <= 1
+        if limits.get("null_block"):
+            assert all(0 not in s.new_blocks for s in plan.scheduled)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests come, go and are aborted while steps run in a cache that is too small for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(report(14), max_waiting=8)
+        self.asked: dict[str, Any] = {}
+        self.count = 0
+
+    @rule(prompt=prompts, tokens=st.integers(1, 10), priority=st.integers(0, 2))
+    def add(self, prompt: list[int], tokens: int, priority: int) -> None:
+        name = f"r{self.count}"
+        try:
+            self.asked[name] = self.world.add(name, prompt, priority, max_tokens=tokens)
+        except QueueFullError:
+            return
+        self.count += 1
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.asked)))
+        self.world.engine.abort(name)
+        if name not in self.world.reasons:
+            self.world.reasons[name] = "abort"
+
+    @rule()
+    def step(self) -> None:
+        self.world.step()
+
+    @rule()
+    def forget(self) -> None:
+        self.world.engine.reset_prefix_cache()
+
+    @invariant()
+    def outputs_are_prefixes_of_what_is_expected(self) -> None:
+        for name, request in self.asked.items():
+            want = expected(request.prompt_token_ids, request.params)
+            got = self.world.out[name]
+            assert got == want[: len(got)]
+            if self.world.reasons.get(name) not in (None, "abort"):
+                assert got == want
+
+    @invariant()
+    def blocks_are_counted(self) -> None:
+        held = [b for s in self.world.scheduler._running for b in self.world.kv.block_ids(s)]
+        assert self.world.num_free - self.world.kv.num_free_blocks == len(set(held))
+
+    def teardown(self) -> None:
+        self.world.run()
+        assert self.world.kv.num_free_blocks == self.world.num_free
+
+
+EngineMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestEngineMachine = EngineMachine.TestCase
+
+
+def test_preemption_recomputes_and_loses_nothing() -> None:
+    world = World(report(12))
+    for i in range(4):
+        world.add(f"r{i}", [i] * 8, max_tokens=20)
+    world.run()
+    assert world.scheduler.stats().num_preemptions > 0
+    for i in range(4):
+        assert world.out[f"r{i}"] == expected([i] * 8, SamplingParams(max_tokens=20))
+
+
+def test_priority_runs_the_important_first_and_preempts_the_others() -> None:
+    world = World(report(30), policy="priority", max_num_seqs=1)
+    world.add("later", [1], priority=5, max_tokens=2)
+    world.add("sooner", [2], priority=1, max_tokens=2)
+    world.add("same", [3], priority=1, max_tokens=2)
+    world.run()
+    assert list(world.reasons) == ["sooner", "same", "later"]
+
+
+def test_chunks_of_a_long_prompt_do_not_hold_up_a_decode() -> None:
+    world = World(report(40))
+    world.add("reader", [1, 2], max_tokens=8)
+    world.step()
+    world.add("long", [3] * 40, max_tokens=1)
+    world.step()
+    before = len(world.out["reader"])
+    world.step()
+    assert len(world.out["reader"]) == before + 1
+    assert world.out["long"] == []
+    world.run()
+
+
+def test_equal_beginnings_share_blocks_after_they_are_computed() -> None:
+    world = World(report(40))
+    world.add("a", [7] * 17, max_tokens=1)
+    world.run()
+    world.add("b", [7] * 17 + [8], max_tokens=1)
+    world.run()
+    first, second = world.executor.plans[0].scheduled[0], world.executor.plans[-1].scheduled[0]
+    assert second.num_computed == 4 * BLOCK
+    assert second.new_blocks[:4] == first.new_blocks[:4]
+    assert world.scheduler.stats().prefix_cache_hits == 16
+    world.engine.reset_prefix_cache()
+    world.add("c", [7] * 17, max_tokens=1)
+    world.run()
+    assert world.scheduler.stats().prefix_cache_hits == 16
+
+
+def test_eos_stop_ids_and_min_tokens() -> None:
+    world = World(report(40))
+    sequence = expected([5], SamplingParams(max_tokens=12, ignore_eos=True))
+    stop = sequence[3]
+    first = sequence.index(stop)
+    world.add("stop", [5], max_tokens=12, stop_token_ids=[stop])
+    later = sequence.index(stop, first) + 1
+    world.add("later", [5], max_tokens=12, stop_token_ids=[stop], min_tokens=later + 1)
+    world.run()
+    assert world.out["stop"] == sequence[: first + 1]
+    assert world.reasons["stop"] == "stop"
+    assert len(world.out["later"]) > first + 1
+
+
+def test_a_sequence_that_fails_alone_ends_alone() -> None:
+    world = World(report(40))
+    world.add("bad", [1, 2], max_tokens=4)
+    world.add("good", [3, 4], max_tokens=4)
+    plan = world.scheduler.schedule()
+    assert plan is not None
+    result = world.executor.submit(plan).result()
+    bad = plan.scheduled[0].seq_id
+    kept = [t for t in result.tokens if t.seq_id != bad]
+    outputs = world.scheduler.update(plan, StepResult(plan.step, kept, failed={bad: "NaN"}))
+    assert {o.request_id: o.finish_reason for o in outputs} == {"bad": "error", "good": None}
+    assert next(o for o in outputs if o.request_id == "bad").error == "NaN"
+    for output in outputs:
+        world.out[output.request_id] += output.token_ids
+    world.run()
+    assert world.out["good"] == expected([3, 4], SamplingParams(max_tokens=4))
+    assert world.kv.num_free_blocks == world.num_free
+
+
+def test_a_result_for_an_aborted_sequence_is_dropped() -> None:
+    world = World(report(40))
+    world.add("a", [1, 2], max_tokens=4)
+    plan = world.scheduler.schedule()
+    assert plan is not None
+    assert world.scheduler.abort("a")
+    assert not world.scheduler.abort("a")
+    token = SampledToken(plan.scheduled[0].seq_id, 5)
+    assert world.scheduler.update(plan, StepResult(plan.step, [token])) == []
+    assert world.kv.num_free_blocks == world.num_free
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "words"),
+    [
+        ([], {}, "empty"),
+        ([0] * 48, {}, "48 tokens; the context is 48"),
+        ([VOCAB], {}, "outside the vocabulary"),
+        ([1], {"stop_token_ids": [-1]}, "stop_token_ids"),
+        ([1], {"logit_bias": {VOCAB: 1.0}}, "logit_bias"),
+        ([1], {"allowed_token_ids": [VOCAB]}, "allowed_token_ids"),
+        ([1], {"structured_output": {}}, "structured_output"),
+        ([1] * 20, {"max_tokens": 20}, "10 blocks of the KV cache, which has 8"),
+    ],
+)
+def test_what_can_never_run_is_refused(
+    prompt: list[int], params: dict[str, Any], words: str
+) -> None:
+    world = World(report(8))
+    with pytest.raises(RequestError, match=words):
+        world.add("bad", prompt, **params)
+    world.add("good", [1], max_tokens=2)
+    with pytest.raises(RequestError, match="in use"):
+        world.add("good", [1])
+    world.run()
+    assert world.kv.num_free_blocks == world.num_free
+
+
+def test_the_queue_is_bounded() -> None:
+    world = World(report(40), max_waiting=2)
+    world.add("a", [1])
+    world.add("b", [1])
+    with pytest.raises(QueueFullError, match="2 requests are waiting") as caught:
+        world.add("c", [1])
+    assert (caught.value.status, caught.value.retry_after) == (429, 1)
+    world.run()
+    assert set(world.reasons) == {"a", "b"}
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ConfigError, match="whole prompt of 48"):
+        World(report(chunked_prefill=False))
+    with pytest.raises(ConfigError, match="at least max_num_seqs"):
+        World(report(), max_num_batched_tokens=3)

@@ -1,0 +1,118 @@
+"""The API process's line to a real engine process: answers, refusals, aborts, death."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from vllm_di.components.messages import EngineRequest, EngineStats, SamplingParams
+from vllm_di.containers.assembly import assemble
+from vllm_di.errors import ConfigError, EngineDeadError
+from vllm_di.server.engine_client import ProcessEngineClient
+
+TINY = ["platform=cpu", "model=tiny", "ops=torch", "model.dtype=float32"]
+
+
+@asynccontextmanager
+async def started(*overrides: str) -> AsyncIterator[ProcessEngineClient]:
+    client = ProcessEngineClient()
+    await client.start(assemble([*TINY, *overrides]).encode())
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+def request(name: str, prompt: list[int], max_tokens: int = 4) -> EngineRequest:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    return EngineRequest(request_id=name, prompt_token_ids=prompt, params=params)
+
+
+async def tokens(client: ProcessEngineClient, asked: EngineRequest) -> list[int]:
+    found: list[int] = []
+    async for output in client.generate(asked):
+        found += output.token_ids
+    return found
+
+
+def test_requests_share_the_line_and_a_bad_one_harms_nobody() -> None:
+    async def play() -> None:
+        async with started() as client:
+            with pytest.raises(EngineDeadError, match="not ready"):
+                await tokens(client, request("early", [1]))
+            await client.wait_ready()
+            assert client.report is not None
+            assert client.report.vocab_size == 320
+            asked = [request(str(i), [i, i + 1]) for i in range(6)]
+            answers = await asyncio.gather(*(tokens(client, a) for a in asked))
+            assert [len(a) for a in answers] == [4] * 6
+            outputs = [o async for o in client.generate(request("bad", [999]))]
+            assert outputs[-1].finish_reason == "error"
+            assert outputs[-1].error_status == 400
+            assert "999" in (outputs[-1].error or "")
+            assert await tokens(client, asked[0]) == answers[0]
+
+    asyncio.run(play())
+
+
+def test_an_early_close_frees_the_blocks() -> None:
+    async def play() -> None:
+        seen: list[EngineStats] = []
+        async with started() as client:
+            client.on_stats = seen.append
+            await client.wait_ready()
+            stream = client.generate(request("long", [1, 2, 3], 1500))
+            await anext(stream)  # type: ignore[arg-type]
+            await stream.aclose()  # type: ignore[attr-defined]
+            await tokens(client, request("next", [4]))
+            assert seen[-1].num_running == 0
+            assert seen[-1].kv_cache_usage == 0
+
+    asyncio.run(play())
+
+
+def test_death_reaches_every_open_request() -> None:
+    async def play() -> None:
+        async with started() as client:
+            await client.wait_ready()
+            assert client._process is not None
+            pid = client._process.pid
+            open_requests = [tokens(client, request(str(i), [1], 1900)) for i in range(3)]
+            killing = asyncio.get_running_loop().call_later(0.3, os.kill, pid, signal.SIGKILL)
+            answers = await asyncio.wait_for(
+                asyncio.gather(*open_requests, return_exceptions=True), 5
+            )
+            assert all(isinstance(a, EngineDeadError) for a in answers)
+            assert "killed by signal 9" in str(answers[0])
+            assert client.state == "dead"
+            with pytest.raises(EngineDeadError):
+                await tokens(client, request("late", [1]))
+            killing.cancel()
+
+    asyncio.run(play())
+
+
+def test_a_start_that_fails_says_why_in_its_own_words() -> None:
+    async def play() -> None:
+        async with started("worker.num_blocks=1") as client:
+            with pytest.raises(ConfigError, match="room for 1 blocks"):
+                await client.wait_ready()
+            assert client.state == "dead"
+
+    asyncio.run(play())
+
+
+def test_a_process_that_never_speaks() -> None:
+    async def play() -> None:
+        client = ProcessEngineClient()
+        await client.start(b"", ["/bin/false"])
+        with pytest.raises(EngineDeadError, match="exit status 1 at its start"):
+            await client.wait_ready()
+        await client.close()
+
+    asyncio.run(play())
