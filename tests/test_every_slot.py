@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from tests import probes
@@ -116,9 +117,7 @@ def _counted(provider: object, count: Callable[..., None]) -> object:
     return CallableProvider(call)
 
 
-async def _ask(
-    assembly: Assembly, client: LocalEngineClient, port: int
-) -> tuple[int, dict[str, object]]:
+async def _ask(assembly: Assembly, client: LocalEngineClient, port: int) -> tuple[int, Any]:
     """One chat request to a server on a loopback port."""
     with opened(ServerContainer, assembly, engine_client=client) as container:
         running = asyncio.create_task(container.server().run())

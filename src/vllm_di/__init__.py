@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_di.version import __version__
+
 if TYPE_CHECKING:
     from vllm_di.components.messages import SamplingParams
     from vllm_di.frontend.outputs import CompletionOutput, RequestOutput
     from vllm_di.llm import LLM
 
-__version__ = "0.1.0"
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 _HOMES = {

@@ -10,18 +10,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from vllm_di.commands.arguments import Arguments, UsageError, parse
+from vllm_di.commands.arguments import VERBS, Arguments, UsageError, parse
 from vllm_di.errors import ConfigError, VllmDiError, nearest
+from vllm_di.version import __version__
 
-VERBS = {
-    "serve": "serve the model over an OpenAI-compatible HTTP API",
-    "chat": "talk to the model in the terminal",
-    "complete": "continue a text",
-    "bench": "measure latency, throughput or a server: bench latency|throughput|serve",
-    "explain": "which class fills each slot, and who chose it",
-    "config": "show the composed config: config show",
-    "help": "groups, options and their keys: help [GROUP[=OPTION]]",
-}
 EXIT_USAGE = 2
 
 
@@ -48,8 +40,6 @@ def run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         return _module("help").run(Arguments())
     if words[0] in ("-V", "--version"):
-        from vllm_di import __version__
-
         print(f"vllm-di {__version__}")
         return 0
     if words[0] == "--completion" or words[0] == "__complete":

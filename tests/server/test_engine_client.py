@@ -67,7 +67,7 @@ def test_an_early_close_frees_the_blocks() -> None:
             client.on_stats = seen.append
             await client.wait_ready()
             stream = client.generate(request("long", [1, 2, 3], 1500))
-            await anext(stream)  # type: ignore[arg-type]
+            await anext(stream)
             await stream.aclose()  # type: ignore[attr-defined]
             await tokens(client, request("next", [4]))
             assert seen[-1].num_running == 0

@@ -7,6 +7,16 @@ from dataclasses import dataclass, field
 
 from vllm_di.errors import VllmDiError, nearest
 
+VERBS = {
+    "serve": "serve the model over an OpenAI-compatible HTTP API",
+    "chat": "talk to the model in the terminal",
+    "complete": "continue a text",
+    "bench": "measure latency, throughput or a server: bench latency|throughput|serve",
+    "explain": "which class fills each slot, and who chose it",
+    "config": "show the composed config: config show",
+    "help": "groups, options and their keys: help [GROUP[=OPTION]]",
+}
+
 
 class UsageError(VllmDiError):
     """The command line cannot be understood."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_di.commands.arguments import ALIASES, OPTIONS, SWITCHES, UsageError
+from vllm_di.commands.arguments import ALIASES, OPTIONS, SWITCHES, VERBS, UsageError
 
 BASH = """\
 _vllm_di() {
@@ -43,8 +43,6 @@ def run(words: list[str]) -> int:
 
 def candidates(words: list[str]) -> list[str]:
     """What the last word may become."""
-    from vllm_di.cli import VERBS
-
     last = words[-1]
     if len(words) == 1:
         return [verb for verb in VERBS if verb.startswith(last)]

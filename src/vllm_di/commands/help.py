@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_di.commands.arguments import (
     ALIASES,
@@ -10,11 +11,15 @@ from vllm_di.commands.arguments import (
     SWITCHES,
     VERB_OPTIONS,
     VERB_SWITCHES,
+    VERBS,
     Arguments,
     UsageError,
 )
 from vllm_di.commands.table import print_table
 from vllm_di.errors import nearest
+
+if TYPE_CHECKING:
+    from vllm_di.containers.tree import ConfigFiles
 
 
 def run(arguments: Arguments) -> int:
@@ -38,9 +43,7 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
-def _overview(tree: ConfigFiles, verb: str) -> None:  # noqa: F821 - imported when run
-    from vllm_di.cli import VERBS
-
+def _overview(tree: ConfigFiles, verb: str) -> None:
     print("vllm-di VERB [group=option ...] [key.in.a.node=value ...] [--flags]\n")
     if verb and verb != "help":
         print(f"{verb}: {VERBS[verb]}\n")
@@ -60,7 +63,7 @@ def _overview(tree: ConfigFiles, verb: str) -> None:  # noqa: F821 - imported wh
     print("\nvllm-di help GROUP=OPTION lists the keys of an option.")
 
 
-def _option(tree: ConfigFiles, group: str, name: str, path: Path) -> None:  # noqa: F821
+def _option(tree: ConfigFiles, group: str, name: str, path: Path) -> None:
     """One option: its summary, then its keys with default and text, shared ones too."""
     import yaml
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import msgspec
 
-import vllm_di
 from vllm_di.components.interfaces import OpTable, Placement
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.engine import (
@@ -23,6 +22,7 @@ from vllm_di.containers.fill import opened
 from vllm_di.containers.schema import check
 from vllm_di.containers.tree import ConfigFiles
 from vllm_di.errors import ConfigError, nearest
+from vllm_di.version import __version__
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -127,6 +127,6 @@ def _ops(assembly: Assembly) -> tuple[list[OpRow], list[str]]:
 
 def _version(package: str) -> str:
     if package == "vllm_di":
-        return vllm_di.__version__
+        return __version__
     names = metadata.packages_distributions().get(package, [])
     return metadata.version(names[0]) if names else "?"

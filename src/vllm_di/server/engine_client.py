@@ -81,9 +81,10 @@ class ProcessEngineClient(EngineClient):
         if self._writer is not None:
             self._writer.close()
         if self._process is not None:
-            for step in (lambda: None, self._process.terminate, self._process.kill):
+            for signal in (None, self._process.terminate, self._process.kill):
                 with contextlib.suppress(ProcessLookupError):
-                    step()
+                    if signal is not None:
+                        signal()
                 try:
                     await asyncio.wait_for(self._process.wait(), CLOSE_SECONDS)
                 except TimeoutError:

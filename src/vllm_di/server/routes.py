@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -30,6 +29,7 @@ from vllm_di.server.protocol import (
     refuse_unknown,
 )
 from vllm_di.server.service import Service
+from vllm_di.version import __version__
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -114,7 +114,7 @@ class Pages:
 
     async def version(self, request: Request) -> Response:
         # The package's root names the LLM class, so importing it by statement would look up.
-        return _json({"version": importlib.import_module("vllm_di").__version__})
+        return _json({"version": __version__})
 
     async def metrics(self, request: Request) -> Response:
         if self._service.engine.state == "ready" and not self._service.admission.draining:

@@ -50,7 +50,8 @@ def next_token(token_ids: list[int]) -> int:
 
 def expected(prompt: list[int], params: SamplingParams) -> list[int]:
     """What a request generates when it is alone in the world."""
-    ids, out = list(prompt), []
+    ids = list(prompt)
+    out: list[int] = []
     while len(out) < (params.max_tokens or 1) and len(ids) < 48:
         token = next_token(ids)
         ids.append(token)
@@ -126,7 +127,7 @@ class World:
     ) -> None:
         self.kv = PagedKvCacheManager(the_report, prefix_caching=prefix_caching)
         self.num_free = self.kv.num_free_blocks
-        settings = {
+        settings: dict[str, Any] = {
             "policy": "fcfs",
             "max_num_seqs": 4,
             "max_num_batched_tokens": 16,

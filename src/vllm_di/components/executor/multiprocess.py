@@ -200,8 +200,9 @@ def _ending(process: subprocess.Popen[bytes]) -> str:
 
 
 def _reap(process: subprocess.Popen[bytes]) -> None:
-    for step in (lambda: None, process.terminate, process.kill):
-        step()
+    for signal in (None, process.terminate, process.kill):
+        if signal is not None:
+            signal()
         try:
             process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:

@@ -55,58 +55,64 @@ class SelectedOps(OpTable):
             "top_k_top_p_sample": top_k_top_p_sample,
         }
         reference = TorchOps()
+        self._library = library
         self._owners: dict[str, OpLibrary | None] = {}
+        """Op to the library that runs it; None for a fused op that is taken apart."""
         for op, choice in chosen.items():
             owner = library if choice == "auto" else choice
             if op not in owner.implements:
                 if choice != "auto":
+                    reason = owner.describe().get(op)
                     raise ConfigError(
-                        f"{op}: {type(owner).__name__} does not implement it; it has "
+                        f"ops.{op}: {type(owner).__name__} does not implement it"
+                        f"{f' ({reason})' if reason else ''}; it has "
                         f"{', '.join(sorted(owner.implements)) or 'no op at all'}"
                     )
                 owner = reference
             self._owners[op] = owner
         for fused, members in self.FUSED.items():
-            if chosen[fused] == "auto" and any(
-                self._kind(member) is not self._kind(fused) for member in members
+            whole = self._owners[fused]
+            if chosen[fused] == "auto" and not all(
+                _same(self._owners[member], whole) for member in members
             ):
                 self._owners[fused] = None
         self.fusions = tuple(op for op in self.FUSED if self._owners[op] is not None)
-        for op, maker in self._owners.items():
-            if maker is not None:
-                setattr(self, op, getattr(maker, op))
-        self.pack_linear = self._library("linear").pack_linear  # type: ignore[method-assign]
-        self._reasons = library.describe()
-
-    def _kind(self, op: str) -> type | None:
-        owner = self._owners[op]
-        return None if owner is None else type(owner)
-
-    def _library(self, op: str) -> OpLibrary:
-        owner = self._owners[op]
-        assert owner is not None
-        return owner
+        for op, found in self._owners.items():
+            if found is not None:
+                setattr(self, op, getattr(found, op))
+        linear, norm = self._owners["linear"], self._owners["rms_norm"]
+        assert linear is not None and norm is not None
+        self.pack_linear = linear.pack_linear  # type: ignore[method-assign]
+        self._norm = norm.rms_norm
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """The unfused path: what runs when a member of the fused op was chosen from elsewhere."""
         total = x + residual
-        return self.rms_norm(total, weight, eps), total
+        return self._norm(total, weight, eps), total
 
-    def describe(self) -> dict[str, str]:
+        return self.rms_norm(total, weight, eps), total  # type: ignore[misc]
         """Op to where it runs; where the main library has a reason for not running it, the
         reason."""
+        reasons = {} if isinstance(self._library, TorchOps) else self._library.describe()
         rows = {}
         for op, owner in self._owners.items():
             if owner is None:
                 rows[op] = f"unfused: {', '.join(self.FUSED[op])} was chosen from another library"
-            elif isinstance(owner, TorchOps):
-                reason = self._reasons.get(op, "")
-                rows[op] = "torch" + (f" ({reason})" if reason.startswith("no ") else "")
-            else:
+            elif not isinstance(owner, TorchOps):
                 rows[op] = owner.describe().get(op, type(owner).__name__)
+            elif op not in self._library.implements:
+                rows[op] = f"torch ({reasons.get(op, 'the reference')})"
+            else:
+                rows[op] = "torch"
         return rows
+
+    def close(self) -> None:
+        """Close every library in use, each once."""
+        owners = {id(owner): owner for owner in (self._library, *self._owners.values()) if owner}
+        for owner in owners.values():
+            owner.close()
 
     # Replaced in the constructor by the chosen library's methods; here for the interface.
 
@@ -121,3 +127,10 @@ class SelectedOps(OpTable):
     paged_attention = TorchOps.paged_attention
     greedy_sample = TorchOps.greedy_sample
     top_k_top_p_sample = TorchOps.top_k_top_p_sample
+
+
+def _same(one: OpLibrary | None, other: OpLibrary | None) -> bool:
+    """Two objects of one class that say the same of themselves are one library, built twice."""
+    if one is None or other is None or type(one) is not type(other):
+        return False
+    return one is other or one.describe() == other.describe()
