@@ -92,7 +92,7 @@ class SelectedOps(OpTable):
         total = x + residual
         return self._norm(total, weight, eps), total
 
-        return self.rms_norm(total, weight, eps), total  # type: ignore[misc]
+    def describe(self) -> dict[str, str]:
         """Op to where it runs; where the main library has a reason for not running it, the
         reason."""
         reasons = {} if isinstance(self._library, TorchOps) else self._library.describe()
