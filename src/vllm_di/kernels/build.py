@@ -11,18 +11,22 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 SOURCES = Path(__file__).parent / "cpu"
 COMMON_FLAGS = (
     "-std=c++17",
     "-O3",
-    "-ffast-math",
-    "-fno-finite-math-only",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fno-strict-aliasing",
     "-fopenmp",
     "-fPIC",
     "-fvisibility=hidden",
     "-Wno-psabi",
 )
+"""NaN and infinities keep their meaning: no -ffast-math."""
 ISA_FLAGS = {
     "avx512_bf16": ("-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"),
     "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
@@ -30,16 +34,26 @@ ISA_FLAGS = {
     "generic": (),
 }
 """Instruction sets, best first, with the flags that a kernel of it is compiled with."""
-NEEDED = {
-    "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_bf16"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"},
-    "avx2": {"avx2", "fma", "f16c", "bmi2"},
+_V3 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+NEEDED: dict[str, set[str]] = {
+    "avx512_bf16": _V4 | {"avx512_bf16"},
+    "avx512": _V4,
+    "avx2": _V3,
     "generic": set(),
 }
+"""CPU flags (names of /proc/cpuinfo) that the code of an instruction set may use: the levels of the
+x86-64 psABI."""
 
 
 class BuildError(Exception):
     """The kernels cannot be built here; the message says why."""
+
+
+class Built(NamedTuple):
+    library: ctypes.CDLL
+    note: str
+    """What a person should know of it: that the cache could not be used, say. Mostly empty."""
 
 
 def usable_isas() -> list[str]:
@@ -52,75 +66,101 @@ def usable_isas() -> list[str]:
     return [isa for isa, needed in NEEDED.items() if needed <= flags]
 
 
-def build(isa: str, cache: Path, openmp: Path | None) -> ctypes.CDLL:
+def default_cache() -> Path:
+    """``vllm-di/kernels`` in the user's cache folder, by the XDG base directory rules."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "vllm-di/kernels"
+
+
+def loaded_openmp() -> Path | None:
+    """The OpenMP runtime that this process has loaded already (torch brings one)."""
+    try:
+        rows = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = (Path(row[row.index("/") :]) for row in rows if "/" in row)
+    return next((p for p in paths if p.name.startswith(("libgomp", "libiomp", "libomp"))), None)
+
+
+def build(isa: str, cache: Path, openmp: Path | None) -> Built:
     """The library for one instruction set, from the cache or compiled now. Raises BuildError.
 
-    ``openmp`` is the OpenMP runtime that the process has loaded already; linking it keeps one
-    thread pool. The cache key is a hash of sources, flags, compiler and runtime. Two processes that
-    build at once wait for each other; where the cache cannot be written a folder of this process
-    alone is used.
+    It is linked with ``openmp``, so that one pool of threads serves it and torch. The name in the
+    cache is a hash of sources, flags, compiler and runtime. Processes that build at once wait for
+    the first; where the cache cannot be written, the library is this process's alone.
     """
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise BuildError("no C++ compiler: neither g++ nor clang++ is on the PATH")
-    sources = sorted(SOURCES.glob("*.cpp"))
+    clang = Path(compiler).name.startswith("clang")
+    if openmp is None or (clang and openmp.name.startswith("libgomp")):
+        runtime = "-fopenmp"  # clang's code does not run on GNU's runtime
+    else:
+        runtime = str(openmp)
     flags = [*COMMON_FLAGS, *ISA_FLAGS[isa]]
     digest = hashlib.sha256()
-    for part in (compiler, _version(compiler), *flags, str(openmp)):
+    for part in (compiler, _version(compiler), *flags, runtime):
         digest.update(part.encode() + b"\0")
-    for source in sorted(SOURCES.glob("*")):
-        digest.update(source.read_bytes())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
     name = f"cpu-{isa}-{digest.hexdigest()[:20]}.so"
+    command = [compiler, *flags]
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with (cache / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (cache / name).is_file():
-                _compile(compiler, flags, sources, openmp, cache / name)
-    except OSError:  # a cache that is read-only or full
-        cache = Path(tempfile.mkdtemp(prefix="vllm-di-kernels-"))
-        try:
-            _compile(compiler, flags, sources, openmp, cache / name)
-            return ctypes.CDLL(str(cache / name))
-        finally:
-            shutil.rmtree(cache, ignore_errors=True)
+        return Built(_cached(cache / name, command, runtime), "")
+    except OSError as error:  # read-only, full, or damaged beyond repair
+        note = f"compiled for this process alone: {cache}: {error.strerror or error}"
     try:
-        return ctypes.CDLL(str(cache / name))
+        with tempfile.TemporaryDirectory(prefix="vllm-di-kernels-") as scratch:
+            return Built(_cached(Path(scratch) / name, command, runtime), note)
     except OSError as error:
-        raise BuildError(f"the compiled library cannot be loaded: {error}") from None
+        raise BuildError(f"the kernels can be stored nowhere: {error}") from None
+
+
+def _cached(target: Path, command: list[str], runtime: str) -> ctypes.CDLL:
+    if (found := _load(target)) is not None:
+        return found
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (found := _load(target)) is not None:  # another process was first
+            return found
+        _compile(target, command, runtime)
+    return ctypes.CDLL(str(target))
+
+
+def _load(target: Path) -> ctypes.CDLL | None:
+    """None where there is no library, or a damaged one."""
+    try:
+        return ctypes.CDLL(str(target)) if target.is_file() else None
+    except OSError:
+        return None
 
 
 def _version(compiler: str) -> str:
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
 
 
-def _compile(
-    compiler: str, flags: list[str], sources: list[Path], openmp: Path | None, target: Path
-) -> None:
+def _compile(target: Path, command: list[str], runtime: str) -> None:
     """Each source on its own, side by side, then one link; renamed into place."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
+        sources = sorted(SOURCES.glob("*.cpp"))
+        objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
         running = [
             subprocess.Popen(
-                [compiler, *flags, "-c", str(source), "-o", str(to)],
-                stderr=subprocess.PIPE,
-                text=True,
+                [*command, "-c", str(source), "-o", to], stderr=subprocess.PIPE, text=True
             )
             for source, to in zip(sources, objects, strict=True)
         ]
-        for process in running:
-            _, errors = process.communicate()
+        errors = [process.communicate()[1] for process in running]
+        compiler = Path(command[0]).name
+        for process, text in zip(running, errors, strict=True):
             if process.returncode:
-                raise BuildError(f"{Path(compiler).name} failed: {_first_error(errors)}")
-        library = Path(scratch) / "library.so"
-        runtime = [str(openmp)] if openmp else ["-fopenmp"]
-        command = [compiler, "-shared", *map(str, objects), *runtime, "-lmvec", "-lm"]
-        done = subprocess.run(
-            [*command, "-o", str(library)], capture_output=True, text=True, check=False
-        )
+                raise BuildError(f"{compiler} failed: {_first_error(text)}")
+        library = Path(scratch) / target.name
+        link = [command[0], "-shared", *objects, runtime, "-o", str(library)]
+        done = subprocess.run(link, capture_output=True, text=True)
         if done.returncode:
-            raise BuildError(f"linking failed: {_first_error(done.stderr)}")
+            raise BuildError(f"{compiler} failed to link: {_first_error(done.stderr)}")
         os.replace(library, target)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vllm_di.components.attention.spec import check_spec
 from vllm_di.components.interfaces import (
     AttentionBackend,
     AttentionSpec,
@@ -29,6 +30,9 @@ class PagedAttention(AttentionBackend):
                 f"not {kv_layout.name!r}; attention=sdpa reads any"
             )
         self._write, self._attend = ops.write_kv, ops.paged_attention
+
+    def check(self, spec: AttentionSpec) -> None:
+        check_spec(spec)
 
     def build(self, batch: BatchPlan, out: Any | None = None) -> BatchPlan:
         return batch

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_di.components.attention.spec import check_spec
 from vllm_di.components.interfaces import (
     AttentionBackend,
     AttentionSpec,
@@ -21,9 +22,13 @@ class SdpaAttention(AttentionBackend):
     """One sequence at a time, on any KV layout: it reads and writes through the layout alone."""
 
     layouts = ("*",)
+    """Any."""
 
     def __init__(self, kv_layout: KvLayout) -> None:
         self._layout = kv_layout
+
+    def check(self, spec: AttentionSpec) -> None:
+        check_spec(spec)
 
     def build(self, batch: BatchPlan, out: Any | None = None) -> BatchPlan:
         return batch

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,10 +13,11 @@ from torch import Tensor
 from vllm_di.components.interfaces import Device, OpLibrary
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.errors import ConfigError
-from vllm_di.kernels.build import BuildError, build, usable_isas
+from vllm_di.kernels.bindings import CpuKernels
+from vllm_di.kernels.build import BuildError, build, default_cache, loaded_openmp, usable_isas
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""What the kernels compute in; fp16 goes to the reference."""
+"""What the kernels compute in, by the numbers that they know; fp16 goes to the reference."""
 LANES = 16
 OPS = frozenset(
     {
@@ -34,72 +33,25 @@ OPS = frozenset(
         "top_k_top_p_sample",
     }
 )
-PTR, INT, LONG, REAL = c_void_p, c_int, c_int64, c_float
-SIGNATURES: dict[str, list[Any]] = {
-    "rms_norm": [INT, PTR, PTR, PTR, LONG, LONG, LONG, LONG, LONG, REAL, INT],
-    "add_rms_norm": [INT, PTR, PTR, PTR, PTR, LONG, LONG, REAL, INT],
-    "rotary_embedding": [
-        INT,
-        PTR,
-        PTR,
-        PTR,
-        PTR,
-        LONG,
-        LONG,
-        LONG,
-        LONG,
-        LONG,
-        LONG,
-        LONG,
-        INT,
-        INT,
-    ],
-    "gate_and_mul": [INT, INT, PTR, PTR, LONG, LONG, LONG, INT],
-    "write_kv": [LONG, PTR, PTR, PTR, PTR, PTR, LONG, LONG, LONG, LONG, LONG, LONG],
-    "argmax": [PTR, PTR, LONG, LONG, LONG, INT],
-    "linear": [INT, PTR, PTR, PTR, PTR, LONG, LONG, LONG, LONG, INT, INT],
-    "paged_attention": [
-        INT,
-        PTR,
-        PTR,
-        PTR,
-        PTR,
-        PTR,
-        PTR,
-        PTR,
-        LONG,
-        LONG,
-        LONG,
-        LONG,
-        LONG,
-        LONG,
-        LONG,
-        REAL,
-        REAL,
-        LONG,
-        INT,
-    ],
-    "top_k_top_p_sample": [PTR, PTR, PTR, PTR, PTR, PTR, LONG, LONG, LONG, INT],
-}
 
 
 class PackedWeight:
-    """A weight in panels of 16 outputs, and the plain one where many rows go through oneDNN."""
+    """A weight [out, in] in panels of 16 outputs, and the plain one where many rows go through
+    oneDNN."""
 
-    __slots__ = ("data", "inputs", "outputs", "plain")
+    __slots__ = ("data", "dtype", "inputs", "outputs", "plain")
 
-    def __init__(self, weight: Tensor, keep_plain: bool) -> None:
-        self.outputs, self.inputs = weight.shape
-        self.data = _pack(weight)
-        self.plain = weight if keep_plain else None
+    def __init__(self, data: Tensor, outputs: int, inputs: int, plain: Tensor | None) -> None:
+        self.data, self.dtype = data, data.dtype
+        self.outputs, self.inputs, self.plain = outputs, inputs, plain
 
 
 class CpuOps(OpLibrary):
-    """Compiled on first use for this machine's instruction set. fp32 and bf16; others run on the
-    reference.
+    """Compiled on first use for this machine's instruction set. fp32 and bf16; what a kernel cannot
+    take (fp16, mixed dtypes, odd strides) runs on the reference.
 
     ``compile=require`` makes a failed build an error; ``auto`` then implements nothing and says
-    why.
+    why. Kernels run on as many threads as torch had when this was built.
     """
 
     def __init__(
@@ -120,53 +72,60 @@ class CpuOps(OpLibrary):
         self._rows_for_onednn = rows_for_onednn
         self._reference = TorchOps()
         self._threads = torch.get_num_threads()
-        self._reason = ""
+        self.implements = OPS
         folder = Path(cache).expanduser() if cache else default_cache()
         try:
-            library = build(self.isa, folder, _openmp())
+            built = build(self.isa, folder, loaded_openmp())
         except BuildError as error:
             if compile == "require":
-                raise ConfigError(f"the kernels cannot be built: {error}") from None
+                raise ConfigError(
+                    f"compile=require: the kernels cannot be built: {error}"
+                ) from None
             self.implements = frozenset()
-            self._reason = str(error)
+            self._where = str(error)
             return
-        self.implements = OPS
-        self._calls: dict[str, Callable[..., None]] = {}
-        for name, arguments in SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
-            self._calls[name] = function
-        self._linear = self._calls["linear"]
-        self._rms_norm = self._calls["rms_norm"]
-        self._add_rms_norm = self._calls["add_rms_norm"]
-        self._rotary = self._calls["rotary_embedding"]
-        self._gate = self._calls["gate_and_mul"]
-        self._write = self._calls["write_kv"]
-        self._attend = self._calls["paged_attention"]
+        self._where = f"cpu ({'; '.join(filter(None, (self.isa, 'fp16: torch', built.note)))})"
+        kernels = CpuKernels(built.library)
+        self._rms_norm = kernels.rms_norm
+        self._add_rms_norm = kernels.add_rms_norm
+        self._rotary = kernels.rotary_embedding
+        self._gate = kernels.gate_and_mul
+        self._pack = kernels.pack_linear
+        self._linear = kernels.linear
+        self._write = kernels.write_kv
+        self._attend = kernels.paged_attention
+        self._argmax = kernels.argmax
+        self._draw = kernels.top_k_top_p_sample
 
     def describe(self) -> dict[str, str]:
-        if self._reason:
-            return dict.fromkeys(self.OPS, self._reason)
-        return dict.fromkeys(OPS, f"cpu ({self.isa})")
+        """For an op that it does not implement: why."""
+        missing = "no C++ kernel" if self.implements else self._where
+        return {op: self._where if op in self.implements else missing for op in self.OPS}
 
     # -- norms, rotary, gates -------------------------------------------------------------------
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        kind = TYPES.get(x.dtype)
-        if kind is None or x.dim() not in (2, 3) or x.stride(-1) != 1:
+        kind, strides, shape = TYPES.get(x.dtype), x.stride(), x.shape
+        if kind is None or weight.dtype is not x.dtype or strides[-1] != 1 or len(shape) > 3:
             return self._reference.rms_norm(x, weight, eps)
-        out = torch.empty(x.shape, dtype=x.dtype)
-        inner, inner_stride = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
+        if len(shape) == 3:  # heads within tokens
+            rows, inner, size = shape
+            stride, inner_stride = strides[0], strides[1]
+        elif len(shape) == 2:
+            (rows, size), stride, inner, inner_stride = shape, strides[0], 1, 0
+        else:
+            rows, size, stride, inner, inner_stride = 1, shape[0], 0, 1, 0
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         self._rms_norm(
             kind,
             x.data_ptr(),
             weight.data_ptr(),
             out.data_ptr(),
-            x.shape[0],
+            rows,
             inner,
-            x.stride(0),
+            stride,
             inner_stride,
-            x.shape[-1],
+            size,
             eps,
             self._threads,
         )
@@ -175,8 +134,13 @@ class CpuOps(OpLibrary):
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
+        """The sum takes the memory of ``residual``."""
         kind = TYPES.get(x.dtype)
-        if kind is None or not (x.is_contiguous() and residual.is_contiguous()):
+        if (
+            kind is None
+            or not (x.dtype is residual.dtype is weight.dtype)
+            or not (x.is_contiguous() and residual.is_contiguous())
+        ):
             return self._reference.add_rms_norm(x, residual, weight, eps)
         out = torch.empty_like(x)
         size = x.shape[-1]
@@ -196,50 +160,79 @@ class CpuOps(OpLibrary):
     def rotary_embedding(
         self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool
     ) -> tuple[Tensor, Tensor]:
+        """In place."""
         kind = TYPES.get(q.dtype)
-        size = q.shape[-1]
-        if kind is None or not (_heads_side_by_side(q) and _heads_side_by_side(k)):
+        if (
+            kind is None
+            or q.dtype is not k.dtype
+            or not (_heads_side_by_side(q) and _heads_side_by_side(k))
+            or cos_sin.dtype is not torch.float32
+            or not cos_sin.is_contiguous()
+        ):
             return self._reference.rotary_embedding(positions, q, k, cos_sin, interleaved)
+        tokens, heads, size = q.shape
         self._rotary(
             kind,
             positions.data_ptr(),
             q.data_ptr(),
             k.data_ptr(),
             cos_sin.data_ptr(),
-            q.shape[0],
-            q.shape[1],
+            tokens,
+            heads,
             k.shape[1],
-            q.stride(0),
-            k.stride(0),
+            q.stride()[0],
+            k.stride()[0],
             size,
-            cos_sin.shape[-1] // 2,
-            int(interleaved),
+            cos_sin.shape[1] // 2,
+            interleaved,
             self._threads,
         )
         return q, k
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
-        return self._gated(x, 0)
+        return self._gated(x, 0) if _rows(x) else self._reference.silu_and_mul(x)
 
     def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
-        return self._gated(x, 1)
+        return self._gated(x, 1) if _rows(x) else self._reference.gelu_tanh_and_mul(x)
 
     def _gated(self, x: Tensor, gelu: int) -> Tensor:
-        kind = TYPES.get(x.dtype)
-        if kind is None or x.dim() != 2 or x.stride(-1) != 1:
-            reference = self._reference
-            return reference.gelu_tanh_and_mul(x) if gelu else reference.silu_and_mul(x)
-        rows, size = x.shape[0], x.shape[1] // 2
+        rows, size = x.shape
+        size //= 2
         out = torch.empty(rows, size, dtype=x.dtype)
-        self._gate(kind, gelu, x.data_ptr(), out.data_ptr(), rows, size, x.stride(0), self._threads)
+        self._gate(
+            TYPES[x.dtype],
+            gelu,
+            x.data_ptr(),
+            out.data_ptr(),
+            rows,
+            size,
+            x.stride()[0],
+            self._threads,
+        )
         return out
 
     # -- products -------------------------------------------------------------------------------
 
     def pack_linear(self, weight: Tensor) -> Any:
-        if weight.dtype not in TYPES or weight.shape[1] % 2:
+        """A PackedWeight; a weight that the kernel cannot take (fp16, an odd number of bf16 inputs)
+        stays as it is."""
+        outputs, inputs = weight.shape
+        per_word = 4 // weight.element_size()  # pairs of bf16 lie side by side
+        if weight.dtype not in TYPES or inputs % per_word:
             return weight
-        return PackedWeight(weight, keep_plain=self._rows_for_onednn is not None)
+        if weight.stride()[1] != 1 or weight.stride()[0] % per_word:
+            weight = weight.contiguous()
+        data = torch.empty(-(-outputs // LANES) * LANES * inputs, dtype=weight.dtype)
+        self._pack(
+            weight.data_ptr(),
+            data.data_ptr(),
+            outputs,
+            inputs // per_word,
+            weight.stride()[0] // per_word,
+            self._threads,
+        )
+        plain = None if self._rows_for_onednn is None else weight
+        return PackedWeight(data, outputs, inputs, plain)
 
     def linear(
         self,
@@ -250,42 +243,48 @@ class CpuOps(OpLibrary):
     ) -> Tensor:
         if not isinstance(weight, PackedWeight):
             return self._reference.linear(x, weight, bias, out_dtype)
-        rows = x.shape[0]
-        if (
-            weight.plain is not None
-            and self._rows_for_onednn is not None
-            and rows >= self._rows_for_onednn
-            and out_dtype is None
-        ):
+        rows, dtype = x.shape[0], out_dtype or x.dtype
+        if weight.plain is not None and rows >= (self._rows_for_onednn or 0) and dtype is x.dtype:
             return F.linear(x, weight.plain, bias)
-        if x.stride(-1) != 1 or x.stride(0) % 2:
-            x = x.contiguous()
-        out = torch.empty(rows, weight.outputs, dtype=out_dtype or x.dtype)
-        wide = bias.float() if bias is not None else None
+        if x.dtype is not weight.dtype:
+            x = x.to(weight.dtype)
+        stride, step = x.stride()
+        if step != 1 or stride % 2:  # pairs of bf16 start at even elements
+            x, stride = x.contiguous(), weight.inputs
+        if bias is not None and bias.dtype not in TYPES:
+            bias = bias.float()
+        out = torch.empty(rows, weight.outputs, dtype=dtype if dtype in TYPES else torch.float32)
         self._linear(
-            TYPES[x.dtype],
+            TYPES[weight.dtype],
             x.data_ptr(),
             weight.data.data_ptr(),
-            None if wide is None else wide.data_ptr(),
+            None if bias is None else bias.data_ptr(),
             out.data_ptr(),
+            0 if bias is None else TYPES[bias.dtype],
             rows,
             weight.outputs,
             weight.inputs,
-            x.stride(0),
+            stride,
             TYPES[out.dtype],
             self._threads,
         )
-        return out
+        return out if out.dtype is dtype else out.to(dtype)
 
     # -- cache and attention --------------------------------------------------------------------
 
     def write_kv(
         self, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        plain = k.dtype == key_cache.dtype and _heads_side_by_side(k) and _heads_side_by_side(v)
-        if not plain:
+        if not (
+            k.dtype is v.dtype is key_cache.dtype is value_cache.dtype
+            and _heads_side_by_side(k)
+            and _heads_side_by_side(v)
+            and key_cache.is_contiguous()
+            and value_cache.is_contiguous()
+        ):
             self._reference.write_kv(k, v, key_cache, value_cache, slot_mapping)
             return
+        tokens, heads, size = k.shape
         self._write(
             k.element_size(),
             k.data_ptr(),
@@ -293,12 +292,12 @@ class CpuOps(OpLibrary):
             key_cache.data_ptr(),
             value_cache.data_ptr(),
             slot_mapping.data_ptr(),
-            k.shape[0],
-            k.shape[1],
-            k.shape[2],
+            tokens,
+            heads,
+            size,
             key_cache.shape[2],
-            k.stride(0),
-            v.stride(0),
+            k.stride()[0],
+            v.stride()[0],
         )
 
     def paged_attention(
@@ -314,7 +313,13 @@ class CpuOps(OpLibrary):
         soft_cap: float | None,
     ) -> Tensor:
         kind = TYPES.get(q.dtype)
-        if kind is None or key_cache.dtype != q.dtype or not _heads_side_by_side(q):
+        if not (
+            kind is not None
+            and q.dtype is key_cache.dtype is value_cache.dtype
+            and _heads_side_by_side(q)
+            and key_cache.is_contiguous()
+            and value_cache.is_contiguous()
+        ):
             return self._reference.paged_attention(
                 q,
                 key_cache,
@@ -326,8 +331,11 @@ class CpuOps(OpLibrary):
                 window,
                 soft_cap,
             )
-        # rows beyond the last query are padding: their output is never read, but must be finite
-        out = torch.zeros(q.shape, dtype=q.dtype)
+        if block_table.stride()[1] != 1:
+            block_table = block_table.contiguous()
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        tokens, heads, size = q.shape
+        _, kv_heads, block_size, _ = key_cache.shape
         self._attend(
             kind,
             q.data_ptr(),
@@ -337,13 +345,14 @@ class CpuOps(OpLibrary):
             query_start.data_ptr(),
             seq_lens.data_ptr(),
             block_table.data_ptr(),
+            tokens,
             seq_lens.shape[0],
-            q.shape[1],
-            key_cache.shape[1],
-            q.shape[2],
-            key_cache.shape[2],
-            block_table.stride(0),
-            q.stride(0),
+            heads,
+            kv_heads,
+            size,
+            block_size,
+            block_table.stride()[0],
+            q.stride()[0],
             scale,
             soft_cap or 0.0,
             window or 0,
@@ -354,68 +363,48 @@ class CpuOps(OpLibrary):
     # -- sampling -------------------------------------------------------------------------------
 
     def greedy_sample(self, logits: Tensor) -> Tensor:
-        if logits.dtype != torch.float32 or logits.stride(-1) != 1:
+        if logits.dtype is not torch.float32 or logits.stride()[1] != 1:
             return self._reference.greedy_sample(logits)
-        out = torch.empty(logits.shape[0], dtype=torch.int64)
-        self._calls["argmax"](
-            logits.data_ptr(),
-            out.data_ptr(),
-            logits.shape[0],
-            logits.shape[1],
-            logits.stride(0),
-            self._threads,
+        rows, vocab = logits.shape
+        out = torch.empty(rows, dtype=torch.int64)
+        self._argmax(
+            logits.data_ptr(), out.data_ptr(), rows, vocab, logits.stride()[0], self._threads
         )
         return out
 
     def top_k_top_p_sample(
         self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
     ) -> Tensor:
-        if logits.dtype != torch.float32 or logits.stride(-1) != 1:
+        if logits.dtype is not torch.float32 or logits.stride()[1] != 1:
             return self._reference.top_k_top_p_sample(logits, top_k, top_p, min_p, uniform)
-        out = torch.empty(logits.shape[0], dtype=torch.int64)
-        self._calls["top_k_top_p_sample"](
+        rows, vocab = logits.shape
+        out = torch.empty(rows, dtype=torch.int64)
+        self._draw(
             logits.data_ptr(),
             top_k.data_ptr(),
             top_p.data_ptr(),
             min_p.data_ptr(),
             uniform.data_ptr(),
             out.data_ptr(),
-            logits.shape[0],
-            logits.shape[1],
-            logits.stride(0),
+            rows,
+            vocab,
+            logits.stride()[0],
             self._threads,
         )
         return out
 
-    # the reference's: not in ``implements``, named here for the interface
+    # not in ``implements``: the reference's, for whoever calls the library directly
     embedding = TorchOps.embedding
     fused_experts = TorchOps.fused_experts
 
 
-def default_cache() -> Path:
-    """``kernels`` in the user's cache folder."""
-    from vllm_di.models.checkpoint import user_cache
-
-    return user_cache() / "kernels"
-
-
-def _openmp() -> Path | None:
-    """The OpenMP runtime that torch brought and loaded."""
-    return next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
+def _rows(x: Tensor) -> bool:
+    """[rows, n] of a dtype that the kernels know, each row in one run."""
+    return x.dim() == 2 and x.stride()[1] == 1 and x.dtype in TYPES
 
 
 def _heads_side_by_side(x: Tensor) -> bool:
     """[tokens, heads, head_size] whose heads lie one behind the other."""
-    return x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
-
-
-def _pack(weight: Tensor) -> Tensor:
-    """[out, in] -> [panels, in, 16] in fp32, [panels, in / 2, 16, 2] in bf16; missing outputs are
-    zero."""
-    missing = -weight.shape[0] % LANES
-    if missing:
-        weight = F.pad(weight, (0, 0, 0, missing))
-    panels = weight.unflatten(0, (-1, LANES))  # [panels, 16, in]
-    if weight.dtype == torch.float32:
-        return panels.transpose(1, 2).contiguous()
-    return panels.unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
+    _, heads, size = x.shape
+    _, stride, step = x.stride()
+    return step == 1 and (stride == size or heads == 1)

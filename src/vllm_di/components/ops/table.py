@@ -80,10 +80,10 @@ class SelectedOps(OpTable):
         for op, found in self._owners.items():
             if found is not None:
                 setattr(self, op, getattr(found, op))
-        linear, norm = self._owners["linear"], self._owners["rms_norm"]
-        assert linear is not None and norm is not None
-        self.pack_linear = linear.pack_linear  # type: ignore[method-assign]
-        self._norm = norm.rms_norm
+        products, norms = self._owners["linear"], self._owners["rms_norm"]
+        assert products is not None and norms is not None
+        self.pack_linear = products.pack_linear  # type: ignore[method-assign]
+        self._norm = norms.rms_norm
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float

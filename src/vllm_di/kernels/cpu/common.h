@@ -16,16 +16,17 @@ struct bf16 {
   uint16_t bits;
 };
 
-static inline float load(const float* p) { return *p; }
-static inline float load(const bf16* p) {
-  uint32_t wide = uint32_t(p->bits) << 16;
+static inline float from_bits(uint32_t bits) {
   float value;
-  std::memcpy(&value, &wide, 4);
+  std::memcpy(&value, &bits, 4);
   return value;
 }
 
+static inline float load(const float* p) { return *p; }
+static inline float load(const bf16* p) { return from_bits(uint32_t(p->bits) << 16); }
+
 static inline void store(float* p, float value) { *p = value; }
-// Round to nearest even. The kernels produce no NaN from finite inputs; a NaN stays one.
+// Rounds to nearest even; a NaN stays one.
 static inline void store(bf16* p, float value) {
   uint32_t wide;
   std::memcpy(&wide, &value, 4);
@@ -34,42 +35,75 @@ static inline void store(bf16* p, float value) {
   p->bits = uint16_t((is_nan ? (wide | 0x400000u) : rounded) >> 16);
 }
 
-// exp for loops that the compiler vectorises: 2^n * e^r with |r| <= ln(2) / 2 and a polynomial for e^r
-// (Cephes' expf coefficients, relative error about 1e-7). Below -87 it is 0.
-static inline float fast_exp(float x) {
-  float clamped = std::min(std::max(x, -87.f), 88.f);
-  float n = std::nearbyint(clamped * 1.44269504088896341f);
-  float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
+// Sixteen lanes: one register of AVX-512, two of AVX2, four of SSE2.
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+static const int64_t kLanes = 16;
+
+static inline floats splat(float value) { return floats{} + value; }
+static inline floats load16(const float* p) {
+  floats v;
+  std::memcpy(&v, p, 64);
+  return v;
+}
+static inline floats load16(const bf16* p) {
+  halves narrow;
+  std::memcpy(&narrow, p, 32);
+  return (floats)(__builtin_convertvector(narrow, words) << 16);
+}
+// Sixteen pairs of bf16: the even elements and the odd ones.
+static inline void load_pairs(const void* p, floats& even, floats& odd) {
+  words w;
+  std::memcpy(&w, p, 64);
+  even = (floats)(w << 16);
+  odd = (floats)(w & 0xffff0000u);
+}
+static inline void store16(float* p, floats v) { std::memcpy(p, &v, 64); }
+static inline void store16(bf16* p, floats v) {
+#if defined(__AVX512BF16__)
+  const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+#else
+  const words w = (words)v, rounded = w + 0x7fffu + ((w >> 16) & 1u);
+  const halves narrow = __builtin_convertvector((v != v ? (w | 0x400000u) : rounded) >> 16, halves);
+#endif
+  std::memcpy(p, &narrow, 32);
+}
+// The first `count` lanes alone, for the end of a row; the others are 0.
+template <typename T>
+static inline floats load_some(const T* p, int64_t count) {
+  floats v{};
+  for (int64_t i = 0; i < count; i++) v[i] = load(p + i);
+  return v;
+}
+template <typename T>
+static inline void store_some(T* p, floats v, int64_t count) {
+  for (int64_t i = 0; i < count; i++) store(p + i, v[i]);
+}
+
+// exp: 2^n * e^r with |r| <= ln(2) / 2 and a polynomial for e^r (Cephes' expf coefficients, relative error about 1e-7).
+// Arguments are held in [-87, 88], where the result is a normal number; a NaN stays one.
+static inline floats fast_exp(floats x) {
+  x = x < -87.f ? splat(-87.f) : x;
+  x = x > 88.f ? splat(88.f) : x;
+  const floats t = x * 1.44269504088896341f;
+  const ints n = __builtin_convertvector(t + (t < 0.f ? splat(-0.5f) : splat(0.5f)), ints);
+  const floats whole = __builtin_convertvector(n, floats);
+  const floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  floats p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  int32_t bits = (int32_t(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  return x < -87.f ? 0.f : p * scale;
+  p = p * (r * r) + r + 1.f;
+  return p * (floats)((n + 127) << 23);
 }
+static inline float fast_exp(float x) { return fast_exp(splat(x))[0]; }
 
-// Sixteen floats: one register of AVX-512, two of AVX2.
-typedef float f16 __attribute__((vector_size(64)));
-static const int64_t kLanes = 16;
-static inline f16 load16(const float* p) {
-  f16 v;
-  std::memcpy(&v, p, 64);
-  return v;
-}
-static inline void store16(float* p, f16 v) { std::memcpy(p, &v, 64); }
-static inline void store16(bf16* p, f16 v) {
-#if defined(__AVX512BF16__)
-  __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
-  std::memcpy(p, &narrow, 32);
-#else
-  for (int i = 0; i < 16; i++) store(p + i, v[i]);
-#endif
-}
+// tanh(x) from exp, absolute error about 1e-7.
+static inline floats fast_tanh(floats x) { return 1.f - 2.f / (fast_exp(2.f * x) + 1.f); }
 
 // The types that the Python side names: 0 is fp32, 1 is bf16.
 #define DISPATCH(dtype, T, ...)     \

@@ -1,7 +1,7 @@
 // Norms, rotary embedding, gates, KV writes and argmax. Rows are shared out over threads only when there is work for them.
 #include "common.h"
 
-static const int64_t kSerial = 16384;  // elements below which threads cost more than they bring
+static const int64_t kSerial = 1 << 14;  // elements below which threads cost more than they bring
 
 template <typename T>
 static void norm_row(const T* x, const T* weight, T* out, int64_t n, float eps) {
@@ -86,28 +86,28 @@ EXPORT void rotary_embedding(int dtype, const int64_t* positions, void* q, void*
   })
 }
 
+static inline floats silu(floats x) { return x / (1.f + fast_exp(-x)); }
+// 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+static inline floats gelu_tanh(floats x) {
+  return 0.5f * x * (1.f + fast_tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+}
+
 // x: [rows, 2 n] -> out: [rows, n]. gelu: tanh form, else SiLU.
 EXPORT void gate_and_mul(int dtype, int gelu, const void* x, void* out, int64_t rows, int64_t n,
                          int64_t stride, int threads) {
   DISPATCH(dtype, T, {
-    _Pragma("omp parallel for if (rows * n > kSerial / 4) num_threads(threads)")
+    _Pragma("omp parallel for if (rows * n > kSerial) num_threads(threads)")
     for (int64_t r = 0; r < rows; r++) {
       const T* gate = (const T*)x + r * stride;
       T* to = (T*)out + r * n;
-      if (gelu) {
-        _Pragma("omp simd")
-        for (int64_t i = 0; i < n; i++) {
-          float v = load(gate + i);
-          float u = 0.7978845608028654f * (v + 0.044715f * v * v * v);
-          float tanh_u = 1.f - 2.f / (fast_exp(2.f * u) + 1.f);
-          store(to + i, 0.5f * v * (1.f + tanh_u) * load(gate + n + i));
-        }
-      } else {
-        _Pragma("omp simd")
-        for (int64_t i = 0; i < n; i++) {
-          float v = load(gate + i);
-          store(to + i, v / (1.f + fast_exp(-v)) * load(gate + n + i));
-        }
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes) {
+        const floats v = load16(gate + i);
+        store16(to + i, (gelu ? gelu_tanh(v) : silu(v)) * load16(gate + n + i));
+      }
+      if (i < n) {
+        const floats v = load_some(gate + i, n - i);
+        store_some(to + i, (gelu ? gelu_tanh(v) : silu(v)) * load_some(gate + n + i, n - i), n - i);
       }
     }
   })
@@ -137,7 +137,7 @@ EXPORT void argmax(const float* logits, int64_t* out, int64_t rows, int64_t n, i
     const float* row = logits + r * stride;
     float best = row[0];
 #pragma omp simd reduction(max : best)
-    for (int64_t i = 0; i < n; i++) best = row[i] > best ? row[i] : best;
+    for (int64_t i = 1; i < n; i++) best = row[i] > best ? row[i] : best;
     int64_t at = 0;
     while (at < n - 1 && row[at] != best) at++;
     out[r] = at;

@@ -1,0 +1,50 @@
+// The register tile of all dense products: ROWS rows of x times PANELS panels of 16 outputs.
+//
+// An operand is a float, or a pair of bf16 in one word. A panel of operands is [steps][16]: one step is one float along k,
+// or a pair of bf16. One instruction of AVX512-BF16 multiplies a pair of x, broadcast, with the pairs of 16 outputs, so no
+// sum across lanes is ever needed. Each output is summed along k in order whatever the tile's shape: a row's result does
+// not depend on the rows beside it.
+#pragma once
+#include "common.h"
+
+// As many sums as the registers hold.
+#if defined(__AVX512F__)
+static const int kTileRows = 6, kTilePanels = 4;
+#elif defined(__AVX2__)
+static const int kTileRows = 6, kTilePanels = 1;
+#else
+static const int kTileRows = 3, kTilePanels = 1;
+#endif
+
+static inline floats multiply_add(floats sum, float x, const float* weights) {
+  return sum + x * load16(weights);
+}
+
+#if defined(__AVX512BF16__)
+static inline floats multiply_add(floats sum, uint32_t pair, const uint32_t* weights) {
+  return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair),
+                                  (__m512bh)_mm512_loadu_si512(weights));
+}
+#else
+static inline floats multiply_add(floats sum, uint32_t pair, const uint32_t* weights) {
+  floats even, odd;
+  load_pairs(weights, even, odd);
+  sum += from_bits(pair << 16) * even;
+  return sum + from_bits(pair & 0xffff0000u) * odd;
+}
+#endif
+
+// sums += x times weights; panels lie `panel_stride` operands apart.
+template <typename S, int ROWS, int PANELS>
+static inline __attribute__((always_inline)) void multiply(floats (&sums)[ROWS][PANELS], const S* x,
+                                                           int64_t x_stride, const S* weights,
+                                                           int64_t panel_stride, int64_t steps) {
+  for (int64_t k = 0; k < steps; k++) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+      for (int c = 0; c < PANELS; c++)
+        sums[r][c] = multiply_add(sums[r][c], x[r * x_stride + k],
+                                  weights + c * panel_stride + k * kLanes);
+  }
+}
