@@ -95,6 +95,8 @@ class EchoModel(CountingModel):
         self.batches.append(tokens)
         assert len(positions) == len(plan.slot_mapping) == tokens
         assert plan.query_start.tolist()[0] == 0
+        assert int(positions.max()) < self.max_model_len
+        assert int(plan.seq_lens.max()) <= self.max_model_len
         assert plan.block_table.stride(-1) == 1
         keys, values = (x.float().view(tokens, 1, 1) for x in (token_ids, positions))
         self._layout.write(caches[0], keys, values, plan.slot_mapping)

@@ -263,6 +263,9 @@ class Counted(TorchOps):
         uniform: torch.Tensor,
     ) -> torch.Tensor:
         self.random += 1
+        assert top_k.dtype == torch.int64
+        assert all(x.dtype == torch.float32 for x in (logits, top_p, min_p, uniform))
+        assert all(x.shape == logits.shape[:1] for x in (top_k, top_p, min_p, uniform))
         return super().top_k_top_p_sample(logits, top_k, top_p, min_p, uniform)
 
 
@@ -273,7 +276,7 @@ def test_each_op_is_called_once_for_all_rows_that_need_it() -> None:
     assert (ops.greedy, ops.random) == (1, 0)
     chooser.sample(noise(6, 40), [row(i) for i in range(6)])
     assert (ops.greedy, ops.random) == (1, 1)
-    chooser.sample(noise(6, 40), [row(i, temperature=i % 2) for i in range(6)])
+    chooser.sample(noise(6, 40), [row(i, temperature=i % 2, top_p=1, min_p=0) for i in range(6)])
     assert (ops.greedy, ops.random) == (2, 2)
 
 

@@ -22,8 +22,6 @@ NONE_LEFT = (
     "no token can be chosen: allowed_token_ids, bad_words and min_tokens together leave none, "
     "or a penalty went beyond what a float holds"
 )
-PROMPT_ROWS = 64
-"""Rows of a prompt whose log-probabilities are computed at once: bounds the extra memory."""
 
 
 class RowState:
@@ -38,7 +36,7 @@ class RowState:
 
 
 class Group:
-    """A set of rows as tensors. Kept for as long as the same rows come, step after step."""
+    """What a set of rows wants. Kept for as long as the same rows come, step after step."""
 
     def __init__(self, states: list[RowState], device: torch.device, vocab_size: int) -> None:
         params = [state.params for state in states]
@@ -47,19 +45,25 @@ class Group:
         self.reported = [i for i, p in enumerate(params) if p.logprobs is not None]
         self.counts = [params[i].logprobs or 0 for i in self.reported]
         self.greedy = [i for i, p in enumerate(params) if p.greedy]
-        self.drawn = [i for i, p in enumerate(params) if not p.greedy]
-        self.all_greedy, self.all_drawn = not self.drawn, not self.greedy
-        self.plain = self.all_greedy and not self.adjusted and not self.reported
-        drawn = [params[i] for i in self.drawn]
-        self.greedy_rows = torch.tensor(self.greedy, dtype=torch.int64, device=device)
-        self.drawn_rows = torch.tensor(self.drawn, dtype=torch.int64, device=device)
-        self.reported_rows = torch.tensor(self.reported, dtype=torch.int64, device=device)
-        self.temperature = torch.tensor([[p.temperature] for p in drawn], device=device)
+        drawn = len(self.greedy) < len(states)
+        self.draws = Draws(states, device, vocab_size) if drawn else None
+        self.plain = not (drawn or self.adjusted or self.reported)
+
+
+class Draws:
+    """The rows of a group that are drawn, not greedy: their parameters as tensors."""
+
+    def __init__(self, states: list[RowState], device: torch.device, vocab_size: int) -> None:
+        self.rows = [i for i, state in enumerate(states) if not state.params.greedy]
+        drawn = [states[i].params for i in self.rows]
         top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in drawn]
+        real = torch.tensor(
+            [[p.temperature, p.top_p, p.min_p] for p in drawn], dtype=torch.float32, device=device
+        )
+        self.temperature = real[:, :1]  # [rows, 1]
         self.top_k = torch.tensor(top_k, dtype=torch.int64, device=device)
-        self.top_p = torch.tensor([p.top_p for p in drawn], dtype=torch.float32, device=device)
-        self.min_p = torch.tensor([p.min_p for p in drawn], dtype=torch.float32, device=device)
-        self.seeds = np.array([states[i].seed for i in self.drawn], np.uint64)
+        self.top_p, self.min_p = real[:, 1].contiguous(), real[:, 2].contiguous()
+        self.seeds = np.array([states[i].seed for i in self.rows], np.uint64)
 
 
 class StandardSampler(Sampler):
@@ -84,10 +88,10 @@ class StandardSampler(Sampler):
             return tokens, failed | others
         group = self._grouped(logits, rows)
         if group.plain:
-            ids = self._greedy(logits).tolist()
+            ids = _listed(self._greedy(logits))
             pairs = zip(rows, ids, strict=True)
             return [SampledToken(row.seq_id, token) for row, token in pairs], {}
-        raw = self._raw_logprobs(logits, group)
+        raw = self._raw(logits, group) if group.reported else None
         dead = self._adjust(logits, rows, group) if group.adjusted else set()
         ids = self._choose(logits, rows, group)
         reports = self._reports(raw, ids, group)
@@ -102,12 +106,7 @@ class StandardSampler(Sampler):
     def prompt_logprobs(
         self, logits: Tensor, token_ids: Sequence[int], count: int
     ) -> list[TokenLogprobs]:
-        found: list[TokenLogprobs] = []
-        for start in range(0, len(token_ids), PROMPT_ROWS):
-            ids = token_ids[start : start + PROMPT_ROWS]
-            logprobs = logits[start : start + len(ids)].log_softmax(-1)
-            found += report(logprobs, ids, [count] * len(ids))
-        return found
+        return report(logits, token_ids, [count] * len(token_ids))
 
     def _grouped(self, logits: Tensor, rows: Sequence[SequenceState]) -> Group:
         states = [row.sampler_state or _state(row) for row in rows]
@@ -115,12 +114,11 @@ class StandardSampler(Sampler):
             self._group = Group(states, logits.device, logits.shape[-1])
         return self._group
 
-    def _raw_logprobs(self, logits: Tensor, group: Group) -> Tensor | None:
-        """Log-probabilities before any adjustment, of the rows that report them."""
-        if not group.reported:
-            return None
-        whole = len(group.reported) == len(group.states)
-        return (logits if whole else logits[group.reported_rows]).log_softmax(-1)
+    def _raw(self, logits: Tensor, group: Group) -> Tensor:
+        """Logits before any adjustment, of the rows that report log-probabilities."""
+        if group.adjusted or len(group.reported) < len(group.states):
+            return logits[group.reported]  # a copy
+        return logits
 
     def _adjust(self, logits: Tensor, rows: Sequence[SequenceState], group: Group) -> set[int]:
         """-> rows without a token left; they get a harmless one, which nobody is told."""
@@ -133,26 +131,25 @@ class StandardSampler(Sampler):
         return dead
 
     def _choose(self, logits: Tensor, rows: Sequence[SequenceState], group: Group) -> list[int]:
-        if group.all_greedy:
-            return self._greedy(logits).tolist()
-        tokens = self._draw(
-            logits if group.all_drawn else logits[group.drawn_rows],
-            [rows[i].num_generated for i in group.drawn],
-            group,
-        )
-        if group.all_drawn:
-            return tokens
-        best = self._greedy(logits[group.greedy_rows]).tolist()
-        pairs = (*zip(group.drawn, tokens, strict=True), *zip(group.greedy, best, strict=True))
+        draws = group.draws
+        if draws is None:
+            return _listed(self._greedy(logits))
+        positions = [rows[i].num_generated for i in draws.rows]
+        if not group.greedy:
+            return self._draw(logits, positions, draws)
+        tokens = self._draw(logits[draws.rows], positions, draws)
+        best = _listed(self._greedy(logits[group.greedy]))
+        pairs = (*zip(draws.rows, tokens, strict=True), *zip(group.greedy, best, strict=True))
         return [token for _, token in sorted(pairs)]
 
-    def _draw(self, logits: Tensor, positions: list[int], group: Group) -> list[int]:
-        """logits [rows, vocab] of the rows that are drawn, not greedy."""
+    def _draw(self, logits: Tensor, positions: list[int], draws: Draws) -> list[int]:
+        """logits [rows, vocab] of the rows that are drawn."""
         # from the peak down, so that a small temperature cannot reach infinity
-        scaled = (logits - logits.amax(-1, keepdim=True)).div_(group.temperature)
-        draws = torch.from_numpy(uniform(group.seeds, np.array(positions, np.uint64)))
-        uniforms = draws.to(logits.device)
-        return self._random(scaled, group.top_k, group.top_p, group.min_p, uniforms).tolist()
+        scaled = (logits - logits.amax(-1, keepdim=True)).div_(draws.temperature)
+        numbers = torch.from_numpy(uniform(draws.seeds, np.array(positions, np.uint64)))
+        return _listed(
+            self._random(scaled, draws.top_k, draws.top_p, draws.min_p, numbers.to(logits.device))
+        )
 
     def _reports(
         self, raw: Tensor | None, ids: list[int], group: Group
@@ -166,6 +163,11 @@ class StandardSampler(Sampler):
 def _state(row: SequenceState) -> RowState:
     row.sampler_state = state = RowState(row)
     return state
+
+
+def _listed(token_ids: Tensor) -> list[int]:
+    ids: list[int] = token_ids.tolist()
+    return ids
 
 
 def uniform(
