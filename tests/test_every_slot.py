@@ -32,7 +32,8 @@ def probed(slot: str) -> list[str]:
     """Overrides that put the probe of the default class into a slot."""
     plain = assemble(TINY)
     nodes = {**plain.server, **plain.engine, **plain.workers[0]}
-    return [*TINY, f"{slot}._target_={probes.name_of(nodes[slot]['_target_'])}"]
+    option = [f"{slot}={plain.choices[slot].option}"] if slot in plain.choices else []
+    return [*TINY, *option, f"{slot}._target_={probes.name_of(nodes[slot]['_target_'])}"]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,9 @@ import pytest
 
 from vllm_di import LLM, SamplingParams
 from vllm_di.components.interfaces import KvCacheManager
+from vllm_di.components.ops.table import SelectedOps
+from vllm_di.components.ops.torch import TorchOps
+from vllm_di.components.sampler.standard import StandardSampler
 from vllm_di.errors import ConfigError, RequestError
 
 TINY = ["platform=cpu", "model.dtype=float32"]
@@ -228,3 +231,17 @@ def test_parts_are_handed_in_by_keyword() -> None:
     assert Counting.calls >= 3 * 2
     with pytest.raises(TypeError, match="no slot 'atention'; did you mean 'attention'"):
         LLM("tiny", overrides=TINY, atention=1)
+
+
+def test_a_sampler_that_fails_costs_its_step_and_no_more(alone: list[list[int]]) -> None:
+    class Fragile(StandardSampler):
+        def sample(self, logits, rows):  # type: ignore[no-untyped-def]
+            if any(row.params.seed == 13 for row in rows):
+                raise ZeroDivisionError("thirteen")
+            return super().sample(logits, rows)
+
+    bad = SamplingParams(temperature=0, seed=13, max_tokens=5)
+    with LLM("tiny", overrides=TINY, sampler=Fragile(SelectedOps(TorchOps()))) as llm:
+        with pytest.raises(RequestError, match="sampling failed: ZeroDivisionError: thirteen"):
+            llm.generate(PROMPTS[:1], bad)
+        assert tokens(llm, PROMPTS[:2]) == alone[:2]

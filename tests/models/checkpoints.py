@@ -112,11 +112,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(case: str, folder: Path) -> Any:
+def make(case: str, folder: Path, **more: Any) -> Any:
     """Save a checkpoint; returns transformers' model in fp32."""
     family, changes = CASES[case]
     name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
-    config = getattr(transformers, name)(**(SHAPE | changes))
+    config = getattr(transformers, name)(**(SHAPE | changes | more))
     config._attn_implementation = "eager"
     torch.manual_seed(7)
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()

@@ -158,7 +158,7 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
                 "a hub name (org/name), or run with random weights: loader=dummy"
             )
         for slot, option in STAND_INS.items():
-            if composition.choices[slot][1].chosen_by == "default":
+            if not _is_chosen(composition, slot):
                 _replace(tree, composition, slot, option, "no checkpoint brings its own")
     else:
         found = describe(str(model.path))
@@ -188,6 +188,16 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
         origins["model._target_"] = Origin("checkpoint", text=why)
 
 
+def _is_chosen(composition: Composition, slot: str) -> bool:
+    """Whether somebody chose the slot's option, or one of its keys on the command line."""
+    if composition.choices[slot][1].chosen_by != "default":
+        return True
+    return any(
+        key.startswith(f"{slot}.") and origin.chosen_by == "command line"
+        for key, origin in composition.origins.items()
+    )
+
+
 def _take(composition: Composition, key: str, value: Any) -> None:
     """One field of the checkpoint: fills a null, bows to the command line, must agree with YAML."""
     model, name = composition.values.model, f"model.{key}"
@@ -214,6 +224,9 @@ def _replace(tree: ConfigTree, composition: Composition, slot: str, option: str,
     path = tree.options(slot)[option]
     composition.values[slot] = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
     composition.choices[slot] = (option, Origin("auto", text=why))
+    for key in [k for k in composition.origins if k.startswith(f"{slot}.")]:
+        if composition.origins[key].chosen_by != "command line":
+            del composition.origins[key]
     for key, line in tree.read(path).lines.items():
         composition.origins.setdefault(f"{slot}.{key}", Origin("auto", shown(path), line))
 

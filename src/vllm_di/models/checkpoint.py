@@ -20,6 +20,8 @@ import msgspec
 from vllm_di.errors import CheckpointError, UnsupportedModelError
 
 GGUF_MAGIC = b"GGUF"
+CONVERSION = 2
+"""Raised when the conversion of a GGUF's config and tokenizer changes: older ones are not read."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
@@ -153,7 +155,7 @@ def _known_hash(path: Path, cache: Path) -> str:
 
 def _gguf(path: Path, cache: Path) -> Checkpoint:
     check_gguf_header(path)
-    folder = cache / "gguf" / _known_hash(path, cache)[:32]
+    folder = cache / "gguf" / f"{_known_hash(path, cache)[:32]}-{CONVERSION}"
     if not (folder / "config.json").is_file():
         _convert(path, folder)
     generation = folder / "generation_config.json"
@@ -181,13 +183,21 @@ def check_gguf_header(path: Path) -> None:
 
 def _convert(path: Path, folder: Path) -> None:
     """Config and tokenizer of a GGUF, by transformers, in another process; renamed into place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="converting-"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="converting-"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: its tokenizer must be converted once, but the cache {folder.parent} cannot "
+            f"be written ({error}); set XDG_CACHE_HOME to a folder that can"
+        ) from None
     try:
         command = [sys.executable, "-m", "vllm_di.models.gguf_convert", str(path), str(scratch)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 3:
             raise UnsupportedModelError(done.stdout.strip())
+        if done.returncode == 2:
+            raise CheckpointError(done.stdout.strip())
         if done.returncode != 0:
             lines = (done.stdout.strip() or done.stderr.strip()).splitlines() or ["no message"]
             raise CheckpointError(f"{path}: cannot be read: {lines[-1]}")

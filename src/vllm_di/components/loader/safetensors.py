@@ -29,7 +29,16 @@ class SafetensorsLoader(Loader):
                 "or take loader=dummy for random weights"
             )
         files = find_files(Path(self._path))
-        model.load_weights(shown(read_files(files), self._progress))
+        fill(model, shown(read_files(files), self._progress), self._path)
+
+
+def fill(model: Model, weights: Iterator[tuple[str, Tensor]], place: str) -> None:
+    """``model.load_weights``, whose errors then name the place of the weights."""
+    try:
+        model.load_weights(weights)
+    except CheckpointError as error:
+        text = str(error)
+        raise type(error)(text if text.startswith(place) else f"{place}: {text}") from None
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -69,5 +78,3 @@ def read_files(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
                     yield name, tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: damaged or truncated: {error}") from None
-        except CheckpointError as error:
-            raise CheckpointError(f"{file}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Annotated
 
@@ -31,6 +32,8 @@ from vllm_di.components.messages import (
 from vllm_di.components.model_runner.batch import Batch
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
+
+log = logging.getLogger(__name__)
 
 
 class StandardModelRunner(ModelRunner):
@@ -96,7 +99,12 @@ class StandardModelRunner(ModelRunner):
         prompts, failed = self._score(scored, logits)
         if len(sampled) != len(rows):
             logits = logits[[i for i, _ in sampled]]
-        tokens, others = self._sampler.sample(logits, [state for _, state in sampled])
+        try:
+            tokens, others = self._sampler.sample(logits, [state for _, state in sampled])
+        except Exception as error:  # the logits may be half edited: the step's requests end, not us
+            log.exception("sampling failed")
+            reason = f"sampling failed: {type(error).__name__}: {error}"
+            tokens, others = [], {state.seq_id: reason for _, state in sampled}
         if failed:
             tokens = [token for token in tokens if token.seq_id not in failed]
         return StepResult(plan.step, tokens, prompts, failed | others)

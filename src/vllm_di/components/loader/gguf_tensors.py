@@ -1,0 +1,151 @@
+"""The tensors of a GGUF file under their Hugging Face names, dequantised one at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader, dequantize
+from torch import Tensor
+
+from vllm_di.errors import CheckpointError
+
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+MIXTRAL = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+}
+QWEN_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+GEMMA = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+ARCHITECTURES: dict[str, dict[str, str]] = {
+    "llama": NAMES | MIXTRAL,
+    "granite": NAMES,
+    "smollm3": NAMES,
+    "qwen2": NAMES,
+    "qwen3": NAMES,
+    "qwen3moe": NAMES | QWEN_EXPERTS,
+    "phi3": NAMES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    "gemma2": NAMES | GEMMA,
+    "gemma3": NAMES | GEMMA,
+}
+"""llama.cpp's architectures that the native decoder covers, and their tensors' names."""
+PERMUTED = ("llama", "granite", "smollm3")
+"""llama.cpp reorders the rows of q and k in these, to rotate neighbours instead of halves."""
+IN_CONFIG = ("rope_freqs", "rope_factors_long", "rope_factors_short")
+"""Tensors that the conversion of the config reads."""
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """Raises CheckpointError for a file that is no GGUF, or one that ends too early."""
+    try:
+        return GGUFReader(path)
+    except Exception as error:
+        # the reader raises whatever numpy or struct raise where the file ends too early
+        raise CheckpointError(f"{path}: damaged or truncated: {_first_line(error)}") from None
+
+
+def metadata(reader: GGUFReader) -> Mapping[str, Any]:
+    """Key to value, without the tokenizer's long lists."""
+    return {
+        key: field.contents()
+        for key, field in reader.fields.items()
+        if not key.startswith("tokenizer.ggml.") or len(field.data) == 1
+    }
+
+
+def architecture_of(reader: GGUFReader, path: Path) -> str:
+    """``general.architecture``. Raises CheckpointError for one that cannot be read here."""
+    field = reader.get_field("general.architecture")
+    name = str(field.contents()) if field is not None else ""
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{path}: GGUF files of architecture {name!r} are not supported; supported are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    return name
+
+
+def read_gguf(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of every weight. Raises CheckpointError naming tensor and
+    file."""
+    reader = open_gguf(path)
+    architecture = architecture_of(reader, path)
+    facts = metadata(reader)
+    heads = int(facts.get(f"{architecture}.attention.head_count") or 1)
+    kv_heads = int(facts.get(f"{architecture}.attention.head_count_kv") or heads)
+    for entry in reader.tensors:
+        kind = getattr(entry.tensor_type, "name", entry.tensor_type)
+        name = _name(entry.name, architecture, path)
+        if name is None:
+            continue
+        try:
+            array = dequantize(entry.data, entry.tensor_type)
+            tensor = torch.from_numpy(array.copy()).reshape(entry.shape.tolist()[::-1])
+        except Exception as error:
+            # numpy and gguf have no exception of their own for what they cannot read
+            raise CheckpointError(
+                f"{path}: tensor {entry.name} of type {kind} cannot be read: {_first_line(error)}"
+            ) from None
+        if architecture in PERMUTED and ".attn_q." in entry.name:
+            tensor = _unpermute(tensor, heads)
+        if architecture in PERMUTED and ".attn_k." in entry.name:
+            tensor = _unpermute(tensor, kv_heads)
+        if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
+            tensor = tensor - 1  # llama.cpp stores 1 + weight
+        tensor = tensor.to(dtype)
+        if "{}" in name:  # [experts, out, in]
+            for expert, part in enumerate(tensor):
+                yield name.format(expert), part
+        else:
+            yield name, tensor.contiguous()
+
+
+def _name(name: str, architecture: str, path: Path) -> str | None:
+    """None for what is no weight."""
+    names = ARCHITECTURES[architecture]
+    found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if found is not None and found[2] in IN_CONFIG:
+        return None
+    if found is None or found[2] not in names:
+        raise CheckpointError(f"{path}: tensor {name} is unknown in a {architecture} file")
+    prefix = f"model.layers.{found[1]}." if found[1] is not None else ""
+    return f"{prefix}{names[found[2]]}.{found[3]}"
+
+
+def _unpermute(weight: Tensor, heads: int) -> Tensor:
+    """[heads * (half, 2), ...] -> [heads * (2, half), ...]."""
+    split = weight.reshape(heads, -1, 2, *weight.shape[1:])
+    return split.transpose(1, 2).reshape(weight.shape)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
