@@ -63,4 +63,7 @@ def overhead(llm: LLM, batch: int, seed: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    # by its full name, so that the config names the class that is read here
+    from benchmarks import step_overhead
+
+    step_overhead.main()

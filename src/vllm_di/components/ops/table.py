@@ -95,12 +95,12 @@ class SelectedOps(OpTable):
     def describe(self) -> dict[str, str]:
         """Op to where it runs; where the main library has a reason for not running it, the
         reason."""
-        reasons = {} if isinstance(self._library, TorchOps) else self._library.describe()
+        reasons = {} if type(self._library) is TorchOps else self._library.describe()
         rows = {}
         for op, owner in self._owners.items():
             if owner is None:
                 rows[op] = f"unfused: {', '.join(self.FUSED[op])} was chosen from another library"
-            elif not isinstance(owner, TorchOps):
+            elif type(owner) is not TorchOps:
                 rows[op] = owner.describe().get(op, type(owner).__name__)
             elif op not in self._library.implements:
                 rows[op] = f"torch ({reasons.get(op, 'the reference')})"

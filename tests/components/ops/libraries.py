@@ -1,0 +1,38 @@
+"""Op libraries for every instruction set of this machine, and how near they must come."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from vllm_di.components.device.host import HostDevice
+from vllm_di.components.ops.cpu import CpuOps
+from vllm_di.components.ops.torch import TorchOps
+from vllm_di.kernels.build import usable_isas
+
+ISAS = usable_isas()
+REFERENCE = TorchOps()
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@functools.cache
+def library(isa: str) -> CpuOps:
+    device = HostDevice(threads=2, memory_budget=None, default_dtype="float32")
+    return CpuOps(device, isa=isa, compile="require", cache=None, rows_for_onednn=None)  # type: ignore[arg-type]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def close(got: Tensor, exact: Tensor, scale: float = 1.0) -> None:
+    """``exact`` is the reference in fp32 on the same inputs. The bound: 2e-5 in fp32, two roundings
+    of 8 bits in bf16, of ``scale``, which is the size of what was summed."""
+    bound = 2e-5 if got.dtype is torch.float32 else 2 * 2**-8
+    assert got.shape == exact.shape
+    assert torch.isfinite(got).all()
+    wrong = (got.float() - exact).abs() - bound * (exact.abs() + scale)
+    assert wrong.numel() == 0 or float(wrong.max()) <= 0, float(wrong.max())

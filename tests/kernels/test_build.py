@@ -1,0 +1,115 @@
+"""Building the kernels: cached, shared by processes, and honest about what went wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_di.components.device.host import HostDevice
+from vllm_di.components.ops.cpu import CpuOps
+from vllm_di.components.ops.table import SelectedOps
+from vllm_di.errors import ConfigError
+from vllm_di.kernels.build import NEEDED, BuildError, build, loaded_openmp, usable_isas
+
+SMALL = "generic"
+
+
+def make(cache: Path, **more: str) -> CpuOps:
+    device = HostDevice(threads=2, memory_budget=None, default_dtype="float32")
+    settings = {"isa": SMALL, "compile": "auto"} | more
+    return CpuOps(device, cache=str(cache), rows_for_onednn=None, **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+
+
+def test_the_result_is_cached(tmp_path: Path) -> None:
+    build(SMALL, tmp_path, loaded_openmp())
+    [library] = tmp_path.glob("*.so")
+    stamp = library.stat().st_mtime_ns
+    build(SMALL, tmp_path, loaded_openmp())
+    assert library.stat().st_mtime_ns == stamp
+    assert not list(tmp_path.glob(".build-*"))
+
+
+def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
+    build(SMALL, tmp_path / "a", loaded_openmp())
+    [name] = [path.name for path in (tmp_path / "a").glob("*.so")]
+    library = tmp_path / "b" / name
+    library.parent.mkdir()
+    library.write_bytes(b"\x7fELF nothing")
+    assert build(SMALL, tmp_path / "b", loaded_openmp()).note == ""
+    assert library.stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_the_reference_runs_and_says_so(tmp_path: Path) -> None:
+    ops = make(tmp_path)
+    assert ops.implements == frozenset()
+    rows = SelectedOps(ops).describe()
+    assert rows["linear"].startswith("torch (no C++ compiler")
+    with pytest.raises(ConfigError, match=r"compile=require: .*no C\+\+ compiler"):
+        make(tmp_path, compile="require")
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "g++"
+    fake.write_text("#!/bin/sh\necho 'x.cpp:1: error: out of cheese' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(BuildError, match=r"g\+\+ failed: x\.cpp:1: error: out of cheese"):
+        build(SMALL, tmp_path / "cache", loaded_openmp())
+    assert "out of cheese" in make(tmp_path / "cache").describe()["linear"]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    built = build(SMALL, blocked, loaded_openmp())
+    assert "this process alone" in built.note
+    assert built.library.argmax
+
+
+def test_processes_that_build_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from vllm_di.kernels.build import build;"
+        f"print(build({SMALL!r}, Path(sys.argv[1]), None).note or 'cached')"
+    )
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    assert [p.communicate()[0].strip() for p in running] == ["cached"] * 3
+    assert len(list(tmp_path.glob("*.so"))) == 1
+
+
+def test_an_instruction_set_that_the_cpu_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_di.components.ops.cpu.usable_isas", lambda: ["avx2", "generic"])
+    with pytest.raises(ConfigError, match="isa=avx512: this CPU does not have it; it has avx2"):
+        make(tmp_path, isa="avx512")
+
+
+def test_a_cpu_without_flags_runs_the_generic_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_: "processor : 0\nflags : fpu sse2\n")
+    assert usable_isas() == ["generic"]
+    everything = " ".join(sorted(set().union(*NEEDED.values())))
+    monkeypatch.setattr(Path, "read_text", lambda *_: f"flags : {everything}\n")
+    assert usable_isas() == list(NEEDED)
+
+
+def test_the_openmp_of_torch_is_used() -> None:
+    import torch  # noqa: F401
+
+    runtime = loaded_openmp()
+    assert runtime is not None
+    assert runtime.is_file()
