@@ -275,9 +275,9 @@ def test_each_op_is_called_once_for_all_rows_that_need_it() -> None:
     chooser.sample(noise(6, 40), [row(i, temperature=0) for i in range(6)])
     assert (ops.greedy, ops.random) == (1, 0)
     chooser.sample(noise(6, 40), [row(i) for i in range(6)])
-    assert (ops.greedy, ops.random) == (1, 1)
+    assert (ops.greedy, ops.random) == (2, 1)  # each row's peak tells whether it is finite
     chooser.sample(noise(6, 40), [row(i, temperature=i % 2, top_p=1, min_p=0) for i in range(6)])
-    assert (ops.greedy, ops.random) == (2, 2)
+    assert (ops.greedy, ops.random) == (4, 2)
 
 
 def test_a_batch_that_changes_is_not_mistaken_for_the_one_before() -> None:

@@ -118,7 +118,7 @@ class TorchOps(OpLibrary):
 
     def greedy_sample(self, logits: Tensor) -> Tensor:
         # torch.argmax names no order among equals: take the first of the maxima
-        best = logits == logits.max(-1, keepdim=True).values
+        best = (logits == logits.amax(-1, keepdim=True)) | logits.isnan()
         return best.to(torch.uint8).argmax(-1)
 
     def top_k_top_p_sample(

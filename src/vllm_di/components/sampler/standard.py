@@ -80,7 +80,9 @@ class StandardSampler(Sampler):
     ) -> tuple[list[SampledToken], dict[int, str]]:
         if not rows:
             return [], {}
-        good = [math.isfinite(peak) for peak in logits.amax(-1).tolist()]  # amax passes NaN on
+        best = self._greedy(logits)
+        peaks = logits.gather(1, best[:, None])[:, 0].tolist()
+        good = [math.isfinite(peak) for peak in peaks]
         if not all(good):
             keep = [i for i, is_good in enumerate(good) if is_good]
             failed = {r.seq_id: NOT_FINITE for r, ok in zip(rows, good, strict=True) if not ok}
@@ -88,8 +90,7 @@ class StandardSampler(Sampler):
             return tokens, failed | others
         group = self._grouped(logits, rows)
         if group.plain:
-            ids = _listed(self._greedy(logits))
-            pairs = zip(rows, ids, strict=True)
+            pairs = zip(rows, _listed(best), strict=True)
             return [SampledToken(row.seq_id, token) for row, token in pairs], {}
         raw = self._raw(logits, group) if group.reported else None
         dead = self._adjust(logits, rows, group) if group.adjusted else set()

@@ -129,17 +129,21 @@ EXPORT void write_kv(int64_t element, const char* k, const char* v, char* key_ca
   }
 }
 
-// The first of the largest entries of each row.
+// The first of the largest entries of each row, or its first NaN.
 EXPORT void argmax(const float* logits, int64_t* out, int64_t rows, int64_t n, int64_t stride,
                    int threads) {
 #pragma omp parallel for if (rows > 1) num_threads(threads)
   for (int64_t r = 0; r < rows; r++) {
     const float* row = logits + r * stride;
-    float best = row[0];
-#pragma omp simd reduction(max : best)
-    for (int64_t i = 1; i < n; i++) best = row[i] > best ? row[i] : best;
+    float best = -INFINITY;
+    int strange = 0;
+#pragma omp simd reduction(max : best) reduction(| : strange)
+    for (int64_t i = 0; i < n; i++) {
+      best = row[i] > best ? row[i] : best;
+      strange |= row[i] != row[i];
+    }
     int64_t at = 0;
-    while (at < n - 1 && row[at] != best) at++;
+    while (at < n - 1 && (strange ? row[at] == row[at] : row[at] != best)) at++;
     out[r] = at;
   }
 }
