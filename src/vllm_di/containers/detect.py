@@ -49,10 +49,8 @@ def detect_platform(tree: ConfigFiles) -> tuple[str, str]:
     if found:
         option, why = next(iter(found.items()))
         return option, f"found {why}"
-    return (
-        FALLBACK,
-        f"no accelerator found (looked for: {', '.join(looked) or 'no platform names any'})",
-    )
+    names = f" (looked for: {', '.join(looked)})" if looked else ""
+    return FALLBACK, f"no accelerator found{names}"
 
 
 def _detect_node(document: Any) -> dict[str, Any]:
