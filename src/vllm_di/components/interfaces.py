@@ -280,7 +280,24 @@ class OpTable(ABC):
         ...)``."""
         return {name: type(self).__name__ for name in self.OPS}
 
+    def recorder(self) -> Recorder | None:
+        """None where ops cannot be recorded, or come from several libraries."""
+        return None
+
     def close(self) -> None: ...
+
+
+Replay = Callable[[], None]
+"""Runs the ops of a recording again, on what their inputs hold by now, into the same outputs."""
+
+
+class Recorder(ABC):
+    """Ops recorded as they run, to be replayed in one call."""
+
+    @abstractmethod
+    def record(self, step: Callable[[], Tensor]) -> tuple[Tensor, Replay | None, str]:
+        """Run ``step`` -> (its result, the replay, why there is none). There is none when anything
+        but ops of the library computed."""
 
 
 class OpLibrary(OpTable, ABC):
@@ -375,6 +392,8 @@ class AttentionBackend(ABC):
 
     layouts: ClassVar[tuple[str, ...]] = ("hnd",)
     """Names of the KV layouts that it reads."""
+    replayable: ClassVar[bool] = False
+    """Whether all that ``forward`` computes are ops of the table, on tensors of the metadata."""
 
     @abstractmethod
     def build(self, batch: BatchPlan, out: Any | None = None) -> Any:
@@ -406,6 +425,9 @@ class AttentionBackend(ABC):
 class Quantization(ABC):
     """(8) What becomes of a linear weight after loading, and the product that goes with it."""
 
+    replayable: ClassVar[bool] = False
+    """Whether all that its products compute are ops of the table."""
+
     @abstractmethod
     def linear(
         self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None
@@ -422,6 +444,8 @@ class Model(ABC):
     max_model_len: int
     eos_token_ids: list[int]
     dtype: torch.dtype
+    replayable: bool = False
+    """Whether all that ``forward`` computes are ops of the table, attention and collectives."""
 
     @abstractmethod
     def kv_specs(self) -> list[KvSpec]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
-Kernel = Callable[..., None]
+Kernel = Callable[..., Any]
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
 
 
@@ -17,9 +18,9 @@ class CpuKernels:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        def bind(name: str, signature: str) -> Kernel:
+        def bind(name: str, signature: str, returns: Any = None) -> Kernel:
             function = getattr(library, name)
-            function.argtypes, function.restype = [TYPES[letter] for letter in signature], None
+            function.argtypes, function.restype = [TYPES[letter] for letter in signature], returns
             kernel: Kernel = function
             return kernel
 
@@ -27,9 +28,17 @@ class CpuKernels:
         self.add_rms_norm = bind("add_rms_norm", "ippppllfi")
         self.rotary_embedding = bind("rotary_embedding", "ipppplllllllii")
         self.gate_and_mul = bind("gate_and_mul", "iippllli")
-        self.write_kv = bind("write_kv", "lpppppllllll")
+        self.write_kv = bind("write_kv", "lppppplllllli")
         self.argmax = bind("argmax", "ppllli")
         self.pack_linear = bind("pack_linear", "ppllli")
         self.linear = bind("linear", "ippppillllii")
         self.paged_attention = bind("paged_attention", "ipppppppllllllllffli")
         self.top_k_top_p_sample = bind("top_k_top_p_sample", "ppppppllli")
+        self.embedding = bind("embedding", "pppllii")
+        self.pack_channels = bind("pack_channels", "pplli")
+        self.pack_groups = bind("pack_groups", "ipppplli")
+        self.quantized_linear = bind("quantized_linear", "iipppppillllii")
+        self.tape_start = bind("tape_start", "", ctypes.c_void_p)
+        self.tape_stop = bind("tape_stop", "")
+        self.tape_replay = bind("tape_replay", "pi")
+        self.tape_free = bind("tape_free", "p")

@@ -27,9 +27,10 @@ COMMON_FLAGS = (
     "-Wno-psabi",
 )
 """NaN and infinities keep their meaning: no -ffast-math."""
+_WIDE = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 ISA_FLAGS = {
-    "avx512_bf16": ("-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"),
-    "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "avx512_bf16": (*_WIDE, "-mavx512bf16", "-mavx512vnni"),
+    "avx512": _WIDE,
     "avx2": ("-march=x86-64-v3",),
     "generic": (),
 }
@@ -37,7 +38,7 @@ ISA_FLAGS = {
 _V3 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 NEEDED: dict[str, set[str]] = {
-    "avx512_bf16": _V4 | {"avx512_bf16"},
+    "avx512_bf16": _V4 | {"avx512_bf16", "avx512_vnni"},
     "avx512": _V4,
     "avx2": _V3,
     "generic": set(),

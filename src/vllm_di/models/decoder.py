@@ -37,6 +37,8 @@ INIT_STD = 0.02
 class Decoder(nn.Module, Model):
     """The whole model on one rank."""
 
+    replayable = True
+
     def __init__(
         self,
         device: Device,

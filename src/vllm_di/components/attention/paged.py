@@ -22,6 +22,7 @@ class PagedAttention(AttentionBackend):
     """``ops.write_kv`` and ``ops.paged_attention``: no gathered copy of keys and values is made."""
 
     layouts = ("hnd",)
+    replayable = True
 
     def __init__(self, ops: OpTable, kv_layout: KvLayout) -> None:
         if kv_layout.name not in self.layouts:

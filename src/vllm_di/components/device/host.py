@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
-import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_di.components.device import system
 from vllm_di.components.device.sizes import parse_size
 from vllm_di.components.interfaces import Device, DeviceMemory, Placement
+from vllm_di.kernels.memory import huge_zeros
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """CPU flags under which products of bfloat16 are native (``bf16`` is Arm's)."""
@@ -58,9 +57,7 @@ class HostDevice(Device):
         """Work on the host is done when its call returns."""
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        # calloc: the system gives zero pages when they are touched, which torch.zeros does at once
-        count = math.prod(shape) * dtype.itemsize
-        return torch.from_numpy(np.zeros(count, np.uint8)).view(dtype).view(*shape)
+        return huge_zeros(shape, dtype)
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)

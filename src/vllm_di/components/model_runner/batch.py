@@ -33,6 +33,7 @@ class Batch:
         self._row_of: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        self._table = np.zeros_like(self._tables)
         self._max_model_len, self._block_size, self._device = max_model_len, block_size, device
         self._tokens = _Buffer(max_num_tokens, np.int64, device)
         self._positions = _Buffer(max_num_tokens, np.int64, device)
@@ -69,9 +70,9 @@ class Batch:
         lengths = [s.num_computed + s.num_tokens for s in scheduled]
         total = sum(queries)
         rows = [self._row_of[s.seq_id] for s in scheduled]
-        # fancy indexing may choose another order in memory: kernels read rows
         columns = -(-max(lengths) // self._block_size)
-        table = np.ascontiguousarray(self._tables[rows, :columns])
+        table = self._table[:count, :columns]
+        table[:] = self._tables[rows, :columns]
         if total == count:
             self._place_decodes(scheduled)
         else:

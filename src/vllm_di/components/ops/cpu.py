@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_di.components.interfaces import Device, OpLibrary
+from vllm_di.components.interfaces import Device, OpLibrary, Recorder, Replay
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.errors import ConfigError
 from vllm_di.kernels.bindings import CpuKernels
 from vllm_di.kernels.build import BuildError, build, default_cache, loaded_openmp, usable_isas
+from vllm_di.kernels.memory import Pool, huge_zeros
+from vllm_di.kernels.tape import record
 
+Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels compute in, by the numbers that they know; fp16 goes to the reference."""
 LANES = 16
@@ -27,6 +31,7 @@ OPS = frozenset(
         "silu_and_mul",
         "gelu_tanh_and_mul",
         "linear",
+        "embedding",
         "write_kv",
         "paged_attention",
         "greedy_sample",
@@ -71,8 +76,9 @@ class CpuOps(OpLibrary):
         self.isa = usable[0] if isa == "auto" else isa
         self._rows_for_onednn = rows_for_onednn
         self._reference = TorchOps()
-        self._threads = torch.get_num_threads()
+        self.threads = torch.get_num_threads()
         self.implements = OPS
+        self._empty: Allocate = _empty
         folder = Path(cache).expanduser() if cache else default_cache()
         try:
             built = build(self.isa, folder, loaded_openmp())
@@ -96,6 +102,8 @@ class CpuOps(OpLibrary):
         self._attend = kernels.paged_attention
         self._argmax = kernels.argmax
         self._draw = kernels.top_k_top_p_sample
+        self._embed = kernels.embedding
+        self.kernels = kernels
 
     def describe(self) -> dict[str, str]:
         """For an op that it does not implement: why."""
@@ -115,7 +123,7 @@ class CpuOps(OpLibrary):
             (rows, size), stride, inner, inner_stride = shape, strides[0], 1, 0
         else:
             rows, size, stride, inner, inner_stride = 1, shape[0], 0, 1, 0
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out = self._empty(shape, x.dtype)
         self._rms_norm(
             kind,
             x.data_ptr(),
@@ -127,7 +135,7 @@ class CpuOps(OpLibrary):
             inner_stride,
             size,
             eps,
-            self._threads,
+            self.threads,
         )
         return out
 
@@ -142,7 +150,7 @@ class CpuOps(OpLibrary):
             or not (x.is_contiguous() and residual.is_contiguous())
         ):
             return self._reference.add_rms_norm(x, residual, weight, eps)
-        out = torch.empty_like(x)
+        out = self._empty(x.shape, x.dtype)
         size = x.shape[-1]
         self._add_rms_norm(
             kind,
@@ -153,7 +161,7 @@ class CpuOps(OpLibrary):
             x.numel() // size if size else 0,
             size,
             eps,
-            self._threads,
+            self.threads,
         )
         return out, residual
 
@@ -185,7 +193,7 @@ class CpuOps(OpLibrary):
             size,
             cos_sin.shape[1] // 2,
             interleaved,
-            self._threads,
+            self.threads,
         )
         return q, k
 
@@ -198,7 +206,7 @@ class CpuOps(OpLibrary):
     def _gated(self, x: Tensor, gelu: int) -> Tensor:
         rows, size = x.shape
         size //= 2
-        out = torch.empty(rows, size, dtype=x.dtype)
+        out = self._empty((rows, size), x.dtype)
         self._gate(
             TYPES[x.dtype],
             gelu,
@@ -207,7 +215,7 @@ class CpuOps(OpLibrary):
             rows,
             size,
             x.stride()[0],
-            self._threads,
+            self.threads,
         )
         return out
 
@@ -222,14 +230,14 @@ class CpuOps(OpLibrary):
             return weight
         if weight.stride()[1] != 1 or weight.stride()[0] % per_word:
             weight = weight.contiguous()
-        data = torch.empty(-(-outputs // LANES) * LANES * inputs, dtype=weight.dtype)
+        data = huge_zeros((-(-outputs // LANES) * LANES * inputs,), weight.dtype)
         self._pack(
             weight.data_ptr(),
             data.data_ptr(),
             outputs,
             inputs // per_word,
             weight.stride()[0] // per_word,
-            self._threads,
+            self.threads,
         )
         plain = None if self._rows_for_onednn is None else weight
         return PackedWeight(data, outputs, inputs, plain)
@@ -253,7 +261,7 @@ class CpuOps(OpLibrary):
             x, stride = x.contiguous(), weight.inputs
         if bias is not None and bias.dtype not in TYPES:
             bias = bias.float()
-        out = torch.empty(rows, weight.outputs, dtype=dtype if dtype in TYPES else torch.float32)
+        out = self._empty((rows, weight.outputs), dtype if dtype in TYPES else torch.float32)
         self._linear(
             TYPES[weight.dtype],
             x.data_ptr(),
@@ -266,9 +274,25 @@ class CpuOps(OpLibrary):
             weight.inputs,
             stride,
             TYPES[out.dtype],
-            self._threads,
+            self.threads,
         )
         return out if out.dtype is dtype else out.to(dtype)
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        size = weight.shape[1] * weight.element_size()
+        if size % 4 or not weight.is_contiguous():
+            return self._reference.embedding(token_ids, weight)
+        out = self._empty((len(token_ids), weight.shape[1]), weight.dtype)
+        self._embed(
+            token_ids.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            len(token_ids),
+            size // 4,
+            0,
+            self.threads,
+        )
+        return out
 
     # -- cache and attention --------------------------------------------------------------------
 
@@ -298,6 +322,7 @@ class CpuOps(OpLibrary):
             key_cache.shape[2],
             k.stride()[0],
             v.stride()[0],
+            self.threads,
         )
 
     def paged_attention(
@@ -333,7 +358,7 @@ class CpuOps(OpLibrary):
             )
         if block_table.stride()[1] != 1:
             block_table = block_table.contiguous()
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = self._empty(q.shape, q.dtype)
         tokens, heads, size = q.shape
         _, kv_heads, block_size, _ = key_cache.shape
         self._attend(
@@ -356,7 +381,7 @@ class CpuOps(OpLibrary):
             scale,
             soft_cap or 0.0,
             window or 0,
-            self._threads,
+            self.threads,
         )
         return out
 
@@ -366,9 +391,9 @@ class CpuOps(OpLibrary):
         if logits.dtype is not torch.float32 or logits.stride()[1] != 1:
             return self._reference.greedy_sample(logits)
         rows, vocab = logits.shape
-        out = torch.empty(rows, dtype=torch.int64)
+        out = self._empty((rows,), torch.int64)
         self._argmax(
-            logits.data_ptr(), out.data_ptr(), rows, vocab, logits.stride()[0], self._threads
+            logits.data_ptr(), out.data_ptr(), rows, vocab, logits.stride()[0], self.threads
         )
         return out
 
@@ -378,7 +403,7 @@ class CpuOps(OpLibrary):
         if logits.dtype is not torch.float32 or logits.stride()[1] != 1:
             return self._reference.top_k_top_p_sample(logits, top_k, top_p, min_p, uniform)
         rows, vocab = logits.shape
-        out = torch.empty(rows, dtype=torch.int64)
+        out = self._empty((rows,), torch.int64)
         self._draw(
             logits.data_ptr(),
             top_k.data_ptr(),
@@ -389,13 +414,40 @@ class CpuOps(OpLibrary):
             rows,
             vocab,
             logits.stride()[0],
-            self._threads,
+            self.threads,
         )
         return out
 
+    # -- recording ------------------------------------------------------------------------------
+
+    def recorder(self) -> Recorder | None:
+        return CpuRecorder(self) if self.implements else None
+
+    def allocating(self, empty: Allocate) -> Allocate:
+        """Take outputs from ``empty`` from now on; returns what they came from."""
+        before, self._empty = self._empty, empty
+        return before
+
     # not in ``implements``: the reference's, for whoever calls the library directly
-    embedding = TorchOps.embedding
     fused_experts = TorchOps.fused_experts
+
+
+class CpuRecorder(Recorder):
+    """Records on one library; outputs that are recorded lie in a pool."""
+
+    def __init__(self, ops: CpuOps) -> None:
+        self._ops, self._pool = ops, Pool()
+
+    def record(self, step: Callable[[], Tensor]) -> tuple[Tensor, Replay | None, str]:
+        before = self._ops.allocating(self._pool.empty)
+        try:
+            return record(self._ops.kernels, step, self._ops.threads)
+        finally:
+            self._ops.allocating(before)
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
 
 
 def _rows(x: Tensor) -> bool:

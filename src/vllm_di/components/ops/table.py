@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from vllm_di.components.interfaces import OpLibrary, OpTable
+from vllm_di.components.interfaces import OpLibrary, OpTable, Recorder
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.errors import ConfigError
 
@@ -107,6 +107,13 @@ class SelectedOps(OpTable):
             else:
                 rows[op] = "torch"
         return rows
+
+    def recorder(self) -> Recorder | None:
+        """The main library's, when no other library has a hand in it: torch's ops can be seen in a
+        recording, those of a third library cannot."""
+        known = (self._library, None)
+        others = [o for o in self._owners.values() if o not in known and type(o) is not TorchOps]
+        return None if others else self._library.recorder()
 
     def close(self) -> None:
         """Close every library in use, each once."""

@@ -13,6 +13,8 @@ from vllm_di.components.interfaces import OpTable, Quantization
 class NoQuantization(Quantization):
     """``ops.pack_linear`` once, then ``ops.linear``."""
 
+    replayable = True
+
     def __init__(self, ops: OpTable) -> None:
         self._pack, self._linear = ops.pack_linear, ops.linear
 

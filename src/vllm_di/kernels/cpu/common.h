@@ -70,6 +70,21 @@ static inline void store16(bf16* p, floats v) {
 #endif
   std::memcpy(p, &narrow, 32);
 }
+#if defined(__AVX512F__)
+static inline float largest(floats v) { return _mm512_reduce_max_ps((__m512)v); }
+static inline float total(floats v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
+static inline float largest(floats v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; i++) best = std::max(best, v[i]);
+  return best;
+}
+static inline float total(floats v) {
+  float sum = 0.f;
+  for (int i = 0; i < kLanes; i++) sum += v[i];
+  return sum;
+}
+#endif
 // The first `count` lanes alone, for the end of a row; the others are 0.
 template <typename T>
 static inline floats load_some(const T* p, int64_t count) {

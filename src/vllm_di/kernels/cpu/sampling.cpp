@@ -1,6 +1,6 @@
 // Sampling with top-k, top-p and min-p without sorting the vocabulary: tokens are counted and weighed in bins of like
 // logits, and only the bins in which a cut or the draw falls are sorted.
-#include "common.h"
+#include "task.h"
 
 static const int kBins = 2048;
 static const float kMasked = -1e30f;     // tokens below have no chance
@@ -142,17 +142,25 @@ struct Row {
   }
 };
 
-EXPORT void top_k_top_p_sample(const float* logits, const int64_t* top_k, const float* top_p, const float* min_p,
-                               const float* uniform, int64_t* out, int64_t rows, int64_t n, int64_t stride,
-                               int threads) {
-#pragma omp parallel num_threads(threads) if (rows > 1)
-  {
+struct Draws {
+  const float* logits;
+  const int64_t* top_k;
+  const float *top_p, *min_p, *uniform;
+  int64_t* out;
+  int64_t rows, n, stride;
+  int64_t work() const { return rows > 1 ? rows * n : 0; }
+  void run(const Team& team) const {
     static thread_local Row row;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t r = 0; r < rows; r++) {
+    for (int64_t r = team.first(rows); r < team.last(rows); r++) {
       row.logits = logits + r * stride;
       row.n = n;
       out[r] = row.sample(top_k[r], top_p[r], min_p[r], uniform[r]);
     }
   }
+};
+
+EXPORT void top_k_top_p_sample(const float* logits, const int64_t* top_k, const float* top_p, const float* min_p,
+                               const float* uniform, int64_t* out, int64_t rows, int64_t n, int64_t stride,
+                               int threads) {
+  submit(Draws{logits, top_k, top_p, min_p, uniform, out, rows, n, stride}, threads);
 }

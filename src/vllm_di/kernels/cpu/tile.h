@@ -1,11 +1,11 @@
 // The register tile of all dense products: ROWS rows of x times PANELS panels of 16 outputs.
 //
-// An operand is a float, or a pair of bf16 in one word. A panel of operands is [steps][16]: one step is one float along k,
-// or a pair of bf16. One instruction of AVX512-BF16 multiplies a pair of x, broadcast, with the pairs of 16 outputs, so no
-// sum across lanes is ever needed. Each output is summed along k in order whatever the tile's shape: a row's result does
-// not depend on the rows beside it.
+// An operand is a float, a pair of bf16 or four bytes. A panel of operands is [steps][16]: one step is one float along k, a
+// pair of bf16 or four bytes. One instruction of AVX512-BF16 (or VNNI) multiplies a pair (or four bytes) of x, broadcast,
+// with those of 16 outputs, so no sum across lanes is ever needed. Each output is summed along k in order whatever the
+// tile's shape: a row's result does not depend on the rows beside it.
 #pragma once
-#include "common.h"
+#include "task.h"
 
 // As many sums as the registers hold.
 #if defined(__AVX512F__)
@@ -15,6 +15,18 @@ static const int kTileRows = 6, kTilePanels = 1;
 #else
 static const int kTileRows = 3, kTilePanels = 1;
 #endif
+
+struct bytes4 {
+  uint32_t bits;
+};
+template <typename S>
+struct Sum {
+  typedef floats type;
+};
+template <>
+struct Sum<bytes4> {
+  typedef ints type;
+};
 
 static inline floats multiply_add(floats sum, float x, const float* weights) {
   return sum + x * load16(weights);
@@ -34,9 +46,25 @@ static inline floats multiply_add(floats sum, uint32_t pair, const uint32_t* wei
 }
 #endif
 
+// weights: four unsigned bytes a lane; x: four signed ones.
+static inline ints multiply_bytes(ints sum, uint32_t x, words weights) {
+#if defined(__AVX512VNNI__)
+  return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32((int)x));
+#else
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) sum += (ints)((weights >> (8 * i)) & 0xffu) * int32_t(int8_t(x >> (8 * i)));
+  return sum;
+#endif
+}
+static inline ints multiply_add(ints sum, bytes4 x, const bytes4* weights) {
+  words w;
+  std::memcpy(&w, weights, 64);
+  return multiply_bytes(sum, x.bits, w);
+}
+
 // sums += x times weights; panels lie `panel_stride` operands apart.
 template <typename S, int ROWS, int PANELS>
-static inline __attribute__((always_inline)) void multiply(floats (&sums)[ROWS][PANELS], const S* x,
+static inline __attribute__((always_inline)) void multiply(typename Sum<S>::type (&sums)[ROWS][PANELS], const S* x,
                                                            int64_t x_stride, const S* weights,
                                                            int64_t panel_stride, int64_t steps) {
   for (int64_t k = 0; k < steps; k++) {

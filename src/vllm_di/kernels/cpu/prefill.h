@@ -1,0 +1,146 @@
+// Attention of many rows: chunks of keys and values are packed for the register tile, and tiles of rows pass over them.
+#pragma once
+#include <type_traits>
+
+#include "attention.h"
+
+// What tiles multiply: pairs of bf16 where the CPU has an instruction for them, else floats.
+template <typename T>
+struct Operand {
+  typedef float type;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<bf16> {
+  typedef uint32_t type;
+};
+#endif
+
+static inline void pack_to(float* to, float value) { *to = value; }
+static inline void pack_to(float* to, bf16 value) { *to = load(&value); }
+static inline void pack_to(bf16* to, bf16 value) { *to = value; }
+
+// A span of queries of one kv head. S: Operand; E: what an operand is made of; PER of them.
+template <typename T>
+struct Span {
+  typedef typename Operand<T>::type S;
+  typedef typename std::conditional<std::is_same<S, float>::value, float, bf16>::type E;
+  static const int64_t PER = sizeof(S) / sizeof(E);
+  static const int64_t kValueSteps = kChunk / PER;
+
+  const Paged& p;
+  int64_t d, q_steps, panels, width;  // panels of head_size; width: head_size in whole panels
+  std::vector<E> q, keys, values;     // [rows, q_steps], [panels of kChunk][q_steps][16], [panels][kValueSteps][16]
+  std::vector<float> sums;            // [rows, width]
+  std::vector<Softmax> states;
+
+  explicit Span(const Paged& paged)
+      : p(paged), d(p.head_size), q_steps((d + PER - 1) / PER), panels((d + kLanes - 1) / kLanes),
+        width(panels * kLanes) {}
+
+  void pack(const Chunk<T>& chunk) {
+    if (chunk.count < kChunk || d % kLanes) {  // the rest is multiplied by weights of 0
+      std::fill(keys.begin(), keys.end(), E{});
+      std::fill(values.begin(), values.end(), E{});
+    }
+    const int64_t whole = d / PER;
+    for (int64_t panel = 0; panel * kLanes < chunk.count; panel++) {
+      const int64_t lanes = std::min(kLanes, chunk.count - panel * kLanes);
+      S* to = (S*)keys.data() + panel * q_steps * kLanes;
+      for (int64_t lane = 0; lane < lanes; lane++) {
+        const T* from = chunk.keys[panel * kLanes + lane];
+        if (sizeof(T) == sizeof(E)) {
+          for (int64_t k = 0; k < whole; k++) std::memcpy(to + k * kLanes + lane, from + k * PER, sizeof(S));
+          for (int64_t i = whole * PER; i < d; i++) pack_to((E*)(to + whole * kLanes + lane), from[i]);
+        } else {
+          for (int64_t i = 0; i < d; i++) pack_to((E*)to + i * kLanes + lane, from[i]);
+        }
+      }
+    }
+    for (int64_t j = 0; j < chunk.count; j++) {
+      const T* from = chunk.values[j];
+      E* to = values.data() + (j / PER) * kLanes * PER + j % PER;
+      for (int64_t i = 0; i < d; i += kLanes) {
+        E* panel = to + i / kLanes * kChunk * kLanes;
+        const int64_t lanes = std::min(kLanes, d - i);
+        for (int64_t lane = 0; lane < lanes; lane++) pack_to(panel + lane * PER, from[i + lane]);
+      }
+    }
+  }
+
+  template <int PANELS>
+  void score(const S* rows, int64_t panel, float (&scores)[kTileRows][kChunk]) {
+    floats sums[kTileRows][PANELS] = {};
+    multiply<S, kTileRows, PANELS>(sums, rows, q_steps, (const S*)keys.data() + panel * q_steps * kLanes,
+                                   q_steps * kLanes, q_steps);
+    for (int r = 0; r < kTileRows; r++)
+      for (int c = 0; c < PANELS; c++) store16(scores[r] + (panel + c) * kLanes, sums[r][c]);
+  }
+
+  template <int PANELS>
+  void gather(const E (&weights)[kTileRows][kChunk], const float (&shrink)[kTileRows], int64_t row, int64_t panel,
+              int64_t steps) {
+    floats part[kTileRows][PANELS];
+    float* to = sums.data() + row * width + panel * kLanes;
+    for (int r = 0; r < kTileRows; r++)
+      for (int c = 0; c < PANELS; c++) part[r][c] = load16(to + r * width + c * kLanes) * shrink[r];
+    multiply<S, kTileRows, PANELS>(part, (const S*)weights[0], kValueSteps,
+                                   (const S*)values.data() + panel * kValueSteps * kLanes, kValueSteps * kLanes,
+                                   steps);
+    for (int r = 0; r < kTileRows; r++)
+      for (int c = 0; c < PANELS; c++) store16(to + r * width + c * kLanes, part[r][c]);
+  }
+
+  void tile(const Chunk<T>& chunk, int64_t row, int64_t rows, int64_t position) {
+    const int64_t group = p.group(), last = std::min(row + kTileRows, rows) - 1;
+    if (position + last / group < chunk.start) return;  // no row sees any key of the chunk
+    if (p.first_seen(position + row / group) >= chunk.start + chunk.count) return;
+    alignas(64) float scores[kTileRows][kChunk];
+    alignas(64) E weights[kTileRows][kChunk];
+    float shrink[kTileRows];
+    for (int64_t c = 0; c < kChunk / kLanes; c += kTilePanels)
+      score<kTilePanels>((const S*)q.data() + row * q_steps, c, scores);
+    for (int r = 0; r < kTileRows; r++) {
+      if (row + r > last) {  // a row that fills the tile
+        shrink[r] = 0.f;
+        std::fill(weights[r], weights[r] + kChunk, E{});
+        continue;
+      }
+      shrink[r] = soften(p, position + (row + r) / group, chunk.start, chunk.count, scores[r], states[row + r]);
+      for (int j = 0; j < kChunk; j += kLanes) store16(weights[r] + j, load16(scores[r] + j));
+    }
+    const int64_t steps = (chunk.count + PER - 1) / PER;
+    int64_t panel = 0;
+    for (; panel + kTilePanels <= panels; panel += kTilePanels)
+      gather<kTilePanels>(weights, shrink, row, panel, steps);
+    for (; panel < panels; panel++) gather<1>(weights, shrink, row, panel, steps);
+  }
+
+  // Queries [first, last) of a sequence.
+  void run(int64_t seq, int64_t kv_head, int64_t first, int64_t last) {
+    const int64_t rows = (last - first) * p.group(), position = p.offset(seq) + first;
+    const int64_t padded = (rows + kTileRows - 1) / kTileRows * kTileRows;
+    keys.resize(size_t(kChunk * q_steps * PER));
+    values.resize(size_t(kChunk * width));
+    q.assign(size_t(padded * q_steps * PER), E{});
+    sums.assign(size_t(padded * width), 0.f);
+    states.assign(size_t(rows), Softmax{kLowest, 0.f});
+    for (int64_t r = 0; r < rows; r++) {
+      const T* from = (const T*)p.q + p.element(seq, kv_head, first, r, p.q_stride);
+      for (int64_t i = 0; i < d; i++) pack_to(q.data() + r * q_steps * PER + i, from[i]);
+    }
+    const int64_t begin = p.first_seen(position), end = p.offset(seq) + last;
+    for (int64_t start = begin; start < end; start += kChunk) {
+      Chunk<T> chunk;
+      chunk.find(p, seq, kv_head, start, end);
+      pack(chunk);
+      for (int64_t row = 0; row < rows; row += kTileRows) tile(chunk, row, rows, position);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      T* to = (T*)p.out + p.element(seq, kv_head, first, r, p.heads * d);
+      const float scale = 1.f / states[r].mass;
+      for (int64_t i = 0; i < d; i++) store(to + i, sums[r * width + i] * scale);
+    }
+  }
+};
+

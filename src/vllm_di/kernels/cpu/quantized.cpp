@@ -1,0 +1,258 @@
+// x [rows, k] times quantised weights -> [rows, n].
+//
+// A weight is scale * q + offset, with q an unsigned integer of 8 or 4 bits. Activations become signed bytes on the way, so
+// that a product of four is one instruction of AVX512-VNNI:
+//   by channel: one scale an output, q of 8 bits around 128; activations have one scale a row. Sums stay integers to the end.
+//   by group: fp16 scale and offset for 32 weights along k, as in GGUF; activations have one scale a group of 32 too.
+#include "product.h"
+
+static const int64_t kGroup = 32;       // weights of a group along k
+static const int64_t kSteps = kGroup / 4;
+static const int64_t kSpan = 192;       // rows of a piece of work
+static const int kGroupRows = 6;        // rows of a tile of groups
+static const float kBytes = 127.f;      // activations lie in [-127, 127]
+
+static inline floats half_to_float(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
+  halves narrow;
+  std::memcpy(&narrow, p, 32);
+  const words w = __builtin_convertvector(narrow, words);
+  return (floats)((words)((floats)((w & 0x7fffu) << 13) * 0x1p112f) | (w & 0x8000u) << 16);
+#endif
+}
+
+static inline floats absolute(floats v) { return (floats)((words)v & 0x7fffffffu); }
+
+// Sixteen values to signed bytes, to nearest; returns their sum.
+static inline int32_t to_bytes(floats v, float inverse, int8_t* out) {
+  const floats scaled = v * inverse;
+#if defined(__AVX512F__)
+  const __m512i whole = _mm512_cvtps_epi32((__m512)scaled);
+  _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(whole));
+  return _mm512_reduce_add_epi32(whole);
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < kLanes; i++) {
+    const int32_t whole = int32_t(std::nearbyint(scaled[i]));
+    out[i] = int8_t(whole);
+    sum += whole;
+  }
+  return sum;
+#endif
+}
+
+// `count` values (whole sixteens) as bytes: scale in `scale`, sum of the bytes returned.
+template <typename T>
+static int32_t quantize(const T* x, int64_t count, int8_t* out, float& scale) {
+  floats most{}, strange{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const floats v = absolute(load16(x + i));
+    most = v > most ? v : most;
+    strange += v - v;  // 0, or NaN for what is not finite: then so is the result
+  }
+  scale = (largest(most) + total(strange)) / kBytes;
+  const float inverse = scale > 0.f ? 1.f / scale : 0.f;
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; i += kLanes) sum += to_bytes(load16(x + i), inverse, out + i);
+  return sum;
+}
+
+// Activations as bytes, in the team's workspace: [rows, k] bytes, then scales and sums [rows, parts].
+struct Bytes {
+  int8_t* x;
+  float *scales, *sums;  // sums: of the bytes, times their scale
+
+  template <typename T>
+  static Bytes make(const Team& team, const T* x, int64_t rows, int64_t k, int64_t x_stride, int64_t part) {
+    const int64_t parts = k / part;
+    if (team.index == 0) {
+      const size_t size = size_t(rows * k / 4 + 2 * rows * parts);
+      if (team.shared->workspace.size() < size) team.shared->workspace.resize(size);
+    }
+    team.barrier();
+    float* base = team.shared->workspace.data();
+    const Bytes made{(int8_t*)(base + 2 * rows * parts), base, base + rows * parts};
+    for (int64_t i = team.first(rows * parts); i < team.last(rows * parts); i++) {
+      const int64_t row = i / parts, at = i % parts * part;
+      const int32_t sum = quantize(x + row * x_stride + at, part, made.x + row * k + at, made.scales[i]);
+      made.sums[i] = float(sum) * made.scales[i];
+    }
+    team.barrier();
+    return made;
+  }
+};
+
+// ---- by channel ---------------------------------------------------------------------------------
+
+template <typename T>
+struct ByChannel {
+  const T* x;
+  const bytes4* weights;  // panels [k / 4][16][4]
+  const float* scales;    // [n], whole panels
+  int64_t rows, k, x_stride;
+  Output to;
+
+  int64_t work() const { return rows * to.n * k / 4; }
+  void run(const Team& team) const {
+    const Bytes in = Bytes::make(team, x, rows, k, x_stride, k);
+    share_out(team, rows, to.n, kSpan, [&](int64_t panel, int64_t last, int64_t row, int64_t end) {
+      for (; panel + kTilePanels <= last; panel += kTilePanels)
+        over_rows<kTileRows>(row, end, [&](auto n, int64_t r) { tile<decltype(n)::value, kTilePanels>(in, r, panel); });
+      for (; panel < last; panel++)
+        over_rows<kTileRows>(row, end, [&](auto n, int64_t r) { tile<decltype(n)::value, 1>(in, r, panel); });
+    });
+  }
+
+  template <int ROWS, int PANELS>
+  void tile(const Bytes& in, int64_t row, int64_t panel) const {
+    ints sums[ROWS][PANELS] = {};
+    const int64_t steps = k / 4, panel_stride = steps * kLanes;
+    multiply<bytes4, ROWS, PANELS>(sums, (const bytes4*)in.x + row * steps, steps, weights + panel * panel_stride,
+                                   panel_stride, steps);
+    for (int r = 0; r < ROWS; r++)
+      for (int c = 0; c < PANELS; c++) {
+        const floats sum = __builtin_convertvector(sums[r][c], floats) * in.scales[row + r] - 128.f * in.sums[row + r];
+        to.put(sum * load16(scales + (panel + c) * kLanes), row + r, (panel + c) * kLanes);
+      }
+  }
+};
+
+// ---- by group -----------------------------------------------------------------------------------
+
+// A group of a panel: bytes [steps][16][4], or nibbles of them (step i in the low half of step i + 4's byte), then 16 scales
+// and 16 offsets in fp16.
+template <int BITS>
+struct Group {
+  static const int64_t kBytesOfQ = kGroup * kLanes * BITS / 8, kSize = kBytesOfQ + 4 * kLanes;
+  words q[kSteps];
+  floats scale, offset;
+
+  explicit Group(const uint8_t* p) {
+    if (BITS == 8) {
+      std::memcpy(q, p, sizeof(q));
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < kSteps / 2; i++) {
+        words both;
+        std::memcpy(&both, p + 64 * i, 64);
+        q[i] = both & 0x0f0f0f0fu;
+        q[i + kSteps / 2] = (both >> 4) & 0x0f0f0f0fu;
+      }
+    }
+    scale = half_to_float((const uint16_t*)(p + kBytesOfQ));
+    offset = half_to_float((const uint16_t*)(p + kBytesOfQ) + kLanes);
+  }
+};
+
+template <typename T, int BITS>
+struct ByGroup {
+  const T* x;
+  const uint8_t* weights;  // panels [k / 32] of groups
+  int64_t rows, k, x_stride;
+  Output to;
+
+  int64_t work() const { return rows * to.n * k / 4; }
+  void run(const Team& team) const {
+    const Bytes in = Bytes::make(team, x, rows, k, x_stride, kGroup);
+    const int together = kTilePanels / 2 + kTilePanels % 2;  // panels side by side when rows are few
+    share_out(team, rows, to.n, kSpan, [&](int64_t panel, int64_t last, int64_t row, int64_t end) {
+      if (end - row <= 2)
+        for (; panel + together <= last; panel += together)
+          over_rows<2>(row, end, [&](auto n, int64_t r) { tile<decltype(n)::value, together>(in, r, panel); });
+      for (; panel < last; panel++)
+        over_rows<kGroupRows>(row, end, [&](auto n, int64_t r) { tile<decltype(n)::value, 1>(in, r, panel); });
+    });
+  }
+
+  template <int ROWS, int PANELS>
+  void tile(const Bytes& in, int64_t row, int64_t panel) const {
+    const int64_t groups = k / kGroup, size = Group<BITS>::kSize;
+    floats sums[ROWS][PANELS] = {};
+    const uint8_t* at = weights + panel * groups * size;
+    const uint32_t* x_at = (const uint32_t*)(in.x + row * k);
+    const float *scale_at = in.scales + row * groups, *sum_at = in.sums + row * groups;
+    for (int64_t g = 0; g < groups; g++)
+#pragma GCC unroll 4
+      for (int c = 0; c < PANELS; c++) {
+        const uint8_t* p = at + (c * groups + g) * size;
+        __builtin_prefetch(p + 8 * size);
+        __builtin_prefetch(p + 8 * size + 64);
+        __builtin_prefetch(p + 8 * size + 128);
+        __builtin_prefetch(p + 8 * size + 192);
+        __builtin_prefetch(p + 8 * size + 256);
+        const Group<BITS> group(p);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+          ints dot{};
+#pragma GCC unroll 8
+          for (int i = 0; i < kSteps; i++) dot = multiply_bytes(dot, x_at[r * k / 4 + g * kSteps + i], group.q[i]);
+          const int64_t part = r * groups + g;
+          sums[r][c] += __builtin_convertvector(dot, floats) * (group.scale * scale_at[part]);
+          sums[r][c] += group.offset * sum_at[part];
+        }
+      }
+    for (int r = 0; r < ROWS; r++)
+      for (int c = 0; c < PANELS; c++) to.put(sums[r][c], row + r, (panel + c) * kLanes);
+  }
+};
+
+// x [rows, k] fp32 (x_dtype 0) or bf16 (1). bits 0: by channel, with `scales`; 4 or 8: by group, scales null.
+// k: a multiple of 32.
+EXPORT void quantized_linear(int x_dtype, int bits, const void* x, const void* weights, const float* scales,
+                             const void* bias, void* out, int bias_dtype, int64_t rows, int64_t n, int64_t k,
+                             int64_t x_stride, int out_dtype, int threads) {
+  const Output to{out, bias, n, out_dtype, bias_dtype};
+  DISPATCH(x_dtype, T, {
+    const T* in = (const T*)x;
+    if (bits == 0)
+      submit(ByChannel<T>{in, (const bytes4*)weights, scales, rows, k, x_stride, to}, threads);
+    else if (bits == 4)
+      submit(ByGroup<T, 4>{in, (const uint8_t*)weights, rows, k, x_stride, to}, threads);
+    else
+      submit(ByGroup<T, 8>{in, (const uint8_t*)weights, rows, k, x_stride, to}, threads);
+  })
+}
+
+// q: [n, k] bytes -> panels [k / 4][16][4]; missing outputs are 128, which stands for 0.
+EXPORT void pack_channels(const uint8_t* q, uint8_t* out, int64_t n, int64_t k, int threads) {
+  const int64_t panels = (n + kLanes - 1) / kLanes;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t panel = 0; panel < panels; panel++)
+    for (int64_t lane = 0; lane < kLanes; lane++)
+      for (int64_t i = 0; i < k; i += 4) {
+        uint8_t* to = out + ((panel * k / 4 + i / 4) * kLanes + lane) * 4;
+        const int64_t row = panel * kLanes + lane;
+        if (row < n)
+          std::memcpy(to, q + row * k + i, 4);
+        else
+          std::memset(to, 128, 4);
+      }
+}
+
+// q: [n, k] bytes (below 16 for 4 bits); scales, offsets: [n, k / 32] fp16 -> panels of groups; missing outputs are 0.
+EXPORT void pack_groups(int bits, const uint8_t* q, const uint16_t* scales, const uint16_t* offsets, uint8_t* out,
+                        int64_t n, int64_t k, int threads) {
+  const int64_t panels = (n + kLanes - 1) / kLanes, groups = k / kGroup;
+  const int64_t in_q = kGroup * kLanes * bits / 8, size = in_q + 4 * kLanes;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t panel = 0; panel < panels; panel++)
+    for (int64_t g = 0; g < groups; g++) {
+      uint8_t* to = out + (panel * groups + g) * size;
+      std::memset(to, 0, size_t(size));
+      for (int64_t lane = 0; lane < kLanes && panel * kLanes + lane < n; lane++) {
+        const int64_t row = panel * kLanes + lane;
+        const uint8_t* from = q + row * k + g * kGroup;
+        for (int64_t i = 0; i < kGroup; i++) {
+          const int64_t step = i / 4, byte = lane * 4 + i % 4;
+          if (bits == 8)
+            to[step * 64 + byte] = from[i];
+          else
+            to[step % 4 * 64 + byte] = uint8_t(to[step % 4 * 64 + byte] | from[i] << (step / 4 * 4));
+        }
+        std::memcpy(to + in_q + lane * 2, scales + row * groups + g, 2);
+        std::memcpy(to + in_q + 2 * kLanes + lane * 2, offsets + row * groups + g, 2);
+      }
+    }
+}

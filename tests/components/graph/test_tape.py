@@ -1,0 +1,105 @@
+"""Replayed steps: the same tokens, the choices honoured, the memory reused."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tests.components.ops.libraries import ISAS, library, random
+
+from vllm_di import LLM, SamplingParams
+from vllm_di.components.ops.table import SelectedOps
+from vllm_di.components.ops.torch import TorchOps
+from vllm_di.kernels.memory import Pool, huge_zeros
+from vllm_di.kernels.tape import record
+
+TINY = ["platform=cpu", "model.dtype=float32"]
+PROMPTS = ["a", "hello world", "x" * 70]
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+
+
+def run(*overrides: str) -> tuple[list[list[int]], LLM]:
+    with LLM("tiny", overrides=[*TINY, *overrides]) as llm:
+        tokens = [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY)]
+        tokens += [o.outputs[0].token_ids for o in llm.generate(PROMPTS[:1], GREEDY)]
+        return tokens, llm
+
+
+def test_replayed_steps_give_the_same_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    eager, _ = run("graph=eager")
+    assert run("graph=tape")[0] == eager
+    assert not [r for r in caplog.records if "not replayed" in r.message]
+    assert run("graph=tape", "graph.max_tapes=1")[0] == eager
+    assert run("graph=tape", "graph.max_tokens=2")[0] == eager
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("attention=sdpa", "attention is not replayable"),
+        ("ops=torch", "ops are not all of one library"),
+        ("ops.silu_and_mul=torch", "torch computes mul, silu"),
+        ("ops.rms_norm=torch", "torch computes .*rsqrt"),
+        ("ops.linear=torch", "torch computes .*(linear|mm)"),
+    ],
+)
+def test_a_choice_is_never_lost_in_a_replay(
+    override: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    want, _ = run("graph=eager", override)
+    assert run("graph=tape", override)[0] == want
+    assert any("not replayed" in r.message for r in caplog.records)
+    import re
+
+    assert re.search(reason, caplog.text)
+
+
+def test_a_third_library_cannot_be_recorded() -> None:
+    class Vendor(TorchOps):
+        pass
+
+    assert SelectedOps(library(ISAS[0])).recorder() is not None
+    assert SelectedOps(library(ISAS[0]), linear=TorchOps()).recorder() is not None
+    assert SelectedOps(library(ISAS[0]), linear=Vendor()).recorder() is None
+    assert SelectedOps(TorchOps()).recorder() is None
+
+
+def test_a_replay_reads_its_inputs_anew() -> None:
+    ops = library(ISAS[0])
+    x, weight = random(3, 64), random(64)
+    result, replay, reason = record(ops.kernels, lambda: ops.rms_norm(x, weight, 1e-5), 2)
+    assert replay is not None, reason
+    for seed in (1, 2):
+        x.copy_(random(3, 64, seed=seed))
+        replay()
+        assert torch.equal(result, ops.rms_norm(x, weight, 1e-5))
+
+
+def test_what_torch_computes_is_seen() -> None:
+    ops, x, weight = library(ISAS[0]), random(3, 64), random(64)
+    _, replay, reason = record(ops.kernels, lambda: ops.rms_norm(x, weight, 1e-5) + 1, 2)
+    assert replay is None
+    assert reason == "torch computes add"
+
+
+def test_a_pool_gives_memory_back_only_when_no_view_is_left() -> None:
+    pool = Pool()
+    first = pool.empty((4, 8), torch.bfloat16)
+    address, view = first.data_ptr(), first[2:].view(-1)
+    del first
+    assert pool.empty((4, 8), torch.bfloat16).data_ptr() != address
+    del view
+    assert pool.empty((3, 9), torch.bfloat16).data_ptr() == address
+    assert pool.empty((0, 5), torch.float32).shape == (0, 5)
+    assert pool.empty((5,), torch.int64).data_ptr() % 64 == 0
+
+
+def test_large_zeros_are_zeros() -> None:
+    for shape in ((3, 5), (3, 1 << 20)):
+        found = huge_zeros(shape, torch.bfloat16)
+        assert found.shape == shape
+        assert not found.any()
+        found.fill_(1)
