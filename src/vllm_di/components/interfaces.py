@@ -32,6 +32,7 @@ from vllm_di.components.messages import (
     TokenOutput,
     WorkerReport,
 )
+from vllm_di.components.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
     import torch
@@ -162,6 +163,7 @@ class OpTable(ABC):
         "silu_and_mul",
         "gelu_tanh_and_mul",
         "linear",
+        "quantized_linear",
         "embedding",
         "fused_experts",
         "write_kv",
@@ -215,6 +217,21 @@ class OpTable(ABC):
     ) -> Tensor:
         """x [tokens, in], weight from ``pack_linear`` -> [tokens, out] in ``out_dtype`` (x's by
         default). Logits ask for fp32: rounded to bf16, likely tokens would tie."""
+
+    def pack_quantized(self, weight: QuantizedWeight) -> Any:
+        """As pack_linear, for ``quantized_linear``."""
+        return weight
+
+    @abstractmethod
+    def quantized_linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """As linear, on a weight from ``pack_quantized``. May round x to signed bytes on the way:
+        by row or, for weights by group, by 32 inputs, with scale max |x| / 127."""
 
     @abstractmethod
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
@@ -427,13 +444,23 @@ class Quantization(ABC):
 
     replayable: ClassVar[bool] = False
     """Whether all that its products compute are ops of the table."""
+    takes_quantized: ClassVar[bool] = False
+    """Whether it wants weights as a quantised checkpoint holds them, not dequantised."""
 
     @abstractmethod
     def linear(
-        self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None,
+        out_dtype: torch.dtype | None = None,
     ) -> Callable[[Tensor], Tensor]:
         """weight [out, in] of this rank, loaded -> a function x [tokens, in] -> [tokens, out] in
-        ``out_dtype`` (x's by default). It must not keep ``weight`` alive beside a packed copy."""
+        ``out_dtype`` (x's by default). It must not keep ``weight`` alive beside a packed copy. A
+        QuantizedWeight comes only where ``takes_quantized``."""
+
+    def num_bytes(self, weight: Tensor | QuantizedWeight) -> int:
+        """What the weight takes once it is packed."""
+        return weight.packed_bytes if isinstance(weight, QuantizedWeight) else weight.nbytes
 
 
 class Model(ABC):
@@ -446,14 +473,17 @@ class Model(ABC):
     dtype: torch.dtype
     replayable: bool = False
     """Whether all that ``forward`` computes are ops of the table, attention and collectives."""
+    takes_quantized: bool = False
+    """Whether ``load_weights`` wants quantised weights as they are."""
 
     @abstractmethod
     def kv_specs(self) -> list[KvSpec]:
         """One for each layer that keeps a cache, in layer order."""
 
     @abstractmethod
-    def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Take the checkpoint's tensors (HF names, host) in any order, keep this rank's share.
+    def load_weights(self, weights: Iterator[tuple[str, Any]]) -> None:
+        """Take the checkpoint's tensors (HF names, host) in any order, keep this rank's share. With
+        ``takes_quantized`` some may be QuantizedWeights.
         Raises CheckpointError that names missing, unexpected and misshaped tensors. Ends with
         ``finalize``."""
 

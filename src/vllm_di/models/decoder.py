@@ -23,6 +23,7 @@ from vllm_di.components.interfaces import (
     Quantization,
 )
 from vllm_di.components.messages import KvSpec
+from vllm_di.components.quantized import QuantizedWeight
 from vllm_di.errors import CheckpointError, UnsupportedModelError, nearest
 from vllm_di.models.blocks import Layer, Parts
 from vllm_di.models.config import DecoderConfig
@@ -62,6 +63,7 @@ class Decoder(nn.Module, Model):
         self.vocab_size, self.max_model_len = c.vocab_size, c.max_model_len
         self.eos_token_ids = c.eos_token_ids or []
         self._quantization, self._device = quantization, parts.device
+        self.takes_quantized = quantization.takes_quantized
         self.embedding = parts.vocabulary()
         self.head = self.embedding if c.tie_word_embeddings else parts.vocabulary()
         self._layers = [Layer(parts, i) for i in range(c.num_hidden_layers)]
@@ -77,7 +79,6 @@ class Decoder(nn.Module, Model):
             else torch.tensor(c.embedding_multiplier, dtype=parts.dtype, device=parts.device)
         )
         self._eps = c.rms_norm_eps or 0.0
-        self._weight_bytes = 0
 
     def _tables(self, c: DecoderConfig) -> list[Tensor]:
         """One rotary table for each layer; layers share them."""
@@ -110,7 +111,7 @@ class Decoder(nn.Module, Model):
         return found
 
     @torch.no_grad()
-    def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Iterator[tuple[str, Any]]) -> None:
         targets = self.targets()
         missing = set(targets)
         for name, tensor in weights:
@@ -124,7 +125,12 @@ class Decoder(nn.Module, Model):
                     f"tensor {name} has shape {list(tensor.shape)}, "
                     f"the config asks for {list(target.shape)}"
                 )
-            target.fill(tensor)
+            if isinstance(tensor, QuantizedWeight) and not target.quantized:
+                tensor = tensor.dequantize(self.dtype)
+            try:
+                target.fill(tensor)
+            except ValueError as error:  # a share that cuts a group
+                raise CheckpointError(f"tensor {name}: {error}") from None
             missing.discard(name)
         if missing:
             names = sorted(missing)
@@ -163,25 +169,19 @@ class Decoder(nn.Module, Model):
 
     def finalize(self) -> None:
         """Hand the linear weights to the quantization; from here on the model can run."""
-        self._weight_bytes = self._count_bytes()
         for module in self.modules():
             if isinstance(module, Linear | Experts):
                 module.finalize(self._quantization)
-        self.head.run = self._quantization.linear(self.head.weight, None, torch.float32)
-        if self.head is not self.embedding:
-            self.head.weight = self.head.weight[:0]
-
-    def _count_bytes(self) -> int:
-        total = 0
-        for module in self.modules():
-            if isinstance(module, Linear | Experts):
-                total += module.num_bytes
-            elif isinstance(module, Norm | VocabParallel):
-                total += module.weight.nbytes
-        return total
+        self.head.finalize(self._quantization, embeds=self.head is self.embedding)
 
     def weight_bytes(self) -> int:
-        return self._weight_bytes
+        total = 0
+        for module in self.modules():
+            if isinstance(module, Linear | Experts | VocabParallel):
+                total += module.num_bytes
+            elif isinstance(module, Norm):
+                total += module.weight.nbytes
+        return total
 
     # -- running ------------------------------------------------------------------------------
 

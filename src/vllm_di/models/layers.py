@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vllm_di.components.interfaces import Communicator, Quantization
+from vllm_di.components.quantized import QuantizedWeight
 from vllm_di.errors import ConfigError
 
 
@@ -19,10 +21,12 @@ class Target:
 
     shape: tuple[int, ...]
     """As it stands in the checkpoint, whole."""
-    fill: Callable[[Tensor], None]
-    """Copies this rank's share."""
+    fill: Callable[[Any], None]
+    """Copies this rank's share of a Tensor or, with ``quantized``, of a QuantizedWeight."""
     kind: str = "weight"
     """``norm`` starts at one in a random model, ``weight`` at random, ``bias`` at zero."""
+    quantized: bool = False
+    """Whether it takes a QuantizedWeight as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,9 @@ class Linear(nn.Module):
         rows = sum(s.size for s in outputs)
         self.weight: Tensor | None = torch.empty(rows, inputs.size, dtype=dtype, device=device)
         self.bias = torch.empty(rows, dtype=dtype, device=device) if bias and adds_bias else None
-        self.num_bytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        self.num_bytes = 0
+        self._quantized: dict[int, QuantizedWeight] = {}
+        """Parts of the weight that came quantised, by their first row."""
 
     def targets(self, names: list[str]) -> dict[str, Target]:
         """Targets of ``NAME.weight`` and ``NAME.bias`` for each output."""
@@ -95,7 +101,7 @@ class Linear(nn.Module):
         for name, output in zip(names, self.outputs, strict=True):
             place = slice(offset, offset + output.size)
             shape = (output.whole, self.inputs.whole)
-            found[f"{name}.weight"] = Target(shape, self._filler(place, output))
+            found[f"{name}.weight"] = Target(shape, self._filler(place, output), quantized=True)
             if self.has_bias:
                 found[f"{name}.bias"] = Target(
                     (output.whole,), self._bias_filler(place, output), "bias"
@@ -108,17 +114,24 @@ class Linear(nn.Module):
         rows = sum(s.whole for s in self.outputs)
         parts = list(self.targets([str(i) for i in range(len(self.outputs))]).values())
 
-        def fill(tensor: Tensor) -> None:
-            pieces = torch.split(tensor, [s.whole for s in self.outputs])
-            for part, piece in zip(parts, pieces, strict=True):
+        def fill(tensor: Tensor | QuantizedWeight) -> None:
+            start = 0
+            for part, output in zip(parts, self.outputs, strict=True):
+                span = slice(start, start + output.whole)
+                piece = tensor.rows(span) if isinstance(tensor, QuantizedWeight) else tensor[span]
                 part.fill(piece)
+                start += output.whole
 
-        return {f"{name}.weight": Target((rows, self.inputs.whole), fill)}
+        return {f"{name}.weight": Target((rows, self.inputs.whole), fill, quantized=True)}
 
-    def _filler(self, place: slice, output: Shard) -> Callable[[Tensor], None]:
-        def fill(tensor: Tensor) -> None:
+    def _filler(self, place: slice, output: Shard) -> Callable[[Any], None]:
+        def fill(tensor: Tensor | QuantizedWeight) -> None:
             assert self.weight is not None
-            self.weight[place].copy_(tensor[output.span, self.inputs.span])
+            if isinstance(tensor, QuantizedWeight):
+                share = tensor.rows(output.span).columns(self.inputs.span)
+                self._quantized[place.start] = share
+            else:
+                self.weight[place].copy_(tensor[output.span, self.inputs.span])
 
         return fill
 
@@ -132,8 +145,16 @@ class Linear(nn.Module):
     def finalize(self, quantization: Quantization) -> None:
         """Hand the weight over; the original is dropped."""
         assert self.weight is not None
-        self.run = quantization.linear(self.weight, self.bias)
-        self.weight = None
+        weight: Tensor | QuantizedWeight = self.weight
+        if len(self._quantized) == len(self.outputs):
+            weight = QuantizedWeight.join([part for _, part in sorted(self._quantized.items())])
+        else:  # some parts came in floats: all become floats
+            for start, part in self._quantized.items():
+                self.weight[start : start + part.shape[0]] = part.dequantize(self.weight.dtype)
+        self.run = quantization.linear(weight, self.bias)
+        self.num_bytes = quantization.num_bytes(weight)
+        self.num_bytes += 0 if self.bias is None else self.bias.nbytes
+        self.weight, self._quantized = None, {}
 
 
 class Norm(nn.Module):
@@ -172,13 +193,33 @@ class VocabParallel(nn.Module):
         self.start = communicator.rank * self.rows
         self.weight: Tensor = torch.zeros(self.rows, hidden_size, dtype=dtype, device=device)
         self.run: Callable[[Tensor], Tensor] | None = None
+        self.num_bytes = self.weight.nbytes
+        self._quantized: QuantizedWeight | None = None
 
     def targets(self, name: str) -> dict[str, Target]:
-        def fill(tensor: Tensor) -> None:
-            share = tensor[self.start : self.start + self.rows]
-            self.weight[: len(share)].copy_(share)
+        def fill(tensor: Tensor | QuantizedWeight) -> None:
+            span = slice(self.start, self.start + self.rows)
+            if isinstance(tensor, QuantizedWeight):
+                if self._communicator.world_size == 1:
+                    self._quantized = tensor
+                tensor = tensor.rows(span).dequantize(self.weight.dtype)
+            else:
+                tensor = tensor[span]
+            self.weight[: len(tensor)].copy_(tensor)
 
-        return {f"{name}.weight": Target((self.vocab_size, self.weight.shape[1]), fill)}
+        shape = (self.vocab_size, self.weight.shape[1])
+        return {f"{name}.weight": Target(shape, fill, quantized=True)}
+
+    def finalize(self, quantization: Quantization, *, embeds: bool) -> None:
+        """Make it a head: ``logits`` can run. What embeds tokens too keeps its rows as they are."""
+        weight = self.weight if self._quantized is None else self._quantized
+        self.run = quantization.linear(weight, None, torch.float32)
+        self.num_bytes = quantization.num_bytes(weight)
+        if embeds:
+            self.num_bytes += self.weight.nbytes
+        else:
+            self.weight = self.weight[:0]
+        self._quantized = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, vocab], whole on every rank."""

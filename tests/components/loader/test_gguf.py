@@ -18,8 +18,10 @@ from vllm_di.components.communicator.single import SingleCommunicator
 from vllm_di.components.interfaces import Placement
 from vllm_di.components.kv_layout.hnd import HndLayout
 from vllm_di.components.loader.gguf import GgufLoader
+from vllm_di.components.loader.gguf_blocks import FLOATS
 from vllm_di.components.loader.gguf_tensors import metadata, open_gguf, read_gguf
 from vllm_di.components.quantization.none import NoQuantization
+from vllm_di.components.quantized import QuantizedWeight
 from vllm_di.errors import CheckpointError, UnsupportedModelError
 from vllm_di.models.config import DecoderConfig
 from vllm_di.models.decoder import Decoder
@@ -115,6 +117,7 @@ def test_every_type_of_tensor(kind: str, tmp_path: Path) -> None:
     assert torch.isfinite(want).all()
     assert want.abs().max() > 0
     [(name, got)] = list(read_gguf(tmp_path / "a.gguf", torch.float32))
+    assert isinstance(got, torch.Tensor)
     assert name == "lm_head.weight"
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     if can_quantize(gguf.GGMLQuantizationType[kind]):
@@ -122,6 +125,15 @@ def test_every_type_of_tensor(kind: str, tmp_path: Path) -> None:
         assert np.abs(got.numpy() - values).max() < 0.5
     [(_, half)] = list(read_gguf(tmp_path / "a.gguf", torch.bfloat16))
     torch.testing.assert_close(half, want.bfloat16(), rtol=0, atol=0)
+    [(_, kept)] = list(read_gguf(tmp_path / "a.gguf", torch.bfloat16, keep=True))
+    if kind in FLOATS:
+        assert isinstance(kept, torch.Tensor)
+        return
+    assert isinstance(kept, QuantizedWeight)
+    again = kept.dequantize(torch.float32)
+    exact = kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+    bound = 0.0 if exact else 2**-10 if kind == "Q4_K" else 2**-7  # of the largest weight
+    assert (again - want).abs().max() <= bound * want.abs().max()
 
 
 @pytest.mark.parametrize(("case", "more", "extra"), FAMILIES)

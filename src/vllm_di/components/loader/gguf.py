@@ -7,11 +7,11 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from vllm_di.components.interfaces import Loader, Model
 from vllm_di.components.loader.gguf_tensors import read_gguf
@@ -38,10 +38,13 @@ class GgufLoader(Loader):
         path = Path(self._path)
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file")
-        weights = self._weights(path, model.dtype)
+        if model.takes_quantized:
+            weights = read_gguf(path, model.dtype, keep=True)
+        else:
+            weights = self._weights(path, model.dtype)
         fill(model, shown(weights, self._progress), str(path))
 
-    def _weights(self, path: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def _weights(self, path: Path, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         if self._cache is None:
             return read_gguf(path, dtype)
         name = str(dtype).removeprefix("torch.")

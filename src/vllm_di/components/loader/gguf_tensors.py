@@ -11,6 +11,8 @@ import torch
 from gguf import GGUFReader, dequantize
 from torch import Tensor
 
+from vllm_di.components.loader.gguf_blocks import FLOATS, unpack
+from vllm_di.components.quantized import GROUP, QuantizedWeight, by_group
 from vllm_di.errors import CheckpointError
 
 NAMES = {
@@ -94,9 +96,11 @@ def architecture_of(reader: GGUFReader, path: Path) -> str:
     return name
 
 
-def read_gguf(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of every weight. Raises CheckpointError naming tensor and
-    file."""
+def read_gguf(
+    path: Path, dtype: torch.dtype, *, keep: bool = False
+) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    """(Hugging Face name, tensor) of every weight; with ``keep`` matrices stay quantised. Raises
+    CheckpointError naming tensor and file."""
     reader = open_gguf(path)
     architecture = architecture_of(reader, path)
     facts = metadata(reader)
@@ -108,17 +112,19 @@ def read_gguf(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         if name is None:
             continue
         try:
-            array = dequantize(entry.data, entry.tensor_type)
-            tensor = torch.from_numpy(array.copy()).reshape(entry.shape.tolist()[::-1])
+            tensor = _read(entry, keep and len(entry.shape) == 2)
         except Exception as error:
             # numpy and gguf have no exception of their own for what they cannot read
             raise CheckpointError(
                 f"{path}: tensor {entry.name} of type {kind} cannot be read: {_first_line(error)}"
             ) from None
         if architecture in PERMUTED and ".attn_q." in entry.name:
-            tensor = _unpermute(tensor, heads)
+            tensor = _rows(tensor, _unpermuted(tensor.shape[0], heads))
         if architecture in PERMUTED and ".attn_k." in entry.name:
-            tensor = _unpermute(tensor, kv_heads)
+            tensor = _rows(tensor, _unpermuted(tensor.shape[0], kv_heads))
+        if isinstance(tensor, QuantizedWeight):
+            yield name, tensor
+            continue
         if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor - 1  # llama.cpp stores 1 + weight
         tensor = tensor.to(dtype)
@@ -127,6 +133,21 @@ def read_gguf(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
                 yield name.format(expert), part
         else:
             yield name, tensor.contiguous()
+
+
+def _read(entry: Any, keep: bool) -> Tensor | QuantizedWeight:
+    """fp32, or quantised with ``keep`` where the file has it so."""
+    shape = entry.shape.tolist()[::-1]
+    if keep and entry.tensor_type.name not in FLOATS and shape[1] % GROUP == 0:
+        exact = unpack(entry.tensor_type.name, entry.data)
+        if exact is not None:
+            return exact
+        return by_group(torch.from_numpy(dequantize(entry.data, entry.tensor_type)), 8)
+    return torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy()).reshape(shape)
+
+
+def _rows(tensor: Tensor | QuantizedWeight, order: Tensor) -> Tensor | QuantizedWeight:
+    return tensor.rows(order) if isinstance(tensor, QuantizedWeight) else tensor[order]
 
 
 def _name(name: str, architecture: str, path: Path) -> str | None:
@@ -141,10 +162,9 @@ def _name(name: str, architecture: str, path: Path) -> str | None:
     return f"{prefix}{names[found[2]]}.{found[3]}"
 
 
-def _unpermute(weight: Tensor, heads: int) -> Tensor:
-    """[heads * (half, 2), ...] -> [heads * (2, half), ...]."""
-    split = weight.reshape(heads, -1, 2, *weight.shape[1:])
-    return split.transpose(1, 2).reshape(weight.shape)
+def _unpermuted(rows: int, heads: int) -> Tensor:
+    """The order of rows that makes [heads * (half, 2)] into [heads * (2, half)]."""
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(rows)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
-from torch import Tensor
 
-
-def shown(weights: Iterator[tuple[str, Tensor]], wanted: bool) -> Iterator[tuple[str, Tensor]]:
+def shown(weights: Iterator[tuple[str, Any]], wanted: bool) -> Iterator[tuple[str, Any]]:
     """The same tensors; with a bar on standard error when it is a terminal."""
     if not (wanted and sys.stderr.isatty()):
         yield from weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -32,7 +33,7 @@ class SafetensorsLoader(Loader):
         fill(model, shown(read_files(files), self._progress), self._path)
 
 
-def fill(model: Model, weights: Iterator[tuple[str, Tensor]], place: str) -> None:
+def fill(model: Model, weights: Iterator[tuple[str, Any]], place: str) -> None:
     """``model.load_weights``, whose errors then name the place of the weights."""
     try:
         model.load_weights(weights)

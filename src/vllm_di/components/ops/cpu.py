@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vllm_di.components.interfaces import Device, OpLibrary, Recorder, Replay
 from vllm_di.components.ops.torch import TorchOps
+from vllm_di.components.quantized import GROUP, ZERO, QuantizedWeight
 from vllm_di.errors import ConfigError
 from vllm_di.kernels.bindings import CpuKernels
 from vllm_di.kernels.build import BuildError, build, default_cache, loaded_openmp, usable_isas
@@ -31,6 +32,7 @@ OPS = frozenset(
         "silu_and_mul",
         "gelu_tanh_and_mul",
         "linear",
+        "quantized_linear",
         "embedding",
         "write_kv",
         "paged_attention",
@@ -49,6 +51,17 @@ class PackedWeight:
     def __init__(self, data: Tensor, outputs: int, inputs: int, plain: Tensor | None) -> None:
         self.data, self.dtype = data, data.dtype
         self.outputs, self.inputs, self.plain = outputs, inputs, plain
+
+
+class PackedBytes(NamedTuple):
+    """A quantised weight in panels of 16 outputs."""
+
+    data: Tensor
+    scales: Tensor | None  # [outputs, in whole panels] by channel
+    outputs: int
+    inputs: int
+    bits: int
+    """0: by channel, else of a weight in groups."""
 
 
 class CpuOps(OpLibrary):
@@ -103,6 +116,7 @@ class CpuOps(OpLibrary):
         self._argmax = kernels.argmax
         self._draw = kernels.top_k_top_p_sample
         self._embed = kernels.embedding
+        self._quantized = kernels.quantized_linear
         self.kernels = kernels
 
     def describe(self) -> dict[str, str]:
@@ -273,6 +287,69 @@ class CpuOps(OpLibrary):
             weight.outputs,
             weight.inputs,
             stride,
+            TYPES[out.dtype],
+            self.threads,
+        )
+        return out if out.dtype is dtype else out.to(dtype)
+
+    def pack_quantized(self, weight: QuantizedWeight) -> Any:
+        """A PackedBytes; a weight that the kernel cannot take (inputs that are no multiple of 32,
+        groups of another size) stays as it is."""
+        outputs, inputs = weight.shape
+        q, scale, offset = weight.q.contiguous(), weight.scale, weight.offset
+        padded = -(-outputs // LANES) * LANES
+        if inputs % GROUP:
+            return weight
+        if weight.group == GROUP and scale.dtype is torch.float16:
+            size = padded * inputs // GROUP * (GROUP * weight.bits // 8 + 4)
+            data = huge_zeros((size,), torch.uint8)
+            self.kernels.pack_groups(
+                weight.bits,
+                q.data_ptr(),
+                scale.contiguous().data_ptr(),
+                offset.contiguous().data_ptr(),
+                data.data_ptr(),
+                outputs,
+                inputs,
+                self.threads,
+            )
+            return PackedBytes(data, None, outputs, inputs, weight.bits)
+        if weight.group != inputs or not torch.equal(offset, -ZERO * scale):
+            return weight
+        data = huge_zeros((padded * inputs,), torch.uint8)
+        self.kernels.pack_channels(q.data_ptr(), data.data_ptr(), outputs, inputs, self.threads)
+        scales = torch.zeros(padded)
+        scales[:outputs] = scale[:, 0]
+        return PackedBytes(data, scales, outputs, inputs, 0)
+
+    def quantized_linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        dtype = out_dtype or x.dtype
+        if not isinstance(weight, PackedBytes):
+            return self._reference.quantized_linear(x, weight, bias, out_dtype)
+        if x.dtype not in TYPES or x.stride()[1] != 1:
+            x = x.float().contiguous()
+        if bias is not None and bias.dtype not in TYPES:
+            bias = bias.float()
+        out = self._empty((x.shape[0], weight.outputs), dtype if dtype in TYPES else torch.float32)
+        self._quantized(
+            TYPES[x.dtype],
+            weight.bits,
+            x.data_ptr(),
+            weight.data.data_ptr(),
+            None if weight.scales is None else weight.scales.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            0 if bias is None else TYPES[bias.dtype],
+            x.shape[0],
+            weight.outputs,
+            weight.inputs,
+            x.stride()[0],
             TYPES[out.dtype],
             self.threads,
         )

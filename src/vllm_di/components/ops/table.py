@@ -33,6 +33,7 @@ class SelectedOps(OpTable):
         silu_and_mul: OpLibrary | Literal["auto"] = "auto",
         gelu_tanh_and_mul: OpLibrary | Literal["auto"] = "auto",
         linear: OpLibrary | Literal["auto"] = "auto",
+        quantized_linear: OpLibrary | Literal["auto"] = "auto",
         embedding: OpLibrary | Literal["auto"] = "auto",
         fused_experts: OpLibrary | Literal["auto"] = "auto",
         write_kv: OpLibrary | Literal["auto"] = "auto",
@@ -47,6 +48,7 @@ class SelectedOps(OpTable):
             "silu_and_mul": silu_and_mul,
             "gelu_tanh_and_mul": gelu_tanh_and_mul,
             "linear": linear,
+            "quantized_linear": quantized_linear,
             "embedding": embedding,
             "fused_experts": fused_experts,
             "write_kv": write_kv,
@@ -81,8 +83,10 @@ class SelectedOps(OpTable):
             if found is not None:
                 setattr(self, op, getattr(found, op))
         products, norms = self._owners["linear"], self._owners["rms_norm"]
-        assert products is not None and norms is not None
+        quantized = self._owners["quantized_linear"]
+        assert products is not None and norms is not None and quantized is not None
         self.pack_linear = products.pack_linear  # type: ignore[method-assign]
+        self.pack_quantized = quantized.pack_quantized  # type: ignore[method-assign]
         self._norm = norms.rms_norm
 
     def add_rms_norm(
@@ -128,6 +132,7 @@ class SelectedOps(OpTable):
     silu_and_mul = TorchOps.silu_and_mul
     gelu_tanh_and_mul = TorchOps.gelu_tanh_and_mul
     linear = TorchOps.linear
+    quantized_linear = TorchOps.quantized_linear
     embedding = TorchOps.embedding
     fused_experts = TorchOps.fused_experts
     write_kv = TorchOps.write_kv

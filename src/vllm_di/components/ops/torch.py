@@ -56,6 +56,18 @@ class TorchOps(OpLibrary):
         out = torch.cat(parts, -1)
         return out if bias is None else out + bias
 
+    def quantized_linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        starts = range(0, weight.shape[0], 8192)  # a slice at a time, as above
+        slices = (weight.rows(slice(start, start + 8192)) for start in starts)
+        out = torch.cat([F.linear(x.float(), s.dequantize(torch.float32)) for s in slices], -1)
+        return (out if bias is None else out + bias).to(out_dtype or x.dtype)
+
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(token_ids, weight)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_di.components.interfaces import OpTable, Quantization
+from vllm_di.components.quantized import QuantizedWeight
 
 
 class NoQuantization(Quantization):
@@ -19,8 +20,12 @@ class NoQuantization(Quantization):
         self._pack, self._linear = ops.pack_linear, ops.linear
 
     def linear(
-        self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None,
+        out_dtype: torch.dtype | None = None,
     ) -> Callable[[Tensor], Tensor]:
+        assert isinstance(weight, Tensor)
         packed, product = self._pack(weight), self._linear
 
         def run(x: Tensor) -> Tensor:

@@ -1,0 +1,58 @@
+"""Weights rounded to 8 or 4 bits when they are loaded; activations become bytes on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vllm_di.components.interfaces import OpTable, Quantization
+from vllm_di.components.quantized import GROUP, QuantizedWeight, by_channel, by_group
+from vllm_di.errors import ConfigError
+
+
+class RoundedWeights(Quantization):
+    """``scales=channel``: one scale an output, 8 bits. ``scales=group``: scale and offset for 32
+    weights. All linear weights and the head; embeddings and experts stay as they are."""
+
+    replayable = True
+
+    def __init__(
+        self, ops: OpTable, *, bits: Literal[4, 8], scales: Literal["channel", "group"]
+    ) -> None:
+        if scales == "channel" and bits != 8:
+            raise ConfigError(f"scales=channel has 8 bits, not {bits}; scales=group has either")
+        self._bits, self._scales = bits, scales
+        self._pack, self._product = ops.pack_quantized, ops.quantized_linear
+
+    def linear(
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        packed, product = self._pack(self._rounded(weight)), self._product
+
+        def run(x: Tensor) -> Tensor:
+            return product(x, packed, bias, out_dtype)
+
+        return run
+
+    def _rounded(self, weight: Tensor | QuantizedWeight) -> QuantizedWeight:
+        if isinstance(weight, QuantizedWeight):
+            return weight
+        if self._scales == "channel":
+            return by_channel(weight)
+        try:
+            return by_group(weight, self._bits)
+        except ValueError as error:
+            raise ConfigError(f"quantization by groups of {GROUP}: {error}") from None
+
+    def num_bytes(self, weight: Tensor | QuantizedWeight) -> int:
+        if isinstance(weight, QuantizedWeight):
+            return weight.packed_bytes
+        outputs, inputs = weight.shape
+        scales = 4 * outputs if self._scales == "channel" else 4 * weight.numel() // GROUP
+        return outputs * inputs * self._bits // 8 + scales
