@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test test-slow check format venv bench clean help
+.PHONY: serve test test-slow check format venv bench bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,10 @@ bench: venv  ## start time, assembly time, step overhead
 	$(BIN)/python -m benchmarks.assembly
 	$(BIN)/python -m benchmarks.step_overhead
 
+bench-peers: venv  ## beside vLLM, llama.cpp, OpenVINO and transformers (installs them)
+	$(BIN)/pip install --quiet -e '.[bench]'
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
 venv: .venv/.done  ## set up .venv alone
 
 # torch comes first: an unpinned one would bring CUDA packages of several gigabytes.
@@ -46,4 +50,4 @@ venv: .venv/.done  ## set up .venv alone
 	touch $@
 
 clean:  ## remove .venv and caches
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf .venv .peers .mypy_cache .ruff_cache .pytest_cache build dist

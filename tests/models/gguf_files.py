@@ -29,9 +29,11 @@ PERMUTED = ("llama", "granite", "smollm3")
 EXPERTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up"}
 
 
-def write(folder: Path, file: Path, extra: dict[str, list[float]] | None = None) -> Path:
+def write(
+    folder: Path, file: Path, extra: dict[str, list[float]] | None = None, matrices: Any = None
+) -> Path:
     """A GGUF of the safetensors checkpoint in ``folder``, as llama.cpp's converter lays it out;
-    ``extra`` are more tensors."""
+    ``extra`` are more tensors, ``matrices`` their type."""
     config = json.loads((folder / "config.json").read_text())
     arch = ARCHS[config["architectures"][0]]
     name = gguf.MODEL_ARCH_NAMES[arch]
@@ -56,7 +58,12 @@ def write(folder: Path, file: Path, extra: dict[str, list[float]] | None = None)
             array = array + 1
         found = names.get_name(stem)
         assert found is not None, stem
-        writer.add_tensor(f"{found}.{kind}", np.ascontiguousarray(array))
+        array = np.ascontiguousarray(array)
+        if matrices is not None and array.ndim == 2:
+            data = gguf.quantize(array, matrices)
+            writer.add_tensor(f"{found}.{kind}", data, raw_dtype=matrices)
+        else:
+            writer.add_tensor(f"{found}.{kind}", array)
     for place, parts in experts.items():
         writer.add_tensor(place, np.stack([parts[i] for i in sorted(parts)]))
     for key, values in (extra or {}).items():

@@ -34,7 +34,7 @@ class CpuKernels:
         self.linear = bind("linear", "ippppillllii")
         self.paged_attention = bind("paged_attention", "ipppppppllllllllffli")
         self.top_k_top_p_sample = bind("top_k_top_p_sample", "ppppppllli")
-        self.embedding = bind("embedding", "pppllii")
+        self.embedding = bind("embedding", "ppplli")
         self.pack_channels = bind("pack_channels", "pplli")
         self.pack_groups = bind("pack_groups", "ipppplli")
         self.quantized_linear = bind("quantized_linear", "iipppppillllii")

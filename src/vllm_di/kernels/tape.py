@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,18 +10,35 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_di.kernels.bindings import CpuKernels
+from vllm_di.kernels.memory import Pool
 
 FREE = ("empty", "detach", "alias")
 """Ops of torch besides views that compute nothing."""
 
 
-def record(
-    kernels: CpuKernels, step: Callable[[], Tensor], threads: int
-) -> tuple[Tensor, Callable[[], None] | None, str]:
-    """Run ``step`` -> (its result, the replay, why there is none).
+class Tape:
+    """What was recorded. A call runs every kernel again, in order, on what its pointers hold by
+    now; ``kept`` is what those pointers need to stay alive."""
 
-    There is none when torch computed something on the way, which a replay would leave out. The
-    recording is freed with the replay.
+    def __init__(self, kernels: CpuKernels, handle: int, threads: int, kept: object) -> None:
+        self._run, self._handle, self._threads, self._kept = (
+            kernels.tape_replay,
+            handle,
+            threads,
+            kept,
+        )
+        weakref.finalize(self, kernels.tape_free, handle)
+
+    def __call__(self) -> None:
+        self._run(self._handle, self._threads)
+
+
+def record(
+    kernels: CpuKernels, step: Callable[[], Tensor], threads: int, pool: Pool
+) -> tuple[Tensor, Tape | None, str]:
+    """Run ``step``, whose outputs come from ``pool`` -> (its result, the tape, why there is none).
+
+    There is none when torch computed something on the way, which a replay would leave out.
     """
     handle = kernels.tape_start()
     try:
@@ -30,11 +46,10 @@ def record(
             result = step()
     finally:
         kernels.tape_stop()
-    replay = functools.partial(kernels.tape_replay, handle, threads)
-    weakref.finalize(replay, kernels.tape_free, handle)
+    tape = Tape(kernels, handle, threads, (pool, result))
     if watch.seen:
         return result, None, f"torch computes {', '.join(sorted(watch.seen))}"
-    return result, replay, ""
+    return result, tape, ""
 
 
 class Watch(TorchDispatchMode):

@@ -12,7 +12,6 @@ from vllm_di import LLM, SamplingParams
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.kernels.memory import Pool, huge_zeros
-from vllm_di.kernels.tape import record
 
 TINY = ["platform=cpu", "model.dtype=float32"]
 PROMPTS = ["a", "hello world", "x" * 70]
@@ -70,7 +69,10 @@ def test_a_third_library_cannot_be_recorded() -> None:
 def test_a_replay_reads_its_inputs_anew() -> None:
     ops = library(ISAS[0])
     x, weight = random(3, 64), random(64)
-    result, replay, reason = record(ops.kernels, lambda: ops.rms_norm(x, weight, 1e-5), 2)
+    recorder = ops.recorder()
+    assert recorder is not None
+    result, replay, reason = recorder.record(lambda: ops.rms_norm(x, weight, 1e-5))
+    del recorder
     assert replay is not None, reason
     for seed in (1, 2):
         x.copy_(random(3, 64, seed=seed))
@@ -80,7 +82,9 @@ def test_a_replay_reads_its_inputs_anew() -> None:
 
 def test_what_torch_computes_is_seen() -> None:
     ops, x, weight = library(ISAS[0]), random(3, 64), random(64)
-    _, replay, reason = record(ops.kernels, lambda: ops.rms_norm(x, weight, 1e-5) + 1, 2)
+    recorder = ops.recorder()
+    assert recorder is not None
+    _, replay, reason = recorder.record(lambda: ops.rms_norm(x, weight, 1e-5) + 1)
     assert replay is None
     assert reason == "torch computes add"
 

@@ -23,7 +23,8 @@ from vllm_di.kernels.tape import record
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels compute in, by the numbers that they know; fp16 goes to the reference."""
-LANES = 16
+PAIR = 32
+"""Outputs that are packed side by side: two panels of 16."""
 OPS = frozenset(
     {
         "rms_norm",
@@ -43,7 +44,7 @@ OPS = frozenset(
 
 
 class PackedWeight:
-    """A weight [out, in] in panels of 16 outputs, and the plain one where many rows go through
+    """A weight [out, in] in panels of outputs, and the plain one where many rows go through
     oneDNN."""
 
     __slots__ = ("data", "dtype", "inputs", "outputs", "plain")
@@ -54,10 +55,10 @@ class PackedWeight:
 
 
 class PackedBytes(NamedTuple):
-    """A quantised weight in panels of 16 outputs."""
+    """A quantised weight in panels of outputs."""
 
     data: Tensor
-    scales: Tensor | None  # [outputs, in whole panels] by channel
+    scales: Tensor | None  # [outputs, in whole pairs of panels] by channel
     outputs: int
     inputs: int
     bits: int
@@ -244,7 +245,7 @@ class CpuOps(OpLibrary):
             return weight
         if weight.stride()[1] != 1 or weight.stride()[0] % per_word:
             weight = weight.contiguous()
-        data = huge_zeros((-(-outputs // LANES) * LANES * inputs,), weight.dtype)
+        data = huge_zeros((-(-outputs // PAIR) * PAIR * inputs,), weight.dtype)
         self._pack(
             weight.data_ptr(),
             data.data_ptr(),
@@ -297,7 +298,7 @@ class CpuOps(OpLibrary):
         groups of another size) stays as it is."""
         outputs, inputs = weight.shape
         q, scale, offset = weight.q.contiguous(), weight.scale, weight.offset
-        padded = -(-outputs // LANES) * LANES
+        padded = -(-outputs // PAIR) * PAIR
         if inputs % GROUP:
             return weight
         if weight.group == GROUP and scale.dtype is torch.float16:
@@ -356,8 +357,7 @@ class CpuOps(OpLibrary):
         return out if out.dtype is dtype else out.to(dtype)
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        size = weight.shape[1] * weight.element_size()
-        if size % 4 or not weight.is_contiguous():
+        if not weight.is_contiguous():
             return self._reference.embedding(token_ids, weight)
         out = self._empty((len(token_ids), weight.shape[1]), weight.dtype)
         self._embed(
@@ -365,8 +365,7 @@ class CpuOps(OpLibrary):
             weight.data_ptr(),
             out.data_ptr(),
             len(token_ids),
-            size // 4,
-            0,
+            weight.shape[1] * weight.element_size(),
             self.threads,
         )
         return out
@@ -518,7 +517,7 @@ class CpuRecorder(Recorder):
     def record(self, step: Callable[[], Tensor]) -> tuple[Tensor, Replay | None, str]:
         before = self._ops.allocating(self._pool.empty)
         try:
-            return record(self._ops.kernels, step, self._ops.threads)
+            return record(self._ops.kernels, step, self._ops.threads, self._pool)
         finally:
             self._ops.allocating(before)
 

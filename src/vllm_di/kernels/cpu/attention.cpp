@@ -11,7 +11,7 @@
 #include "prefill.h"
 
 static const int64_t kKeySpan = 128;  // few rows: keys of a piece of work
-static const int64_t kRowSpan = 96;   // many rows: rows of a piece of work
+static const int64_t kRowSpan = 192;  // many rows: rows of a piece of work
 
 struct Item {
   int32_t seq, kv_head, first, last;  // queries of a span of many rows, or keys of a span of few

@@ -186,30 +186,21 @@ EXPORT void write_kv(int64_t element, const char* k, const char* v, char* key_ca
          threads);
 }
 
-// Rows of a table in panels of 16 outputs (linear.cpp), or of a plain one [rows, steps]: words of 4 bytes.
+// Rows of a table [rows, bytes].
 struct Embedding {
   const int64_t* ids;
-  const uint32_t* table;
-  uint32_t* out;
-  int64_t tokens, steps;
-  bool packed;
-  int64_t work() const { return tokens * steps; }
+  const char* table;
+  char* out;
+  int64_t tokens, bytes;
+  int64_t work() const { return tokens * bytes; }
   void run(const Team& team) const {
-    for (int64_t t = team.first(tokens); t < team.last(tokens); t++) {
-      uint32_t* to = out + t * steps;
-      if (!packed) {
-        std::memcpy(to, table + ids[t] * steps, size_t(steps) * 4);
-        continue;
-      }
-      const uint32_t* from = table + ids[t] / kLanes * steps * kLanes + ids[t] % kLanes;
-      for (int64_t k = 0; k < steps; k++) to[k] = from[k * kLanes];
-    }
+    for (int64_t t = team.first(tokens); t < team.last(tokens); t++)
+      std::memcpy(out + t * bytes, table + ids[t] * bytes, size_t(bytes));
   }
 };
 
-EXPORT void embedding(const int64_t* ids, const uint32_t* table, uint32_t* out, int64_t tokens, int64_t steps,
-                      int packed, int threads) {
-  submit(Embedding{ids, table, out, tokens, steps, packed != 0}, threads);
+EXPORT void embedding(const int64_t* ids, const char* table, char* out, int64_t tokens, int64_t bytes, int threads) {
+  submit(Embedding{ids, table, out, tokens, bytes}, threads);
 }
 
 // The first of the largest entries of each row, or its first NaN.

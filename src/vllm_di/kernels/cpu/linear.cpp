@@ -1,10 +1,8 @@
 // x [rows, k] times packed weights -> [rows, n], in fp32 and bf16.
 //
-// Weights are packed in panels of 16 outputs (tile.h): [k / 2][16][2] in bf16, [k][16] in fp32. With few rows the product is
-// as fast as weights come from memory.
+// Weights are packed in pairs of panels of 16 outputs (tile.h): [k / 2][2][16][2] in bf16, [k][2][16] in fp32. With few rows
+// the product is as fast as weights come from memory.
 #include "product.h"
-
-static const int64_t kSpan = 192;  // rows of a piece of work
 
 template <typename S>
 struct Linear {
@@ -14,21 +12,13 @@ struct Linear {
 
   int64_t work() const { return rows * to.n * steps; }
   void run(const Team& team) const {
-    share_out(team, rows, to.n, kSpan, [&](int64_t panel, int64_t last, int64_t row, int64_t end) {
-      for (; panel + kTilePanels <= last; panel += kTilePanels)
-        over_rows<kTileRows>(row, end, [&](auto count, int64_t r) { tile<decltype(count)::value, kTilePanels>(r, panel); });
-      for (; panel < last; panel++)
-        over_rows<kTileRows>(row, end, [&](auto count, int64_t r) { tile<decltype(count)::value, 1>(r, panel); });
+    over_pairs(team, rows, to.n, [&](auto count, auto panels, int64_t row, int64_t pair) {
+      const int ROWS = decltype(count)::value, PANELS = decltype(panels)::value;
+      floats sums[ROWS][PANELS] = {};
+      multiply<S, ROWS, PANELS>(sums, x + row * x_stride, x_stride, weights + pair * steps * kPair, steps * kPair, steps);
+      for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < PANELS; c++) to.put(sums[r][c], row + r, pair * kPair + c * kLanes);
     });
-  }
-
-  template <int ROWS, int PANELS>
-  void tile(int64_t row, int64_t panel) const {
-    floats sums[ROWS][PANELS] = {};
-    const int64_t panel_stride = steps * kLanes;
-    multiply<S, ROWS, PANELS>(sums, x + row * x_stride, x_stride, weights + panel * panel_stride, panel_stride, steps);
-    for (int r = 0; r < ROWS; r++)
-      for (int c = 0; c < PANELS; c++) to.put(sums[r][c], row + r, (panel + c) * kLanes);
   }
 };
 
@@ -42,16 +32,15 @@ EXPORT void linear(int dtype, const void* x, const void* weights, const void* bi
     submit(Linear<uint32_t>{(const uint32_t*)x, (const uint32_t*)weights, rows, k / 2, x_stride / 2, to}, threads);
 }
 
-// weight: [n, k] of words (`steps` of them a row) -> panels [steps][16]; missing outputs are zero.
+// weight: [n, k] of words (`steps` of them a row) -> pairs of panels [steps][2][16]; missing outputs are zero.
 EXPORT void pack_linear(const uint32_t* weight, uint32_t* out, int64_t n, int64_t steps, int64_t stride, int threads) {
-  const int64_t panels = (n + kLanes - 1) / kLanes;
+  const int64_t pairs = (n + kPair - 1) / kPair;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t panel = 0; panel < panels; panel++) {
-    const int64_t count = std::min(kLanes, n - panel * kLanes);
-    const uint32_t* from = weight + panel * kLanes * stride;
-    uint32_t* to = out + panel * steps * kLanes;
+  for (int64_t pair = 0; pair < pairs; pair++) {
+    const int64_t count = std::min(kPair, n - pair * kPair);
+    const uint32_t* from = weight + pair * kPair * stride;
+    uint32_t* to = out + pair * steps * kPair;
     for (int64_t k = 0; k < steps; k++)
-      for (int64_t lane = 0; lane < kLanes; lane++)
-        to[k * kLanes + lane] = lane < count ? from[lane * stride + k] : 0u;
+      for (int64_t lane = 0; lane < kPair; lane++) to[k * kPair + lane] = lane < count ? from[lane * stride + k] : 0u;
   }
 }

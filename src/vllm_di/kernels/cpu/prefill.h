@@ -29,13 +29,13 @@ struct Span {
   static const int64_t kValueSteps = kChunk / PER;
 
   const Paged& p;
-  int64_t d, q_steps, panels, width;  // panels of head_size; width: head_size in whole panels
-  std::vector<E> q, keys, values;     // [rows, q_steps], [panels of kChunk][q_steps][16], [panels][kValueSteps][16]
+  int64_t d, q_steps, panels, width;  // panels of head_size, in pairs; width: head_size in them
+  std::vector<E> q, keys, values;     // [rows, q_steps], pairs of panels [q_steps][2][16], [kValueSteps][2][16]
   std::vector<float> sums;            // [rows, width]
   std::vector<Softmax> states;
 
   explicit Span(const Paged& paged)
-      : p(paged), d(p.head_size), q_steps((d + PER - 1) / PER), panels((d + kLanes - 1) / kLanes),
+      : p(paged), d(p.head_size), q_steps((d + PER - 1) / PER), panels((d + kPair - 1) / kPair * 2),
         width(panels * kLanes) {}
 
   void pack(const Chunk<T>& chunk) {
@@ -43,36 +43,81 @@ struct Span {
       std::fill(keys.begin(), keys.end(), E{});
       std::fill(values.begin(), values.end(), E{});
     }
-    const int64_t whole = d / PER;
-    for (int64_t panel = 0; panel * kLanes < chunk.count; panel++) {
-      const int64_t lanes = std::min(kLanes, chunk.count - panel * kLanes);
-      S* to = (S*)keys.data() + panel * q_steps * kLanes;
-      for (int64_t lane = 0; lane < lanes; lane++) {
-        const T* from = chunk.keys[panel * kLanes + lane];
-        if (sizeof(T) == sizeof(E)) {
-          for (int64_t k = 0; k < whole; k++) std::memcpy(to + k * kLanes + lane, from + k * PER, sizeof(S));
-          for (int64_t i = whole * PER; i < d; i++) pack_to((E*)(to + whole * kLanes + lane), from[i]);
-        } else {
-          for (int64_t i = 0; i < d; i++) pack_to((E*)to + i * kLanes + lane, from[i]);
-        }
-      }
+    for (int64_t first = 0; first < chunk.count; first += kLanes) {
+      S* to = (S*)keys.data() + first / kPair * q_steps * kPair + first % kPair;
+      pack_keys(chunk.keys + first, std::min(kLanes, chunk.count - first), to);
     }
-    for (int64_t j = 0; j < chunk.count; j++) {
-      const T* from = chunk.values[j];
-      E* to = values.data() + (j / PER) * kLanes * PER + j % PER;
+    for (int64_t j = 0; j < chunk.count; j += PER)
       for (int64_t i = 0; i < d; i += kLanes) {
-        E* panel = to + i / kLanes * kChunk * kLanes;
-        const int64_t lanes = std::min(kLanes, d - i);
-        for (int64_t lane = 0; lane < lanes; lane++) pack_to(panel + lane * PER, from[i + lane]);
+        S* to = (S*)values.data() + (i / kPair * kValueSteps + j / PER) * kPair + i % kPair;
+        pack_values(chunk.values + j, std::min(PER, chunk.count - j), i, std::min(kLanes, d - i), to);
       }
+  }
+
+  // Up to 16 keys: step by step, the keys side by side.
+  void pack_keys(const T* const* from, int64_t count, S* to) const {
+    int64_t step = 0;
+#if defined(__AVX512F__)
+    if (sizeof(T) == sizeof(E) && count == kLanes)
+      for (; step + kLanes <= d / PER; step += kLanes)
+        transpose(from, step, (uint32_t*)to + step * kPair);
+#endif
+    for (; step < q_steps; step++)
+      for (int64_t lane = 0; lane < count; lane++)
+        for (int64_t i = step * PER; i < std::min(d, (step + 1) * PER); i++)
+          pack_to((E*)(to + step * kPair + lane) + i % PER, from[lane][i]);
+  }
+
+  // Elements [i, i + lanes) of PER values, side by side.
+  void pack_values(const T* const* from, int64_t count, int64_t i, int64_t lanes, S* to) const {
+    if (std::is_same<S, uint32_t>::value && count == 2 && lanes == kLanes) {
+      halves a, b;
+      std::memcpy(&a, from[0] + i, 32);
+      std::memcpy(&b, from[1] + i, 32);
+      const words both = __builtin_convertvector(a, words) | __builtin_convertvector(b, words) << 16;
+      std::memcpy(to, &both, 64);
+      return;
+    }
+    for (int64_t lane = 0; lane < lanes; lane++)
+      for (int64_t j = 0; j < count; j++) pack_to((E*)(to + lane) + j, from[j][i + lane]);
+  }
+
+#if defined(__AVX512F__)
+  // Words [step, step + 16) of 16 rows -> 16 rows of kPair words.
+  static void transpose(const T* const* from, int64_t step, uint32_t* to) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512((const uint32_t*)from[i] + step);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {  // a[i + j]: word 4 lane + j of rows i to i + 3
+      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      const __m512i even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+      const __m512i even2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+      const __m512i odd2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+      _mm512_storeu_si512(to + j * kPair, _mm512_shuffle_i32x4(even, even2, 0x88));
+      _mm512_storeu_si512(to + (4 + j) * kPair, _mm512_shuffle_i32x4(odd, odd2, 0x88));
+      _mm512_storeu_si512(to + (8 + j) * kPair, _mm512_shuffle_i32x4(even, even2, 0xdd));
+      _mm512_storeu_si512(to + (12 + j) * kPair, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
     }
   }
+#endif
 
   template <int PANELS>
   void score(const S* rows, int64_t panel, float (&scores)[kTileRows][kChunk]) {
     floats sums[kTileRows][PANELS] = {};
-    multiply<S, kTileRows, PANELS>(sums, rows, q_steps, (const S*)keys.data() + panel * q_steps * kLanes,
-                                   q_steps * kLanes, q_steps);
+    multiply<S, kTileRows, PANELS>(sums, rows, q_steps, (const S*)keys.data() + panel / 2 * q_steps * kPair,
+                                   q_steps * kPair, q_steps);
     for (int r = 0; r < kTileRows; r++)
       for (int c = 0; c < PANELS; c++) store16(scores[r] + (panel + c) * kLanes, sums[r][c]);
   }
@@ -85,7 +130,7 @@ struct Span {
     for (int r = 0; r < kTileRows; r++)
       for (int c = 0; c < PANELS; c++) part[r][c] = load16(to + r * width + c * kLanes) * shrink[r];
     multiply<S, kTileRows, PANELS>(part, (const S*)weights[0], kValueSteps,
-                                   (const S*)values.data() + panel * kValueSteps * kLanes, kValueSteps * kLanes,
+                                   (const S*)values.data() + panel / 2 * kValueSteps * kPair, kValueSteps * kPair,
                                    steps);
     for (int r = 0; r < kTileRows; r++)
       for (int c = 0; c < PANELS; c++) store16(to + r * width + c * kLanes, part[r][c]);
@@ -113,7 +158,7 @@ struct Span {
     int64_t panel = 0;
     for (; panel + kTilePanels <= panels; panel += kTilePanels)
       gather<kTilePanels>(weights, shrink, row, panel, steps);
-    for (; panel < panels; panel++) gather<1>(weights, shrink, row, panel, steps);
+    for (; panel < panels; panel += 2) gather<2>(weights, shrink, row, panel, steps);
   }
 
   // Queries [first, last) of a sequence.

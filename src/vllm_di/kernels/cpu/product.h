@@ -2,6 +2,11 @@
 #pragma once
 #include "tile.h"
 
+static const int64_t kSpan = 192;  // rows of a piece of work
+
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
 // out [rows, n], with a bias or none. Types: 0 is fp32, 1 is bf16.
 struct Output {
   void* out;
@@ -11,6 +16,7 @@ struct Output {
 
   // Up to 16 outputs of a row, from output `first`.
   inline void put(floats sum, int64_t row, int64_t first) const {
+    if (first >= n) return;  // the second of the last two panels
     if (out_dtype == 0)
       finish((float*)out + row * n + first, sum, first);
     else
@@ -32,34 +38,47 @@ struct Output {
   }
 };
 
-// Calls body(panel, row, end) for this thread's share of panels times spans of rows. Few rows: each thread takes a run of
-// panels. Many: groups of kTilePanels panels stay in the nearest cache while a span of rows passes over them.
-template <typename Body>
-static inline void share_out(const Team& team, int64_t rows, int64_t n, int64_t span, const Body& body) {
-  const int64_t panels = (n + kLanes - 1) / kLanes, spans = (rows + span - 1) / span;
-  const int64_t run = spans > 1 ? kTilePanels : (panels + team.count - 1) / team.count;
-  const int64_t pieces = (panels + run - 1) / run * spans;
-  for (int64_t i = team.first(pieces); i < team.last(pieces); i++) {
-    const int64_t begin = i / spans * run, end = std::min(panels, begin + run);
-    body(begin, end, i % spans * span, std::min(rows, (i % spans + 1) * span));
-  }
-}
-
 // Calls tile(ROWS as a constant, row) over [row, end), in tiles of like height: 8 rows are 4 and 4, not 6 and 2.
 template <int MOST, typename Body>
 static inline void over_rows(int64_t row, int64_t end, const Body& tile) {
   while (row < end) {
     const int64_t left = end - row, tiles = (left + MOST - 1) / MOST, count = (left + tiles - 1) / tiles;
     switch (count) {
-      case 1: tile(std::integral_constant<int, 1>{}, row); break;
-      case 2: tile(std::integral_constant<int, 2>{}, row); break;
-      case 3: tile(std::integral_constant<int, 3>{}, row); break;
-      case 4: tile(std::integral_constant<int, MOST < 4 ? 1 : 4>{}, row); break;
-      case 5: tile(std::integral_constant<int, MOST < 5 ? 1 : 5>{}, row); break;
-      case 6: tile(std::integral_constant<int, MOST < 6 ? 1 : 6>{}, row); break;
-      case 7: tile(std::integral_constant<int, MOST < 7 ? 1 : 7>{}, row); break;
-      case 8: tile(std::integral_constant<int, MOST < 8 ? 1 : 8>{}, row); break;
+      case 1: tile(Constant<1>{}, row); break;
+      case 2: tile(Constant<2>{}, row); break;
+      case 3: tile(Constant<3>{}, row); break;
+      case 4: tile(Constant<MOST < 4 ? 1 : 4>{}, row); break;
+      case 5: tile(Constant<MOST < 5 ? 1 : 5>{}, row); break;
+      case 6: tile(Constant<MOST < 6 ? 1 : 6>{}, row); break;
+      case 7: tile(Constant<MOST < 7 ? 1 : 7>{}, row); break;
+      case 8: tile(Constant<MOST < 8 ? 1 : 8>{}, row); break;
     }
     row += count;
   }
+}
+
+// Calls body(begin, end, row, last) for this thread's share of `units` of weights times spans of rows. Few rows: each thread
+// takes one run of units. Many: `together` units stay in the nearest cache while a span of rows passes over them.
+template <typename Body>
+static inline void share_out(const Team& team, int64_t rows, int64_t units, int64_t together, const Body& body) {
+  const int64_t spans = (rows + kSpan - 1) / kSpan;
+  if (spans == 1) return body(team.first(units), team.last(units), 0, rows);
+  const int64_t pieces = (units + together - 1) / together * spans;
+  for (int64_t i = team.first(pieces); i < team.last(pieces); i++) {
+    const int64_t begin = i / spans * together, row = i % spans * kSpan;
+    body(begin, std::min(units, begin + together), row, std::min(rows, row + kSpan));
+  }
+}
+
+// The same for tiles of pairs of panels: calls tile(ROWS, PANELS as constants, row, first pair).
+template <typename Tile>
+static inline void over_pairs(const Team& team, int64_t rows, int64_t n, const Tile& tile) {
+  const int64_t pairs = (n + kPair - 1) / kPair, together = kTilePanels / 2;
+  share_out(team, rows, pairs, together, [&](int64_t pair, int64_t last, int64_t row, int64_t end) {
+    if (end - row > kPairRows)
+      for (; pair + together <= last; pair += together)
+        over_rows<kTileRows>(row, end, [&](auto count, int64_t r) { tile(count, Constant<kTilePanels>{}, r, pair); });
+    for (; pair < last; pair++)
+      over_rows<kPairRows>(row, end, [&](auto count, int64_t r) { tile(count, Constant<2>{}, r, pair); });
+  });
 }

@@ -8,7 +8,6 @@
 
 static const int64_t kGroup = 32;       // weights of a group along k
 static const int64_t kSteps = kGroup / 4;
-static const int64_t kSpan = 192;       // rows of a piece of work
 static const int kGroupRows = 6;        // rows of a tile of groups
 static const float kBytes = 127.f;      // activations lie in [-127, 127]
 
@@ -89,33 +88,27 @@ struct Bytes {
 template <typename T>
 struct ByChannel {
   const T* x;
-  const bytes4* weights;  // panels [k / 4][16][4]
-  const float* scales;    // [n], whole panels
+  const bytes4* weights;  // pairs of panels [k / 4][2][16][4]
+  const float* scales;    // [n], whole pairs
   int64_t rows, k, x_stride;
   Output to;
 
   int64_t work() const { return rows * to.n * k / 4; }
   void run(const Team& team) const {
     const Bytes in = Bytes::make(team, x, rows, k, x_stride, k);
-    share_out(team, rows, to.n, kSpan, [&](int64_t panel, int64_t last, int64_t row, int64_t end) {
-      for (; panel + kTilePanels <= last; panel += kTilePanels)
-        over_rows<kTileRows>(row, end, [&](auto n, int64_t r) { tile<decltype(n)::value, kTilePanels>(in, r, panel); });
-      for (; panel < last; panel++)
-        over_rows<kTileRows>(row, end, [&](auto n, int64_t r) { tile<decltype(n)::value, 1>(in, r, panel); });
+    over_pairs(team, rows, to.n, [&](auto count, auto panels, int64_t row, int64_t pair) {
+      const int ROWS = decltype(count)::value, PANELS = decltype(panels)::value;
+      ints sums[ROWS][PANELS] = {};
+      const int64_t steps = k / 4;
+      multiply<bytes4, ROWS, PANELS>(sums, (const bytes4*)in.x + row * steps, steps, weights + pair * steps * kPair,
+                                     steps * kPair, steps);
+      for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < PANELS; c++) {
+          const int64_t first = pair * kPair + c * kLanes;
+          const floats sum = __builtin_convertvector(sums[r][c], floats) * in.scales[row + r];
+          to.put((sum - 128.f * in.sums[row + r]) * load16(scales + first), row + r, first);
+        }
     });
-  }
-
-  template <int ROWS, int PANELS>
-  void tile(const Bytes& in, int64_t row, int64_t panel) const {
-    ints sums[ROWS][PANELS] = {};
-    const int64_t steps = k / 4, panel_stride = steps * kLanes;
-    multiply<bytes4, ROWS, PANELS>(sums, (const bytes4*)in.x + row * steps, steps, weights + panel * panel_stride,
-                                   panel_stride, steps);
-    for (int r = 0; r < ROWS; r++)
-      for (int c = 0; c < PANELS; c++) {
-        const floats sum = __builtin_convertvector(sums[r][c], floats) * in.scales[row + r] - 128.f * in.sums[row + r];
-        to.put(sum * load16(scales + (panel + c) * kLanes), row + r, (panel + c) * kLanes);
-      }
   }
 };
 
@@ -156,45 +149,33 @@ struct ByGroup {
   int64_t work() const { return rows * to.n * k / 4; }
   void run(const Team& team) const {
     const Bytes in = Bytes::make(team, x, rows, k, x_stride, kGroup);
-    const int together = kTilePanels / 2 + kTilePanels % 2;  // panels side by side when rows are few
-    share_out(team, rows, to.n, kSpan, [&](int64_t panel, int64_t last, int64_t row, int64_t end) {
-      if (end - row <= 2)
-        for (; panel + together <= last; panel += together)
-          over_rows<2>(row, end, [&](auto n, int64_t r) { tile<decltype(n)::value, together>(in, r, panel); });
+    const int64_t panels = (to.n + kLanes - 1) / kLanes;
+    share_out(team, rows, panels, 4, [&](int64_t panel, int64_t last, int64_t row, int64_t end) {
       for (; panel < last; panel++)
-        over_rows<kGroupRows>(row, end, [&](auto n, int64_t r) { tile<decltype(n)::value, 1>(in, r, panel); });
+        over_rows<kGroupRows>(row, end, [&](auto count, int64_t r) { tile<decltype(count)::value>(in, r, panel); });
     });
   }
 
-  template <int ROWS, int PANELS>
+  // One panel at a time: it is read as one stream.
+  template <int ROWS>
   void tile(const Bytes& in, int64_t row, int64_t panel) const {
-    const int64_t groups = k / kGroup, size = Group<BITS>::kSize;
-    floats sums[ROWS][PANELS] = {};
-    const uint8_t* at = weights + panel * groups * size;
+    const int64_t groups = k / kGroup;
+    floats sums[ROWS] = {};
+    const uint8_t* at = weights + panel * groups * Group<BITS>::kSize;
     const uint32_t* x_at = (const uint32_t*)(in.x + row * k);
     const float *scale_at = in.scales + row * groups, *sum_at = in.sums + row * groups;
-    for (int64_t g = 0; g < groups; g++)
-#pragma GCC unroll 4
-      for (int c = 0; c < PANELS; c++) {
-        const uint8_t* p = at + (c * groups + g) * size;
-        __builtin_prefetch(p + 8 * size);
-        __builtin_prefetch(p + 8 * size + 64);
-        __builtin_prefetch(p + 8 * size + 128);
-        __builtin_prefetch(p + 8 * size + 192);
-        __builtin_prefetch(p + 8 * size + 256);
-        const Group<BITS> group(p);
+    for (int64_t g = 0; g < groups; g++) {
+      const Group<BITS> group(at + g * Group<BITS>::kSize);
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
-          ints dot{};
+      for (int r = 0; r < ROWS; r++) {
+        ints dot{};
 #pragma GCC unroll 8
-          for (int i = 0; i < kSteps; i++) dot = multiply_bytes(dot, x_at[r * k / 4 + g * kSteps + i], group.q[i]);
-          const int64_t part = r * groups + g;
-          sums[r][c] += __builtin_convertvector(dot, floats) * (group.scale * scale_at[part]);
-          sums[r][c] += group.offset * sum_at[part];
-        }
+        for (int i = 0; i < kSteps; i++) dot = multiply_bytes(dot, x_at[r * k / 4 + g * kSteps + i], group.q[i]);
+        sums[r] += __builtin_convertvector(dot, floats) * (group.scale * scale_at[r * groups + g]);
+        sums[r] += group.offset * sum_at[r * groups + g];
       }
-    for (int r = 0; r < ROWS; r++)
-      for (int c = 0; c < PANELS; c++) to.put(sums[r][c], row + r, (panel + c) * kLanes);
+    }
+    for (int r = 0; r < ROWS; r++) to.put(sums[r], row + r, panel * kLanes);
   }
 };
 
@@ -215,15 +196,15 @@ EXPORT void quantized_linear(int x_dtype, int bits, const void* x, const void* w
   })
 }
 
-// q: [n, k] bytes -> panels [k / 4][16][4]; missing outputs are 128, which stands for 0.
+// q: [n, k] bytes -> pairs of panels [k / 4][2][16][4]; missing outputs are 128, which stands for 0.
 EXPORT void pack_channels(const uint8_t* q, uint8_t* out, int64_t n, int64_t k, int threads) {
-  const int64_t panels = (n + kLanes - 1) / kLanes;
+  const int64_t pairs = (n + kPair - 1) / kPair;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t panel = 0; panel < panels; panel++)
-    for (int64_t lane = 0; lane < kLanes; lane++)
-      for (int64_t i = 0; i < k; i += 4) {
-        uint8_t* to = out + ((panel * k / 4 + i / 4) * kLanes + lane) * 4;
-        const int64_t row = panel * kLanes + lane;
+  for (int64_t pair = 0; pair < pairs; pair++)
+    for (int64_t i = 0; i < k; i += 4)
+      for (int64_t lane = 0; lane < kPair; lane++) {
+        uint8_t* to = out + ((pair * k / 4 + i / 4) * kPair + lane) * 4;
+        const int64_t row = pair * kPair + lane;
         if (row < n)
           std::memcpy(to, q + row * k + i, 4);
         else

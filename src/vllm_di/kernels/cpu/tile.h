@@ -1,20 +1,19 @@
 // The register tile of all dense products: ROWS rows of x times PANELS panels of 16 outputs.
 //
-// An operand is a float, a pair of bf16 or four bytes. A panel of operands is [steps][16]: one step is one float along k, a
-// pair of bf16 or four bytes. One instruction of AVX512-BF16 (or VNNI) multiplies a pair (or four bytes) of x, broadcast,
+// An operand is a float, a pair of bf16 or four bytes. A panel holds the operands of 16 outputs: one step is one float along
+// k, a pair of bf16 or four bytes. Two panels lie side by side, [steps][2][16], so that few rows read one stream of memory. One instruction of AVX512-BF16 (or VNNI) multiplies a pair (or four bytes) of x, broadcast,
 // with those of 16 outputs, so no sum across lanes is ever needed. Each output is summed along k in order whatever the
 // tile's shape: a row's result does not depend on the rows beside it.
 #pragma once
 #include "task.h"
 
-// As many sums as the registers hold.
+// As many sums as the registers hold: many rows times kTilePanels panels, or few times 2.
 #if defined(__AVX512F__)
-static const int kTileRows = 6, kTilePanels = 4;
-#elif defined(__AVX2__)
-static const int kTileRows = 6, kTilePanels = 1;
+static const int kTileRows = 6, kTilePanels = 4, kPairRows = 8;
 #else
-static const int kTileRows = 3, kTilePanels = 1;
+static const int kTileRows = 3, kTilePanels = 2, kPairRows = 3;
 #endif
+static const int64_t kPair = 2 * kLanes;  // operands of a step of two panels
 
 struct bytes4 {
   uint32_t bits;
@@ -62,17 +61,17 @@ static inline ints multiply_add(ints sum, bytes4 x, const bytes4* weights) {
   return multiply_bytes(sum, x.bits, w);
 }
 
-// sums += x times weights; panels lie `panel_stride` operands apart.
+// sums += x times weights; pairs of panels lie `pair_stride` operands apart.
 template <typename S, int ROWS, int PANELS>
 static inline __attribute__((always_inline)) void multiply(typename Sum<S>::type (&sums)[ROWS][PANELS], const S* x,
                                                            int64_t x_stride, const S* weights,
-                                                           int64_t panel_stride, int64_t steps) {
+                                                           int64_t pair_stride, int64_t steps) {
   for (int64_t k = 0; k < steps; k++) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
       for (int c = 0; c < PANELS; c++)
         sums[r][c] = multiply_add(sums[r][c], x[r * x_stride + k],
-                                  weights + c * panel_stride + k * kLanes);
+                                  weights + c / 2 * pair_stride + k * kPair + c % 2 * kLanes);
   }
 }

@@ -1,0 +1,1 @@
+"""Other engines beside ours, each in a virtual environment of its own."""

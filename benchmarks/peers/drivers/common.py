@@ -1,0 +1,26 @@
+"""What the drivers share: one job a line on standard input, one answer a line on standard output.
+
+A driver runs in its engine's environment, so this file imports nothing but the standard library. A
+job is ``{"prompts": [[ids]], "new": N}``; the answer ``{"seconds": S}`` or ``{"error": TEXT}``.
+"""
+
+import json
+import os
+import sys
+import time
+
+
+def serve(generate):
+    """``generate(prompts, new)`` returns after ``new`` tokens for each prompt."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what engines print goes to standard error
+    print(json.dumps({"ready": True}), file=out, flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            begin = time.perf_counter()
+            generate(job["prompts"], job["new"])
+            answer = {"seconds": time.perf_counter() - begin}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=out, flush=True)
