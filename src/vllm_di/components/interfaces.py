@@ -32,11 +32,12 @@ from vllm_di.components.messages import (
     TokenOutput,
     WorkerReport,
 )
-from vllm_di.components.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from vllm_di.components.quantized import QuantizedWeight
 
 INTERFACE_VERSION = "1.0"
 
@@ -460,7 +461,7 @@ class Quantization(ABC):
 
     def num_bytes(self, weight: Tensor | QuantizedWeight) -> int:
         """What the weight takes once it is packed."""
-        return weight.packed_bytes if isinstance(weight, QuantizedWeight) else weight.nbytes
+        return weight.nbytes
 
 
 class Model(ABC):

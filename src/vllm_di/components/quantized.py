@@ -32,7 +32,7 @@ class QuantizedWeight:
         return self.q.shape[1] // self.scale.shape[1]
 
     @property
-    def packed_bytes(self) -> int:
+    def nbytes(self) -> int:
         """What it takes in memory when it is packed."""
         size = self.scale.element_size() + self.offset.element_size()
         return self.q.numel() * self.bits // 8 + self.scale.numel() * size

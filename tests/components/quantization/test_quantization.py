@@ -85,7 +85,7 @@ def test_rounded_weights() -> None:
         assert 0 < float((got - want).abs().max()) < bound * float(want.abs().max())
         assert rounded.num_bytes(weight) < weight.nbytes / 3
         ready = by_channel(weight)
-        assert rounded.num_bytes(ready) == ready.packed_bytes
+        assert rounded.num_bytes(ready) == ready.nbytes
 
 
 def test_settings_that_make_no_sense() -> None:

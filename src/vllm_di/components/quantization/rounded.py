@@ -52,7 +52,7 @@ class RoundedWeights(Quantization):
 
     def num_bytes(self, weight: Tensor | QuantizedWeight) -> int:
         if isinstance(weight, QuantizedWeight):
-            return weight.packed_bytes
+            return weight.nbytes
         outputs, inputs = weight.shape
         scales = 4 * outputs if self._scales == "channel" else 4 * weight.numel() // GROUP
         return outputs * inputs * self._bits // 8 + scales
