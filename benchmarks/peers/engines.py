@@ -56,7 +56,11 @@ class Engine:
 
     def _start(self) -> None:
         command = [str(at.python(self._environment)), str(DRIVERS / self._driver)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "2", "VLLM_CPU_KVCACHE_SPACE": "2"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        if self._environment == "vllm":
+            runtime = at.HOME / "vllm/lib/libiomp5.so"  # as its manual has it
+            environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+            environment |= {"LD_PRELOAD": str(runtime), "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
             [*command, *self._arguments()],
             stdin=subprocess.PIPE,

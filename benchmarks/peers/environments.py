@@ -37,6 +37,9 @@ def python(name: str) -> Path:
         venv.create(folder, with_pip=True)
         for package in _steps(PACKAGES[name]):
             _run([str(folder / "bin/pip"), "install", "--quiet", *package], CMAKE_ARGS=FLAGS)
+        if name == "vllm":  # its CUDA builds of these do not load beside a CPU build of torch
+            unfit = ["torchvision", "torchaudio", "torchcodec"]
+            _run([str(folder / "bin/pip"), "uninstall", "--quiet", "--yes", *unfit])
         (folder / ".done").touch()
     return folder / "bin/python"
 

@@ -9,12 +9,13 @@ import os
 import sys
 import time
 
+OUT = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what engines print goes to standard error
+
 
 def serve(generate):
     """``generate(prompts, new)`` returns after ``new`` tokens for each prompt."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what engines print goes to standard error
-    print(json.dumps({"ready": True}), file=out, flush=True)
+    print(json.dumps({"ready": True}), file=OUT, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         try:
@@ -23,4 +24,4 @@ def serve(generate):
             answer = {"seconds": time.perf_counter() - begin}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=out, flush=True)
+        print(json.dumps(answer), file=OUT, flush=True)

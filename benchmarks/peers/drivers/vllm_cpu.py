@@ -5,20 +5,24 @@ import sys
 from common import serve
 from vllm import LLM, SamplingParams
 
-llm = LLM(
-    sys.argv[1],
-    dtype="bfloat16",
-    max_model_len=2048,
-    max_num_seqs=64,
-    max_num_batched_tokens=4096,
-    enable_prefix_caching=False,
-)
+
+def main():
+    llm = LLM(
+        sys.argv[1],
+        dtype="bfloat16",
+        max_model_len=2048,
+        max_num_seqs=64,
+        max_num_batched_tokens=4096,
+        enable_prefix_caching=False,
+    )
+
+    def generate(prompts, new):
+        settings = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        llm.generate(inputs, settings, use_tqdm=False)
+
+    serve(generate)
 
 
-def generate(prompts, new):
-    settings = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    llm.generate(inputs, settings, use_tqdm=False)
-
-
-serve(generate)
+if __name__ == "__main__":  # its engine process imports this file again
+    main()
