@@ -46,10 +46,11 @@ struct Chunk {
     const int32_t* table = p.block_table + seq * p.table_stride;
     int64_t block = from / p.block_size, slot = from % p.block_size;
     for (int64_t j = 0; j < count;) {
-      const int64_t at = (table[block++] * p.kv_heads + kv_head) * p.block_size;
-      for (; slot < p.block_size && j < count; slot++, j++) {
-        keys[j] = (const T*)p.keys + (at + slot) * p.head_size;
-        values[j] = (const T*)p.values + (at + slot) * p.head_size;
+      const int64_t at = ((table[block++] * p.kv_heads + kv_head) * p.block_size + slot) * p.head_size;
+      const T *key = (const T*)p.keys + at, *value = (const T*)p.values + at;
+      for (; slot < p.block_size && j < count; slot++, j++, key += p.head_size, value += p.head_size) {
+        keys[j] = key;
+        values[j] = value;
       }
       slot = 0;
     }
@@ -60,30 +61,26 @@ struct Chunk {
   }
 };
 
-// Raw scores [kChunk] of the row at `position` become weights, those of keys that it does not see 0. Returns by how much the
-// sums so far shrink.
-static float soften(const Paged& p, int64_t position, int64_t start, int64_t count, float* s, Softmax& state) {
+// Raw scores [kChunk] become weights, those outside [from, to) 0. Returns by how much the sums so far shrink.
+template <bool MASKED>
+static inline float soften(const Paged& p, int from, int to, float* s, Softmax& state) {
   static const ints kIota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const int from = int(std::max<int64_t>(0, p.first_seen(position) - start));
-  const int to = int(std::min(count, position + 1 - start));
-  if (from >= to) {
-    std::fill(s, s + kChunk, 0.f);
-    return 1.f;
-  }
   floats scores[kVectors], best = splat(state.top), sum{};
 #pragma GCC unroll 4
   for (int c = 0; c < kVectors; c++) {
-    floats v = load16(s + c * kLanes) * p.scale;
-    if (p.soft_cap != 0.f) v = p.soft_cap * fast_tanh(v / p.soft_cap);
-    const ints key = kIota + int(c * kLanes);
-    scores[c] = (key >= from) & (key < to) ? v : splat(kLowest);
-    best = scores[c] > best ? scores[c] : best;
+    scores[c] = load16(s + c * kLanes) * p.scale;
+    if (MASKED) {
+      if (p.soft_cap != 0.f) scores[c] = p.soft_cap * fast_tanh(scores[c] / p.soft_cap);
+      const ints key = kIota + int(c * kLanes);
+      scores[c] = (key >= from) & (key < to) ? scores[c] : splat(kLowest);
+    }
+    best = larger(scores[c], best);
   }
   const float top = largest(best);
 #pragma GCC unroll 4
   for (int c = 0; c < kVectors; c++) {
-    floats w = fast_exp(scores[c] - top);
-    w = scores[c] > kLowest ? w : floats{};
+    floats w = exp_below_zero(scores[c] - top);
+    if (MASKED) w = scores[c] == kLowest ? floats{} : w;
     sum += w;
     store16(s + c * kLanes, w);
   }
@@ -92,3 +89,14 @@ static float soften(const Paged& p, int64_t position, int64_t start, int64_t cou
   return shrink;
 }
 
+// For the row at `position`, which sees keys up to itself, as far back as the window.
+static inline float soften(const Paged& p, int64_t position, int64_t start, int64_t count, float* s, Softmax& state) {
+  const int from = int(std::max<int64_t>(0, p.first_seen(position) - start));
+  const int to = int(std::min(count, position + 1 - start));
+  if (from >= to) {
+    std::fill(s, s + kChunk, 0.f);
+    return 1.f;
+  }
+  if (from == 0 && to == kChunk && p.soft_cap == 0.f) return soften<false>(p, from, to, s, state);
+  return soften<true>(p, from, to, s, state);
+}

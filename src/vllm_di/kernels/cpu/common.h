@@ -117,6 +117,31 @@ static inline floats fast_exp(floats x) {
 }
 static inline float fast_exp(float x) { return fast_exp(splat(x))[0]; }
 
+// The larger of each; a NaN of b stays one.
+static inline floats larger(floats a, floats b) {
+#if defined(__AVX512F__)
+  return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// The same for x <= 0, where fewer cases need care. Adding 1.5 * 2^23 rounds to a whole number, in the low bits.
+static inline floats exp_below_zero(floats x) {
+  const floats kRound = splat(12582912.f);
+  x = larger(splat(-87.f), x);
+  const floats t = x * 1.44269504088896341f + kRound, whole = t - kRound;
+  const floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  floats p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  return p * (floats)(((ints)t - (ints)kRound + 127) << 23);
+}
+
 // tanh(x) from exp, absolute error about 1e-7.
 static inline floats fast_tanh(floats x) { return 1.f - 2.f / (fast_exp(2.f * x) + 1.f); }
 

@@ -139,7 +139,7 @@ struct KeySpan {
     alignas(64) W weights[ROWS][kChunk];
     float shrink[ROWS];
     for (int64_t j = 0; j < here.count; j += 4) {
-      ask(next.keys, j, next.count);
+      ask(next.keys, 2 * j, next.count);
       floats dots[ROWS][4] = {};
       for (int64_t i = 0; i < d; i += 32)
 #pragma GCC unroll 4
@@ -166,7 +166,7 @@ struct KeySpan {
       for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < 2; c++) part[w][r][c] = load16(sums + r * d + at + w * 32 + c * kLanes) * shrink[r];
     for (int64_t j = 0; j < here.count; j += 4) {
-      if (at == 0) ask(next.values, j, next.count);
+      if (at == 0) ask(next.values, 2 * j, next.count);
 #pragma GCC unroll 2
       for (int w = 0; w < WIDTH; w++) add_values<ROWS>(part[w], here.values, weights, j, at + w * 32);
     }
@@ -175,9 +175,10 @@ struct KeySpan {
         for (int c = 0; c < 2; c++) store16(sums + r * d + at + w * 32 + c * kLanes, part[w][r][c]);
   }
 
-  // Prefetch entries [j, j + 4) as far as the second-level cache: what is wanted next would crowd out the first.
+  // Prefetch entries [j, j + 8) as far as the second-level cache: what is wanted next would crowd out the first. Asked for
+  // at twice the pace, for the chunk may be the shorter one.
   void ask(const T* const* entries, int64_t j, int64_t count) const {
-    for (const int64_t last = std::min(j + 4, count); j < last; j++)
+    for (const int64_t last = std::min(j + 8, count); j < last; j++)
       for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(entries[j] + i, 0, 1);
   }
 };

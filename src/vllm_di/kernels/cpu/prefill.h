@@ -184,7 +184,10 @@ struct Span {
     for (int64_t r = 0; r < rows; r++) {
       T* to = (T*)p.out + p.element(seq, kv_head, first, r, p.heads * d);
       const float scale = 1.f / states[r].mass;
-      for (int64_t i = 0; i < d; i++) store(to + i, sums[r * width + i] * scale);
+      const float* from = sums.data() + r * width;
+      int64_t i = 0;
+      for (; i + kLanes <= d; i += kLanes) store16(to + i, load16(from + i) * scale);
+      for (; i < d; i++) store(to + i, from[i] * scale);
     }
   }
 };
