@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test test-slow check format venv bench bench-peers clean help
+.PHONY: serve test test-slow sanitize check format venv bench bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,6 +17,10 @@ test: venv  ## set up, then run the tests
 
 test-slow: venv  ## the suites that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+sanitize: venv  ## tests of the kernels under the address sanitizer
+	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python -m pytest --sanitize tests/components/ops -k "not avx2 and not generic" $(ARGS)
 
 check: venv  ## lint, format, types, layers
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,9 @@ class Engine:
         try:
             if self._process is None:
                 self._start()
+            self._signal(signal.SIGCONT)
             answer = self._ask({"prompts": prompts, "new": new})
+            self._signal(signal.SIGSTOP)
             if "error" in answer:
                 raise SetupError(answer["error"])
             return float(answer["seconds"])
@@ -51,8 +54,15 @@ class Engine:
 
     def close(self) -> None:
         if self._process is not None and self._process.stdin is not None:
+            self._signal(signal.SIGCONT)
             self._process.stdin.close()
             self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the engine and its processes: what does not have its turn stands still, for some wait
+        by spinning."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, number)
 
     def _start(self) -> None:
         command = [str(at.python(self._environment)), str(DRIVERS / self._driver)]
@@ -67,6 +77,7 @@ class Engine:
             stdout=subprocess.PIPE,
             env=environment,
             text=True,
+            start_new_session=True,
         )
         self._read()
 

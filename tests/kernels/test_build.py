@@ -13,7 +13,15 @@ from vllm_di.components.device.host import HostDevice
 from vllm_di.components.ops.cpu import CpuOps
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.errors import ConfigError
-from vllm_di.kernels.build import NEEDED, BuildError, build, loaded_openmp, usable_isas
+from vllm_di.kernels.build import (
+    ISA_FLAGS,
+    NEEDED,
+    BuildError,
+    build,
+    loaded_openmp,
+    main,
+    usable_isas,
+)
 
 SMALL = "generic"
 
@@ -89,6 +97,21 @@ def test_processes_that_build_at_once(tmp_path: Path) -> None:
     ]
     assert [p.communicate()[0].strip() for p in running] == ["cached"] * 3
     assert len(list(tmp_path.glob("*.so"))) == 1
+
+
+def test_prebuilt_libraries_need_no_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["build", str(tmp_path)])
+    flags = {SMALL: ISA_FLAGS[SMALL]}
+    monkeypatch.setattr("vllm_di.kernels.build.ISA_FLAGS", flags)
+    main()
+    monkeypatch.setenv("PATH", "/nowhere")
+    ops = make(tmp_path / "cache", prebuilt=str(tmp_path))
+    assert "linear" in ops.implements
+    assert f"prebuilt in {tmp_path}" in ops.describe()["linear"]
+    elsewhere = make(tmp_path / "cache", prebuilt=str(tmp_path / "no"))
+    assert "no C++ compiler" in elsewhere.describe()["linear"]
 
 
 def test_an_instruction_set_that_the_cpu_lacks(

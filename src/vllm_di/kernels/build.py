@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +84,12 @@ def loaded_openmp() -> Path | None:
     return next((p for p in paths if p.name.startswith(("libgomp", "libiomp", "libomp"))), None)
 
 
+def prebuilt(isa: str, folder: Path) -> Built | None:
+    """The library for one instruction set that ``main`` wrote for these sources, if it is there."""
+    library = _load(folder / f"cpu-{isa}-{_sources()}.so")
+    return None if library is None else Built(library, f"prebuilt in {folder}")
+
+
 def build(isa: str, cache: Path, openmp: Path | None) -> Built:
     """The library for one instruction set, from the cache or compiled now. Raises BuildError.
 
@@ -99,11 +106,9 @@ def build(isa: str, cache: Path, openmp: Path | None) -> Built:
     else:
         runtime = str(openmp)
     flags = [*COMMON_FLAGS, *ISA_FLAGS[isa]]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_sources().encode())
     for part in (compiler, _version(compiler), *flags, runtime):
         digest.update(part.encode() + b"\0")
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
     name = f"cpu-{isa}-{digest.hexdigest()[:20]}.so"
     command = [compiler, *flags]
     try:
@@ -115,6 +120,14 @@ def build(isa: str, cache: Path, openmp: Path | None) -> Built:
             return Built(_cached(Path(scratch) / name, command, runtime), note)
     except OSError as error:
         raise BuildError(f"the kernels can be stored nowhere: {error}") from None
+
+
+def _sources() -> str:
+    """A hash of all sources."""
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:20]
 
 
 def _cached(target: Path, command: list[str], runtime: str) -> ctypes.CDLL:
@@ -165,6 +178,25 @@ def _compile(target: Path, command: list[str], runtime: str) -> None:
         os.replace(library, target)
 
 
+def main() -> None:
+    """``python -m vllm_di.kernels.build FOLDER``: every instruction set, to be shipped."""
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m vllm_di.kernels.build FOLDER")
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise SystemExit("no C++ compiler: neither g++ nor clang++ is on the PATH")
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for isa, flags in ISA_FLAGS.items():
+        target = folder / f"cpu-{isa}-{_sources()}.so"
+        _compile(target, [compiler, *COMMON_FLAGS, *flags], "-fopenmp")
+        sys.stdout.write(f"{target}\n")
+
+
 def _first_error(text: str) -> str:
     lines = [line for line in text.splitlines() if "error" in line] or text.splitlines()
     return lines[0] if lines else "no message"
+
+
+if __name__ == "__main__":
+    main()

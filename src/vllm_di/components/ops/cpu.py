@@ -17,6 +17,7 @@ from vllm_di.components.quantized import GROUP, ZERO, QuantizedWeight
 from vllm_di.errors import ConfigError
 from vllm_di.kernels.bindings import CpuKernels
 from vllm_di.kernels.build import BuildError, build, default_cache, loaded_openmp, usable_isas
+from vllm_di.kernels.build import prebuilt as find_prebuilt
 from vllm_di.kernels.memory import Pool, huge_zeros
 from vllm_di.kernels.tape import record
 
@@ -80,6 +81,7 @@ class CpuOps(OpLibrary):
         isa: Literal["auto", "avx512_bf16", "avx512", "avx2", "generic"],
         compile: Literal["auto", "require"],
         cache: str | None,
+        prebuilt: str | None = None,
         rows_for_onednn: Annotated[int, msgspec.Meta(ge=1)] | None,
     ) -> None:
         usable = usable_isas()
@@ -95,7 +97,8 @@ class CpuOps(OpLibrary):
         self._empty: Allocate = _empty
         folder = Path(cache).expanduser() if cache else default_cache()
         try:
-            built = build(self.isa, folder, loaded_openmp())
+            ready = find_prebuilt(self.isa, Path(prebuilt).expanduser()) if prebuilt else None
+            built = ready or build(self.isa, folder, loaded_openmp())
         except BuildError as error:
             if compile == "require":
                 raise ConfigError(

@@ -58,14 +58,15 @@ static inline void over_rows(int64_t row, int64_t end, const Body& tile) {
 }
 
 // Calls body(begin, end, row, last) for this thread's share of `units` of weights times spans of rows. Few rows: each thread
-// takes one run of units. Many: `together` units stay in the nearest cache while a span of rows passes over them.
+// takes one run of units. Many: a span of rows stays in the second-level cache while all units pass by, `together` at a
+// time.
 template <typename Body>
 static inline void share_out(const Team& team, int64_t rows, int64_t units, int64_t together, const Body& body) {
   const int64_t spans = (rows + kSpan - 1) / kSpan;
   if (spans == 1) return body(team.first(units), team.last(units), 0, rows);
-  const int64_t pieces = (units + together - 1) / together * spans;
-  for (int64_t i = team.first(pieces); i < team.last(pieces); i++) {
-    const int64_t begin = i / spans * together, row = i % spans * kSpan;
+  const int64_t runs = (units + together - 1) / together;
+  for (int64_t i = team.first(runs * spans); i < team.last(runs * spans); i++) {
+    const int64_t begin = i % runs * together, row = i / runs * kSpan;
     body(begin, std::min(units, begin + together), row, std::min(rows, row + kSpan));
   }
 }
