@@ -13,4 +13,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--sanitize"):
         from vllm_di.kernels import build
 
-        build.COMMON_FLAGS += ("-fsanitize=address", "-fno-omit-frame-pointer")
+        build.COMMON_FLAGS = (
+            *build.COMMON_FLAGS,
+            "-fsanitize=address",
+            "-fno-omit-frame-pointer",
+        )

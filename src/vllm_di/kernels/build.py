@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = Path(__file__).parent / "cpu"
-COMMON_FLAGS = (
+COMMON_FLAGS: tuple[str, ...] = (
     "-std=c++17",
     "-O3",
     "-fno-math-errno",
