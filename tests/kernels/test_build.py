@@ -24,6 +24,7 @@ from vllm_di.kernels.build import (
 )
 
 SMALL = "generic"
+SOURCE = 'extern "C" __attribute__((visibility("default"))) int argmax() { return 7; }\n'
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One small source instead of all, to be quick."""
     folder = tmp_path / "sources"
     folder.mkdir()
-    (folder / "one.cpp").write_text('extern "C" int argmax() { return 7; }\n')
+    (folder / "one.cpp").write_text(SOURCE)
     monkeypatch.setattr("vllm_di.kernels.build.SOURCES", folder)
     return folder
 
