@@ -151,7 +151,7 @@ class Batch:
             positions=self._positions.tensor(num_tokens),
             query_start=self._starts.tensor(len(queries) + 1),
             seq_lens=self._lengths.tensor(len(queries)),
-            block_table=blocks if self._device.type == "cpu" else blocks.to(self._device),
+            block_table=blocks.to(self._device),
             slot_mapping=self._slots.tensor(num_tokens),
             logits_rows=self._rows.tensor(num_rows),
             query_lens_host=queries,

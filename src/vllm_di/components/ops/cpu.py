@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -12,20 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_di.components.interfaces import Device, OpLibrary, Recorder, Replay
+from vllm_di.components.ops.cpu_packing import (
+    TYPES,
+    PackedBytes,
+    PackedWeight,
+    pack_linear,
+    pack_quantized,
+)
 from vllm_di.components.ops.torch import TorchOps
-from vllm_di.components.quantized import GROUP, ZERO, QuantizedWeight
+from vllm_di.components.quantized import QuantizedWeight
 from vllm_di.errors import ConfigError
 from vllm_di.kernels.bindings import CpuKernels
 from vllm_di.kernels.build import BuildError, build, default_cache, loaded_openmp, usable_isas
 from vllm_di.kernels.build import prebuilt as find_prebuilt
-from vllm_di.kernels.memory import Pool, huge_zeros
+from vllm_di.kernels.memory import Pool
 from vllm_di.kernels.tape import record
 
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""What the kernels compute in, by the numbers that they know; fp16 goes to the reference."""
-PAIR = 32
-"""Outputs that are packed side by side: two panels of 16."""
 OPS = frozenset(
     {
         "rms_norm",
@@ -42,28 +45,6 @@ OPS = frozenset(
         "top_k_top_p_sample",
     }
 )
-
-
-class PackedWeight:
-    """A weight [out, in] in panels of outputs, and the plain one where many rows go through
-    oneDNN."""
-
-    __slots__ = ("data", "dtype", "inputs", "outputs", "plain")
-
-    def __init__(self, data: Tensor, outputs: int, inputs: int, plain: Tensor | None) -> None:
-        self.data, self.dtype = data, data.dtype
-        self.outputs, self.inputs, self.plain = outputs, inputs, plain
-
-
-class PackedBytes(NamedTuple):
-    """A quantised weight in panels of outputs."""
-
-    data: Tensor
-    scales: Tensor | None  # [outputs, in whole pairs of panels] by channel
-    outputs: int
-    inputs: int
-    bits: int
-    """0: by channel, else of a weight in groups."""
 
 
 class CpuOps(OpLibrary):
@@ -113,7 +94,6 @@ class CpuOps(OpLibrary):
         self._add_rms_norm = kernels.add_rms_norm
         self._rotary = kernels.rotary_embedding
         self._gate = kernels.gate_and_mul
-        self._pack = kernels.pack_linear
         self._linear = kernels.linear
         self._write = kernels.write_kv
         self._attend = kernels.paged_attention
@@ -240,25 +220,9 @@ class CpuOps(OpLibrary):
     # -- products -------------------------------------------------------------------------------
 
     def pack_linear(self, weight: Tensor) -> Any:
-        """A PackedWeight; a weight that the kernel cannot take (fp16, an odd number of bf16 inputs)
-        stays as it is."""
-        outputs, inputs = weight.shape
-        per_word = 4 // weight.element_size()  # pairs of bf16 lie side by side
-        if weight.dtype not in TYPES or inputs % per_word:
-            return weight
-        if weight.stride()[1] != 1 or weight.stride()[0] % per_word:
-            weight = weight.contiguous()
-        data = huge_zeros((-(-outputs // PAIR) * PAIR * inputs,), weight.dtype)
-        self._pack(
-            weight.data_ptr(),
-            data.data_ptr(),
-            outputs,
-            inputs // per_word,
-            weight.stride()[0] // per_word,
-            self.threads,
+        return pack_linear(
+            self.kernels, weight, self.threads, plain=self._rows_for_onednn is not None
         )
-        plain = None if self._rows_for_onednn is None else weight
-        return PackedWeight(data, outputs, inputs, plain)
 
     def linear(
         self,
@@ -297,34 +261,7 @@ class CpuOps(OpLibrary):
         return out if out.dtype is dtype else out.to(dtype)
 
     def pack_quantized(self, weight: QuantizedWeight) -> Any:
-        """A PackedBytes; a weight that the kernel cannot take (inputs that are no multiple of 32,
-        groups of another size) stays as it is."""
-        outputs, inputs = weight.shape
-        q, scale, offset = weight.q.contiguous(), weight.scale, weight.offset
-        padded = -(-outputs // PAIR) * PAIR
-        if inputs % GROUP:
-            return weight
-        if weight.group == GROUP and scale.dtype is torch.float16:
-            size = padded * inputs // GROUP * (GROUP * weight.bits // 8 + 4)
-            data = huge_zeros((size,), torch.uint8)
-            self.kernels.pack_groups(
-                weight.bits,
-                q.data_ptr(),
-                scale.contiguous().data_ptr(),
-                offset.contiguous().data_ptr(),
-                data.data_ptr(),
-                outputs,
-                inputs,
-                self.threads,
-            )
-            return PackedBytes(data, None, outputs, inputs, weight.bits)
-        if weight.group != inputs or not torch.equal(offset, -ZERO * scale):
-            return weight
-        data = huge_zeros((padded * inputs,), torch.uint8)
-        self.kernels.pack_channels(q.data_ptr(), data.data_ptr(), outputs, inputs, self.threads)
-        scales = torch.zeros(padded)
-        scales[:outputs] = scale[:, 0]
-        return PackedBytes(data, scales, outputs, inputs, 0)
+        return pack_quantized(self.kernels, weight, self.threads)
 
     def quantized_linear(
         self,

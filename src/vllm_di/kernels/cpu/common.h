@@ -97,6 +97,17 @@ static inline void store_some(T* p, floats v, int64_t count) {
   for (int64_t i = 0; i < count; i++) store(p + i, v[i]);
 }
 
+// e^r for |r| <= ln(2) / 2.
+static inline floats exp_rest(floats r) {
+  floats p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return p * (r * r) + r + 1.f;
+}
+
 // exp: 2^n * e^r with |r| <= ln(2) / 2 and a polynomial for e^r (Cephes' expf coefficients, relative error about 1e-7).
 // Arguments are held in [-87, 88], where the result is a normal number; a NaN stays one.
 static inline floats fast_exp(floats x) {
@@ -106,14 +117,7 @@ static inline floats fast_exp(floats x) {
   const ints n = __builtin_convertvector(t + (t < 0.f ? splat(-0.5f) : splat(0.5f)), ints);
   const floats whole = __builtin_convertvector(n, floats);
   const floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  floats p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
-  return p * (floats)((n + 127) << 23);
+  return exp_rest(r) * (floats)((n + 127) << 23);
 }
 static inline float fast_exp(float x) { return fast_exp(splat(x))[0]; }
 
@@ -132,14 +136,7 @@ static inline floats exp_below_zero(floats x) {
   x = larger(splat(-87.f), x);
   const floats t = x * 1.44269504088896341f + kRound, whole = t - kRound;
   const floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  floats p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
-  return p * (floats)(((ints)t - (ints)kRound + 127) << 23);
+  return exp_rest(r) * (floats)(((ints)t - (ints)kRound + 127) << 23);
 }
 
 // tanh(x) from exp, absolute error about 1e-7.

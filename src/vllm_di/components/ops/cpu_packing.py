@@ -1,0 +1,91 @@
+"""Weights as the C++ products read them: panels of outputs, step by step along the inputs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_di.components.quantized import GROUP, ZERO, QuantizedWeight
+from vllm_di.kernels.bindings import CpuKernels
+from vllm_di.kernels.memory import huge_zeros
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""What the kernels compute in, by the numbers that they know; fp16 goes to the reference."""
+PAIR = 32
+"""Outputs that are packed side by side: two panels of 16."""
+
+
+class PackedWeight:
+    """A weight [out, in] in panels of outputs, and the plain one where many rows go through
+    oneDNN."""
+
+    __slots__ = ("data", "dtype", "inputs", "outputs", "plain")
+
+    def __init__(self, data: Tensor, outputs: int, inputs: int, plain: Tensor | None) -> None:
+        self.data, self.dtype = data, data.dtype
+        self.outputs, self.inputs, self.plain = outputs, inputs, plain
+
+
+class PackedBytes(NamedTuple):
+    """A quantised weight in panels of outputs."""
+
+    data: Tensor
+    scales: Tensor | None  # [outputs, in whole pairs of panels] by channel
+    outputs: int
+    inputs: int
+    bits: int
+    """0: by channel, else of a weight in groups."""
+
+
+def pack_linear(kernels: CpuKernels, weight: Tensor, threads: int, *, plain: bool) -> Any:
+    """A PackedWeight; a weight that the kernel cannot take (fp16, an odd number of bf16 inputs)
+    stays as it is."""
+    outputs, inputs = weight.shape
+    per_word = 4 // weight.element_size()  # pairs of bf16 lie side by side
+    if weight.dtype not in TYPES or inputs % per_word:
+        return weight
+    if weight.stride()[1] != 1 or weight.stride()[0] % per_word:
+        weight = weight.contiguous()
+    data = huge_zeros((-(-outputs // PAIR) * PAIR * inputs,), weight.dtype)
+    kernels.pack_linear(
+        weight.data_ptr(),
+        data.data_ptr(),
+        outputs,
+        inputs // per_word,
+        weight.stride()[0] // per_word,
+        threads,
+    )
+    return PackedWeight(data, outputs, inputs, weight if plain else None)
+
+
+def pack_quantized(kernels: CpuKernels, weight: QuantizedWeight, threads: int) -> Any:
+    """A PackedBytes; a weight that the kernel cannot take (inputs that are no multiple of 32,
+    groups of another size) stays as it is."""
+    outputs, inputs = weight.shape
+    q, scale, offset = weight.q.contiguous(), weight.scale, weight.offset
+    padded = -(-outputs // PAIR) * PAIR
+    if inputs % GROUP:
+        return weight
+    if weight.group == GROUP and scale.dtype is torch.float16:
+        size = padded * inputs // GROUP * (GROUP * weight.bits // 8 + 4)
+        data = huge_zeros((size,), torch.uint8)
+        kernels.pack_groups(
+            weight.bits,
+            q.data_ptr(),
+            scale.contiguous().data_ptr(),
+            offset.contiguous().data_ptr(),
+            data.data_ptr(),
+            outputs,
+            inputs,
+            threads,
+        )
+        return PackedBytes(data, None, outputs, inputs, weight.bits)
+    if weight.group != inputs or not torch.equal(offset, -ZERO * scale):
+        return weight
+    data = huge_zeros((padded * inputs,), torch.uint8)
+    kernels.pack_channels(q.data_ptr(), data.data_ptr(), outputs, inputs, threads)
+    scales = torch.zeros(padded)
+    scales[:outputs] = scale[:, 0]
+    return PackedBytes(data, scales, outputs, inputs, 0)
