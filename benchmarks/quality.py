@@ -30,8 +30,9 @@ def measure(overrides: list[str]) -> tuple[float, list[int]]:
         [output] = llm.generate([TEXT.read_text(encoding="utf-8")], PARAMS)
     assert output.prompt_logprobs is not None
     places = [place for place in output.prompt_logprobs if place is not None]
-    total = sum(place.logprobs[0] for place in places)
-    likeliest = [place.token_ids[1] for place in places]  # entry 0 is the text's own token
+    own = output.prompt_token_ids[1:]
+    total = sum(place[token].logprob for place, token in zip(places, own, strict=True))
+    likeliest = [min(place, key=lambda token: place[token].rank) for place in places]
     return math.exp(-total / len(places)), likeliest
 
 

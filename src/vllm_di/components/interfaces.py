@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 INTERFACE_VERSION = "1.0"
 
+Activation = Literal["silu", "gelu_tanh"]
+"""Of a gated MLP."""
+
 # ================================================================================================
 # Worker container: one per rank. The ten seams are marked (1) to (10).
 
@@ -165,6 +168,8 @@ class OpTable(ABC):
         "gelu_tanh_and_mul",
         "linear",
         "quantized_linear",
+        "gated_linear",
+        "gated_quantized_linear",
         "embedding",
         "fused_experts",
         "write_kv",
@@ -172,9 +177,15 @@ class OpTable(ABC):
         "greedy_sample",
         "top_k_top_p_sample",
     )
-    FUSED: ClassVar[Mapping[str, tuple[str, ...]]] = {"add_rms_norm": ("rms_norm",)}
+    FUSED: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "add_rms_norm": ("rms_norm",),
+        "gated_linear": ("linear", "silu_and_mul", "gelu_tanh_and_mul"),
+        "gated_quantized_linear": ("quantized_linear", "silu_and_mul", "gelu_tanh_and_mul"),
+    }
     """Fused op to the ops that it stands for: it runs only where all of them come from its own
     library."""
+    fusions: Sequence[str] = ()
+    """Fused ops in force."""
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -234,6 +245,27 @@ class OpTable(ABC):
         """As linear, on a weight from ``pack_quantized``. May round x to signed bytes on the way:
         by row or, for weights by group, by 32 inputs, with scale max |x| / 127."""
 
+    def pack_gated_linear(self, weight: Tensor) -> Any:
+        """As pack_linear, for ``gated_linear``."""
+        return self.pack_linear(weight)
+
+    @abstractmethod
+    def gated_linear(
+        self, x: Tensor, weight: Any, bias: Tensor | None, activation: Activation
+    ) -> Tensor:
+        """x [tokens, in], weight [2 d, in] from ``pack_gated_linear`` -> act(y[..., :d]) * y[...,
+        d:] of y = linear(x, weight, bias), in x's dtype; y itself need not be rounded to it."""
+
+    def pack_gated_quantized(self, weight: QuantizedWeight) -> Any:
+        """As pack_quantized, for ``gated_quantized_linear``."""
+        return self.pack_quantized(weight)
+
+    @abstractmethod
+    def gated_quantized_linear(
+        self, x: Tensor, weight: Any, bias: Tensor | None, activation: Activation
+    ) -> Tensor:
+        """As gated_linear, on a weight from ``pack_gated_quantized``."""
+
     @abstractmethod
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """token_ids [tokens] int64, weight [vocab, hidden] -> [tokens, hidden]."""
@@ -246,7 +278,7 @@ class OpTable(ABC):
         down: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        activation: Literal["silu", "gelu_tanh"],
+        activation: Activation,
     ) -> Tensor:
         """x [tokens, hidden], gate_up [experts, 2 inter, hidden], down [experts, hidden, inter],
         topk_* [tokens, k] -> sum over k of weight * down(act(gate) * up)."""
@@ -458,6 +490,13 @@ class Quantization(ABC):
         """weight [out, in] of this rank, loaded -> a function x [tokens, in] -> [tokens, out] in
         ``out_dtype`` (x's by default). It must not keep ``weight`` alive beside a packed copy. A
         QuantizedWeight comes only where ``takes_quantized``."""
+
+    def gated_linear(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, activation: Activation
+    ) -> Callable[[Tensor], Tensor] | None:
+        """As linear, with the gate of an MLP behind the product (``OpTable.gated_linear``); None
+        where the two are not to be fused."""
+        return None
 
     def num_bytes(self, weight: Tensor | QuantizedWeight) -> int:
         """What the weight takes once it is packed."""

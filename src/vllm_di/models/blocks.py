@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_di.components.interfaces import (
+    Activation,
     AttentionBackend,
     AttentionSpec,
     Communicator,
@@ -41,9 +42,22 @@ class Parts:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def linear(self, outputs: list[Shard], inputs: Shard, bias: bool | None) -> Linear:
+    def linear(
+        self,
+        outputs: list[Shard],
+        inputs: Shard,
+        bias: bool | None,
+        activation: Activation | None = None,
+    ) -> Linear:
         """Outputs sharded, or none: each rank has its own."""
-        return Linear(outputs, inputs, bias=bool(bias), dtype=self.dtype, device=self.device)
+        return Linear(
+            outputs,
+            inputs,
+            bias=bool(bias),
+            activation=activation,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     def row_parallel(self, output: Shard, inputs: Shard, bias: bool | None) -> Linear:
         """Inputs sharded: the ranks' results are to be summed, so that rank 0 alone adds the
@@ -148,7 +162,9 @@ class Mlp(nn.Module):
         c = parts.config
         assert c.hidden_size and c.intermediate_size
         inner = parts.shard(c.intermediate_size, "intermediate_size")
-        self.gate_up = parts.linear([inner, inner], parts.whole(c.hidden_size), c.mlp_bias)
+        self.gate_up = parts.linear(
+            [inner, inner], parts.whole(c.hidden_size), c.mlp_bias, c.hidden_act
+        )
         self.down = parts.row_parallel(parts.whole(c.hidden_size), inner, c.mlp_bias)
         self.fused = bool(c.fused_projections)
         self.reduce = parts.reduce
@@ -163,7 +179,10 @@ class Mlp(nn.Module):
         return found | self.down.targets([f"{prefix}.down_proj"])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.reduce(self.down.run(self.act(self.gate_up.run(x))))
+        inner = self.gate_up.run(x)
+        if not self.gate_up.is_gated:
+            inner = self.act(inner)
+        return self.reduce(self.down.run(inner))
 
 
 class Layer(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_di.components.interfaces import Communicator, Quantization
+from vllm_di.components.interfaces import Activation, Communicator, Quantization
 from vllm_di.components.quantized import QuantizedWeight
 from vllm_di.errors import ConfigError
 
@@ -82,11 +82,13 @@ class Linear(nn.Module):
         *,
         bias: bool,
         adds_bias: bool = True,
+        activation: Activation | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
         self.outputs, self.inputs, self.has_bias = outputs, inputs, bias
+        self.activation, self.is_gated = activation, False
         rows = sum(s.size for s in outputs)
         self.weight: Tensor | None = torch.empty(rows, inputs.size, dtype=dtype, device=device)
         self.bias = torch.empty(rows, dtype=dtype, device=device) if bias and adds_bias else None
@@ -145,13 +147,17 @@ class Linear(nn.Module):
     def finalize(self, quantization: Quantization) -> None:
         """Hand the weight over; the original is dropped."""
         assert self.weight is not None
+        fused = None
         weight: Tensor | QuantizedWeight = self.weight
         if len(self._quantized) == len(self.outputs):
             weight = QuantizedWeight.join([part for _, part in sorted(self._quantized.items())])
         else:  # some parts came in floats: all become floats
             for start, part in self._quantized.items():
                 self.weight[start : start + part.shape[0]] = part.dequantize(self.weight.dtype)
-        self.run = quantization.linear(weight, self.bias)
+        if self.activation is not None:
+            fused = quantization.gated_linear(weight, self.bias, self.activation)
+            self.is_gated = fused is not None
+        self.run = fused or quantization.linear(weight, self.bias)
         self.num_bytes = quantization.num_bytes(weight)
         self.num_bytes += 0 if self.bias is None else self.bias.nbytes
         self.weight, self._quantized = None, {}

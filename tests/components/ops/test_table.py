@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.components.ops.libraries import ISAS, library, random
 
-from vllm_di.components.interfaces import OpTable
+from vllm_di.components.interfaces import Activation, OpTable
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.errors import ConfigError
@@ -55,15 +55,30 @@ def test_each_op_can_be_chosen_alone() -> None:
 @pytest.mark.parametrize("fused", OpTable.FUSED)
 def test_a_fused_op_is_taken_apart_when_a_member_is_chosen(fused: str) -> None:
     for member in OpTable.FUSED[fused]:
-        noting = Noting()
-        table = SelectedOps(library(ISAS[0]), **{member: noting})
+        table = SelectedOps(library(ISAS[0]), **{member: Noting()})
         assert fused not in table.fusions
         assert fused in SelectedOps(library(ISAS[0])).fusions
-        x, residual, weight = random(3, 8), random(3, 8, seed=1), random(8)
-        out, total = table.add_rms_norm(x, residual, weight, 1e-5)
-        assert noting.calls == ["rms_norm"]
-        want = TorchOps().add_rms_norm(x, residual, weight, 1e-5)
-        torch.testing.assert_close((out, total), want)
+
+
+def test_a_norm_of_another_library_runs_in_place_of_the_fused_one() -> None:
+    noting = Noting()
+    table = SelectedOps(library(ISAS[0]), rms_norm=noting)
+    x, residual, weight = random(3, 8), random(3, 8, seed=1), random(8)
+    out, total = table.add_rms_norm(x, residual, weight, 1e-5)
+    assert noting.calls == ["rms_norm"]
+    want = TorchOps().add_rms_norm(x, residual, weight, 1e-5)
+    torch.testing.assert_close((out, total), want)
+
+
+@pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
+def test_a_product_of_another_library_is_gated_apart(gate: Activation) -> None:
+    table = SelectedOps(library(ISAS[0]), linear=TorchOps())
+    x, weight = random(3, 32), random(64, 32)
+    assert table.pack_gated_linear(weight) is weight
+    ops: OpTable = table
+    torch.testing.assert_close(
+        ops.gated_linear(x, weight, None, gate), TorchOps().gated_linear(x, weight, None, gate)
+    )
 
 
 def test_a_fused_op_that_was_chosen_itself_stays() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_di.components.interfaces import Device, OpLibrary, Recorder, Replay
+from vllm_di.components.interfaces import Activation, Device, OpLibrary, Recorder, Replay
 from vllm_di.components.ops.cpu_packing import (
     TYPES,
     PackedBytes,
@@ -29,6 +29,9 @@ from vllm_di.kernels.memory import Pool
 from vllm_di.kernels.tape import record
 
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
+NO_GATE = 0
+GATES: dict[Activation, int] = {"silu": 1, "gelu_tanh": 2}
+"""Gates by the numbers that the kernels know."""
 OPS = frozenset(
     {
         "rms_norm",
@@ -38,6 +41,8 @@ OPS = frozenset(
         "gelu_tanh_and_mul",
         "linear",
         "quantized_linear",
+        "gated_linear",
+        "gated_quantized_linear",
         "embedding",
         "write_kv",
         "paged_attention",
@@ -220,9 +225,8 @@ class CpuOps(OpLibrary):
     # -- products -------------------------------------------------------------------------------
 
     def pack_linear(self, weight: Tensor) -> Any:
-        return pack_linear(
-            self.kernels, weight, self.threads, plain=self._rows_for_onednn is not None
-        )
+        plain = self._rows_for_onednn is not None
+        return pack_linear(self.kernels, weight, self.threads, plain=plain, gated=False)
 
     def linear(
         self,
@@ -233,9 +237,28 @@ class CpuOps(OpLibrary):
     ) -> Tensor:
         if not isinstance(weight, PackedWeight):
             return self._reference.linear(x, weight, bias, out_dtype)
-        rows, dtype = x.shape[0], out_dtype or x.dtype
-        if weight.plain is not None and rows >= (self._rows_for_onednn or 0) and dtype is x.dtype:
+        dtype = out_dtype or x.dtype
+        if weight.plain is not None and len(x) >= (self._rows_for_onednn or 0) and dtype is x.dtype:
             return F.linear(x, weight.plain, bias)
+        return self._product(x, weight, bias, dtype, NO_GATE)
+
+    def pack_gated_linear(self, weight: Tensor) -> Any:
+        plain = self._rows_for_onednn is not None
+        return pack_linear(self.kernels, weight, self.threads, plain=plain, gated=not plain)
+
+    def gated_linear(
+        self, x: Tensor, weight: Any, bias: Tensor | None, activation: Activation
+    ) -> Tensor:
+        if not (isinstance(weight, PackedWeight) and weight.gated):
+            return self._act(self.linear(x, weight, bias), activation)
+        return self._product(x, weight, bias, x.dtype, GATES[activation])
+
+    def _act(self, x: Tensor, activation: Activation) -> Tensor:
+        return self.silu_and_mul(x) if activation == "silu" else self.gelu_tanh_and_mul(x)
+
+    def _product(
+        self, x: Tensor, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype, gate: int
+    ) -> Tensor:
         if x.dtype is not weight.dtype:
             x = x.to(weight.dtype)
         stride, step = x.stride()
@@ -243,7 +266,8 @@ class CpuOps(OpLibrary):
             x, stride = x.contiguous(), weight.inputs
         if bias is not None and bias.dtype not in TYPES:
             bias = bias.float()
-        out = self._empty((rows, weight.outputs), dtype if dtype in TYPES else torch.float32)
+        outputs = weight.outputs // 2 if gate else weight.outputs
+        out = self._empty((len(x), outputs), dtype if dtype in TYPES else torch.float32)
         self._linear(
             TYPES[weight.dtype],
             x.data_ptr(),
@@ -251,17 +275,18 @@ class CpuOps(OpLibrary):
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
             0 if bias is None else TYPES[bias.dtype],
-            rows,
-            weight.outputs,
+            len(x),
+            outputs,
             weight.inputs,
             stride,
             TYPES[out.dtype],
+            gate,
             self.threads,
         )
         return out if out.dtype is dtype else out.to(dtype)
 
     def pack_quantized(self, weight: QuantizedWeight) -> Any:
-        return pack_quantized(self.kernels, weight, self.threads)
+        return pack_quantized(self.kernels, weight, self.threads, gated=False)
 
     def quantized_linear(
         self,
@@ -270,14 +295,29 @@ class CpuOps(OpLibrary):
         bias: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        dtype = out_dtype or x.dtype
         if not isinstance(weight, PackedBytes):
             return self._reference.quantized_linear(x, weight, bias, out_dtype)
+        return self._quantized_product(x, weight, bias, out_dtype or x.dtype, NO_GATE)
+
+    def pack_gated_quantized(self, weight: QuantizedWeight) -> Any:
+        return pack_quantized(self.kernels, weight, self.threads, gated=True)
+
+    def gated_quantized_linear(
+        self, x: Tensor, weight: Any, bias: Tensor | None, activation: Activation
+    ) -> Tensor:
+        if not (isinstance(weight, PackedBytes) and weight.gated):
+            return self._act(self.quantized_linear(x, weight, bias), activation)
+        return self._quantized_product(x, weight, bias, x.dtype, GATES[activation])
+
+    def _quantized_product(
+        self, x: Tensor, weight: PackedBytes, bias: Tensor | None, dtype: torch.dtype, gate: int
+    ) -> Tensor:
         if x.dtype not in TYPES or x.stride()[1] != 1:
             x = x.float().contiguous()
         if bias is not None and bias.dtype not in TYPES:
             bias = bias.float()
-        out = self._empty((x.shape[0], weight.outputs), dtype if dtype in TYPES else torch.float32)
+        outputs = weight.outputs // 2 if gate else weight.outputs
+        out = self._empty((len(x), outputs), dtype if dtype in TYPES else torch.float32)
         self._quantized(
             TYPES[x.dtype],
             weight.bits,
@@ -287,11 +327,12 @@ class CpuOps(OpLibrary):
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
             0 if bias is None else TYPES[bias.dtype],
-            x.shape[0],
-            weight.outputs,
+            len(x),
+            outputs,
             weight.inputs,
             x.stride()[0],
             TYPES[out.dtype],
+            gate,
             self.threads,
         )
         return out if out.dtype is dtype else out.to(dtype)

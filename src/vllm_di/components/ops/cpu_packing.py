@@ -21,11 +21,13 @@ class PackedWeight:
     """A weight [out, in] in panels of outputs, and the plain one where many rows go through
     oneDNN."""
 
-    __slots__ = ("data", "dtype", "inputs", "outputs", "plain")
+    __slots__ = ("data", "dtype", "gated", "inputs", "outputs", "plain")
 
-    def __init__(self, data: Tensor, outputs: int, inputs: int, plain: Tensor | None) -> None:
+    def __init__(
+        self, data: Tensor, outputs: int, inputs: int, plain: Tensor | None, gated: bool
+    ) -> None:
         self.data, self.dtype = data, data.dtype
-        self.outputs, self.inputs, self.plain = outputs, inputs, plain
+        self.outputs, self.inputs, self.plain, self.gated = outputs, inputs, plain, gated
 
 
 class PackedBytes(NamedTuple):
@@ -37,17 +39,22 @@ class PackedBytes(NamedTuple):
     inputs: int
     bits: int
     """0: by channel, else of a weight in groups."""
+    gated: bool
 
 
-def pack_linear(kernels: CpuKernels, weight: Tensor, threads: int, *, plain: bool) -> Any:
+def pack_linear(
+    kernels: CpuKernels, weight: Tensor, threads: int, *, plain: bool, gated: bool
+) -> Any:
     """A PackedWeight; a weight that the kernel cannot take (fp16, an odd number of bf16 inputs)
-    stays as it is."""
+    stays as it is. ``gated`` where the outputs allow it."""
     outputs, inputs = weight.shape
     per_word = 4 // weight.element_size()  # pairs of bf16 lie side by side
     if weight.dtype not in TYPES or inputs % per_word:
         return weight
     if weight.stride()[1] != 1 or weight.stride()[0] % per_word:
         weight = weight.contiguous()
+    if gated := gated and outputs % PAIR == 0:
+        weight, plain = weight[_beside_gates(outputs)], False
     data = huge_zeros((-(-outputs // PAIR) * PAIR * inputs,), weight.dtype)
     kernels.pack_linear(
         weight.data_ptr(),
@@ -57,18 +64,27 @@ def pack_linear(kernels: CpuKernels, weight: Tensor, threads: int, *, plain: boo
         weight.stride()[0] // per_word,
         threads,
     )
-    return PackedWeight(data, outputs, inputs, weight if plain else None)
+    return PackedWeight(data, outputs, inputs, weight if plain else None, gated)
 
 
-def pack_quantized(kernels: CpuKernels, weight: QuantizedWeight, threads: int) -> Any:
+def _beside_gates(outputs: int) -> Tensor:
+    """Rows in the order in which each 16 gates stand beside the 16 that they let through."""
+    return torch.arange(outputs).view(2, -1, PAIR // 2).transpose(0, 1).flatten()
+
+
+def pack_quantized(
+    kernels: CpuKernels, weight: QuantizedWeight, threads: int, *, gated: bool
+) -> Any:
     """A PackedBytes; a weight that the kernel cannot take (inputs that are no multiple of 32,
-    groups of another size) stays as it is."""
+    groups of another size) stays as it is. ``gated`` where the outputs allow it."""
     outputs, inputs = weight.shape
+    if inputs % GROUP or not (_by_group(weight) or _by_channel(weight)):
+        return weight
+    if gated := gated and outputs % PAIR == 0:
+        weight = weight.rows(_beside_gates(outputs))
     q, scale, offset = weight.q.contiguous(), weight.scale, weight.offset
     padded = -(-outputs // PAIR) * PAIR
-    if inputs % GROUP:
-        return weight
-    if weight.group == GROUP and scale.dtype is torch.float16:
+    if _by_group(weight):
         size = padded * inputs // GROUP * (GROUP * weight.bits // 8 + 4)
         data = huge_zeros((size,), torch.uint8)
         kernels.pack_groups(
@@ -81,11 +97,18 @@ def pack_quantized(kernels: CpuKernels, weight: QuantizedWeight, threads: int) -
             inputs,
             threads,
         )
-        return PackedBytes(data, None, outputs, inputs, weight.bits)
-    if weight.group != inputs or not torch.equal(offset, -ZERO * scale):
-        return weight
+        return PackedBytes(data, None, outputs, inputs, weight.bits, gated)
     data = huge_zeros((padded * inputs,), torch.uint8)
     kernels.pack_channels(q.data_ptr(), data.data_ptr(), outputs, inputs, threads)
     scales = torch.zeros(padded)
     scales[:outputs] = scale[:, 0]
-    return PackedBytes(data, scales, outputs, inputs, 0)
+    return PackedBytes(data, scales, outputs, inputs, 0, gated)
+
+
+def _by_group(weight: QuantizedWeight) -> bool:
+    return weight.group == GROUP and weight.scale.dtype is torch.float16
+
+
+def _by_channel(weight: QuantizedWeight) -> bool:
+    one_scale = weight.group == weight.shape[1]
+    return one_scale and torch.equal(weight.offset, -ZERO * weight.scale)

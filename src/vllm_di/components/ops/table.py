@@ -12,6 +12,14 @@ from vllm_di.errors import ConfigError
 
 Choice = OpLibrary | Literal["auto"]
 
+PACKS = {
+    "linear": "pack_linear",
+    "quantized_linear": "pack_quantized",
+    "gated_linear": "pack_gated_linear",
+    "gated_quantized_linear": "pack_gated_quantized",
+}
+"""Op to the method that packs its weights."""
+
 
 class SelectedOps(OpTable):
     """Takes each op from the library that the config names for it.
@@ -19,9 +27,6 @@ class SelectedOps(OpTable):
     ``auto`` is the main library where it implements the op, else the torch reference. The chosen
     bound methods become attributes of the instance, so that a call goes straight to the library.
     """
-
-    fusions: tuple[str, ...]
-    """Fused ops in force."""
 
     def __init__(
         self,
@@ -34,6 +39,8 @@ class SelectedOps(OpTable):
         gelu_tanh_and_mul: OpLibrary | Literal["auto"] = "auto",
         linear: OpLibrary | Literal["auto"] = "auto",
         quantized_linear: OpLibrary | Literal["auto"] = "auto",
+        gated_linear: OpLibrary | Literal["auto"] = "auto",
+        gated_quantized_linear: OpLibrary | Literal["auto"] = "auto",
         embedding: OpLibrary | Literal["auto"] = "auto",
         fused_experts: OpLibrary | Literal["auto"] = "auto",
         write_kv: OpLibrary | Literal["auto"] = "auto",
@@ -49,6 +56,8 @@ class SelectedOps(OpTable):
             "gelu_tanh_and_mul": gelu_tanh_and_mul,
             "linear": linear,
             "quantized_linear": quantized_linear,
+            "gated_linear": gated_linear,
+            "gated_quantized_linear": gated_quantized_linear,
             "embedding": embedding,
             "fused_experts": fused_experts,
             "write_kv": write_kv,
@@ -82,12 +91,12 @@ class SelectedOps(OpTable):
         for op, found in self._owners.items():
             if found is not None:
                 setattr(self, op, getattr(found, op))
-        products, norms = self._owners["linear"], self._owners["rms_norm"]
-        quantized = self._owners["quantized_linear"]
-        assert products is not None and norms is not None and quantized is not None
-        self.pack_linear = products.pack_linear  # type: ignore[method-assign]
-        self.pack_quantized = quantized.pack_quantized  # type: ignore[method-assign]
+        norms = self._owners["rms_norm"]
+        assert norms is not None
         self._norm = norms.rms_norm
+        for op, pack in PACKS.items():
+            if (found := self._owners[op]) is not None:
+                setattr(self, pack, getattr(found, pack))
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
@@ -133,6 +142,8 @@ class SelectedOps(OpTable):
     gelu_tanh_and_mul = TorchOps.gelu_tanh_and_mul
     linear = TorchOps.linear
     quantized_linear = TorchOps.quantized_linear
+    gated_linear = TorchOps.gated_linear
+    gated_quantized_linear = TorchOps.gated_quantized_linear
     embedding = TorchOps.embedding
     fused_experts = TorchOps.fused_experts
     write_kv = TorchOps.write_kv

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_di.components.interfaces import OpLibrary
+from vllm_di.components.interfaces import Activation, OpLibrary
 
 
 class TorchOps(OpLibrary):
@@ -68,6 +68,18 @@ class TorchOps(OpLibrary):
         out = torch.cat([F.linear(x.float(), s.dequantize(torch.float32)) for s in slices], -1)
         return (out if bias is None else out + bias).to(out_dtype or x.dtype)
 
+    def gated_linear(
+        self, x: Tensor, weight: Any, bias: Tensor | None, activation: Activation
+    ) -> Tensor:
+        act = self.silu_and_mul if activation == "silu" else self.gelu_tanh_and_mul
+        return act(self.linear(x, weight, bias))
+
+    def gated_quantized_linear(
+        self, x: Tensor, weight: Any, bias: Tensor | None, activation: Activation
+    ) -> Tensor:
+        act = self.silu_and_mul if activation == "silu" else self.gelu_tanh_and_mul
+        return act(self.quantized_linear(x, weight, bias))
+
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(token_ids, weight)
 
@@ -78,7 +90,7 @@ class TorchOps(OpLibrary):
         down: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        activation: Literal["silu", "gelu_tanh"],
+        activation: Activation,
     ) -> Tensor:
         act = self.silu_and_mul if activation == "silu" else self.gelu_tanh_and_mul
         out = torch.zeros_like(x, dtype=torch.float32)

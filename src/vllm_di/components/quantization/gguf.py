@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vllm_di.components.interfaces import OpTable, Quantization
+from vllm_di.components.interfaces import Activation, OpTable, Quantization
 from vllm_di.components.quantization.none import NoQuantization
+from vllm_di.components.quantization.products import QuantizedProducts
 from vllm_di.components.quantized import QuantizedWeight
 
 
@@ -20,7 +21,7 @@ class GgufQuantization(Quantization):
 
     def __init__(self, ops: OpTable) -> None:
         self._plain = NoQuantization(ops)
-        self._pack, self._product = ops.pack_quantized, ops.quantized_linear
+        self._products = QuantizedProducts(ops)
 
     def linear(
         self,
@@ -30,9 +31,11 @@ class GgufQuantization(Quantization):
     ) -> Callable[[Tensor], Tensor]:
         if not isinstance(weight, QuantizedWeight):
             return self._plain.linear(weight, bias, out_dtype)
-        packed, product = self._pack(weight), self._product
+        return self._products.linear(weight, bias, out_dtype)
 
-        def run(x: Tensor) -> Tensor:
-            return product(x, packed, bias, out_dtype)
-
-        return run
+    def gated_linear(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, activation: Activation
+    ) -> Callable[[Tensor], Tensor] | None:
+        if not isinstance(weight, QuantizedWeight):
+            return self._plain.gated_linear(weight, bias, activation)
+        return self._products.gated_linear(weight, bias, activation)

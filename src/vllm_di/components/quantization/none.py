@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vllm_di.components.interfaces import OpTable, Quantization
+from vllm_di.components.interfaces import Activation, OpTable, Quantization
 from vllm_di.components.quantized import QuantizedWeight
 
 
@@ -17,7 +17,7 @@ class NoQuantization(Quantization):
     replayable = True
 
     def __init__(self, ops: OpTable) -> None:
-        self._pack, self._linear = ops.pack_linear, ops.linear
+        self._ops, self._fused = ops, "gated_linear" in ops.fusions
 
     def linear(
         self,
@@ -26,9 +26,22 @@ class NoQuantization(Quantization):
         out_dtype: torch.dtype | None = None,
     ) -> Callable[[Tensor], Tensor]:
         assert isinstance(weight, Tensor)
-        packed, product = self._pack(weight), self._linear
+        packed, product = self._ops.pack_linear(weight), self._ops.linear
 
         def run(x: Tensor) -> Tensor:
             return product(x, packed, bias, out_dtype)
+
+        return run
+
+    def gated_linear(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, activation: Activation
+    ) -> Callable[[Tensor], Tensor] | None:
+        assert isinstance(weight, Tensor)
+        if not self._fused:
+            return None
+        packed, product = self._ops.pack_gated_linear(weight), self._ops.gated_linear
+
+        def run(x: Tensor) -> Tensor:
+            return product(x, packed, bias, activation)
 
         return run

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vllm_di.components.interfaces import OpTable, Quantization
+from vllm_di.components.interfaces import Activation, OpTable, Quantization
+from vllm_di.components.quantization.products import QuantizedProducts
 from vllm_di.components.quantized import GROUP, QuantizedWeight, by_channel, by_group
 from vllm_di.errors import ConfigError
 
@@ -25,7 +26,7 @@ class RoundedWeights(Quantization):
         if scales == "channel" and bits != 8:
             raise ConfigError(f"scales=channel has 8 bits, not {bits}; scales=group has either")
         self._bits, self._scales = bits, scales
-        self._pack, self._product = ops.pack_quantized, ops.quantized_linear
+        self._products = QuantizedProducts(ops)
 
     def linear(
         self,
@@ -33,12 +34,12 @@ class RoundedWeights(Quantization):
         bias: Tensor | None,
         out_dtype: torch.dtype | None = None,
     ) -> Callable[[Tensor], Tensor]:
-        packed, product = self._pack(self._rounded(weight)), self._product
+        return self._products.linear(self._rounded(weight), bias, out_dtype)
 
-        def run(x: Tensor) -> Tensor:
-            return product(x, packed, bias, out_dtype)
-
-        return run
+    def gated_linear(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, activation: Activation
+    ) -> Callable[[Tensor], Tensor] | None:
+        return self._products.gated_linear(self._rounded(weight), bias, activation)
 
     def _rounded(self, weight: Tensor | QuantizedWeight) -> QuantizedWeight:
         if isinstance(weight, QuantizedWeight):

@@ -142,6 +142,12 @@ static inline floats exp_below_zero(floats x) {
 // tanh(x) from exp, absolute error about 1e-7.
 static inline floats fast_tanh(floats x) { return 1.f - 2.f / (fast_exp(2.f * x) + 1.f); }
 
+static inline floats silu(floats x) { return x / (1.f + fast_exp(-x)); }
+// 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+static inline floats gelu_tanh(floats x) {
+  return 0.5f * x * (1.f + fast_tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+}
+
 // The types that the Python side names: 0 is fp32, 1 is bf16.
 #define DISPATCH(dtype, T, ...)     \
   if ((dtype) == 0) {               \

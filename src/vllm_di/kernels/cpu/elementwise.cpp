@@ -119,12 +119,6 @@ EXPORT void rotary_embedding(int dtype, const int64_t* positions, void* q, void*
   })
 }
 
-static inline floats silu(floats x) { return x / (1.f + fast_exp(-x)); }
-// 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
-static inline floats gelu_tanh(floats x) {
-  return 0.5f * x * (1.f + fast_tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-}
-
 template <typename T>
 struct GateAndMul {
   const T* x;

@@ -10,22 +10,21 @@ struct Linear {
   int64_t rows, steps, x_stride;  // steps and stride count operands
   Output to;
 
-  int64_t work() const { return rows * to.n * steps; }
+  int64_t work() const { return rows * to.pairs() * kPair * steps; }
   void run(const Team& team) const {
-    over_pairs(team, rows, to.n, [&](auto count, auto panels, int64_t row, int64_t pair) {
+    over_pairs(team, rows, to.pairs(), [&](auto count, auto panels, int64_t row, int64_t pair) {
       const int ROWS = decltype(count)::value, PANELS = decltype(panels)::value;
       floats sums[ROWS][PANELS] = {};
       multiply<S, ROWS, PANELS>(sums, x + row * x_stride, x_stride, weights + pair * steps * kPair, steps * kPair, steps);
-      for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < PANELS; c++) to.put(sums[r][c], row + r, pair * kPair + c * kLanes);
+      for (int r = 0; r < ROWS; r++) to.put(sums[r], row + r, pair);
     });
   }
 };
 
 // bf16: k and x_stride are even.
 EXPORT void linear(int dtype, const void* x, const void* weights, const void* bias, void* out, int bias_dtype,
-                   int64_t rows, int64_t n, int64_t k, int64_t x_stride, int out_dtype, int threads) {
-  const Output to{out, bias, n, out_dtype, bias_dtype};
+                   int64_t rows, int64_t n, int64_t k, int64_t x_stride, int out_dtype, int gate, int threads) {
+  const Output to{out, bias, n, out_dtype, bias_dtype, Gate(gate)};
   if (dtype == 0)
     submit(Linear<float>{(const float*)x, (const float*)weights, rows, k, x_stride, to}, threads);
   else

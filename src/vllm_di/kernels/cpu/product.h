@@ -7,34 +7,62 @@ static const int64_t kSpan = 192;  // rows of a piece of work
 template <int N>
 using Constant = std::integral_constant<int, N>;
 
-// out [rows, n], with a bias or none. Types: 0 is fp32, 1 is bf16.
+enum Gate { kNone, kSilu, kGeluTanh };
+
+static inline floats gated(Gate gate, floats x) { return gate == kSilu ? silu(x) : gelu_tanh(x); }
+
+// out [rows, n], with a bias or none. Types: 0 is fp32, 1 is bf16. With a gate each pair of panels holds 16 outputs of the
+// gate and the 16 that it lets through, n is a multiple of 16, and the bias [2 n] holds the gate's first.
 struct Output {
   void* out;
   const void* bias;
   int64_t n;
   int out_dtype, bias_dtype;
+  Gate gate;
 
-  // Up to 16 outputs of a row, from output `first`.
-  inline void put(floats sum, int64_t row, int64_t first) const {
-    if (first >= n) return;  // the second of the last two panels
-    if (out_dtype == 0)
-      finish((float*)out + row * n + first, sum, first);
-    else
-      finish((bf16*)out + row * n + first, sum, first);
+  int64_t pairs() const { return gate ? n / kLanes : (n + kPair - 1) / kPair; }
+
+  // The sums of a row in pairs of panels, from pair `pair`.
+  template <int PANELS>
+  inline void put(floats (&sums)[PANELS], int64_t row, int64_t pair) const {
+    for (int c = 0; c < PANELS; c += 2, pair++) put(sums[c], sums[c + 1], row, pair);
+  }
+
+  inline void put(floats one, floats other, int64_t row, int64_t pair) const {
+    if (gate) {
+      const int64_t first = pair * kLanes;
+      store(gated(gate, biased(one, first, kLanes)) * biased(other, n + first, kLanes), row, first, kLanes);
+      return;
+    }
+    put_panel(one, row, 2 * pair);
+    put_panel(other, row, 2 * pair + 1);
+  }
+
+  inline void put_panel(floats sum, int64_t row, int64_t panel) const {
+    const int64_t first = panel * kLanes, count = std::min(kLanes, n - first);
+    if (count > 0) store(biased(sum, first, count), row, first, count);  // else the second of the last two panels
   }
 
  private:
-  template <typename T>
-  inline void finish(T* to, floats sum, int64_t first) const {
-    const int64_t count = std::min(kLanes, n - first);
+  inline floats biased(floats sum, int64_t first, int64_t count) const {
     if (bias) {
       for (int64_t i = 0; i < count; i++)
         sum[i] += bias_dtype == 0 ? load((const float*)bias + first + i) : load((const bf16*)bias + first + i);
     }
-    if (count == kLanes)
-      store16(to, sum);
+    return sum;
+  }
+  inline void store(floats v, int64_t row, int64_t first, int64_t count) const {
+    if (out_dtype == 0)
+      store_to((float*)out + row * n + first, v, count);
     else
-      store_some(to, sum, count);
+      store_to((bf16*)out + row * n + first, v, count);
+  }
+  template <typename T>
+  static inline void store_to(T* to, floats v, int64_t count) {
+    if (count == kLanes)
+      store16(to, v);
+    else
+      store_some(to, v, count);
   }
 };
 
@@ -73,8 +101,8 @@ static inline void share_out(const Team& team, int64_t rows, int64_t units, int6
 
 // The same for tiles of pairs of panels: calls tile(ROWS, PANELS as constants, row, first pair).
 template <typename Tile>
-static inline void over_pairs(const Team& team, int64_t rows, int64_t n, const Tile& tile) {
-  const int64_t pairs = (n + kPair - 1) / kPair, together = kTilePanels / 2;
+static inline void over_pairs(const Team& team, int64_t rows, int64_t pairs, const Tile& tile) {
+  const int64_t together = kTilePanels / 2;
   share_out(team, rows, pairs, together, [&](int64_t pair, int64_t last, int64_t row, int64_t end) {
     if (end - row > kPairRows)
       for (; pair + together <= last; pair += together)

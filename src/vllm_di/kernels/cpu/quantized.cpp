@@ -63,14 +63,11 @@ struct Bytes {
   int8_t* x;
   float *scales, *sums;  // sums: of the bytes, times their scale
 
+  static size_t workspace(int64_t rows, int64_t k, int64_t part) { return size_t(rows * k / 4 + 2 * rows * (k / part)); }
+
   template <typename T>
   static Bytes make(const Team& team, const T* x, int64_t rows, int64_t k, int64_t x_stride, int64_t part) {
     const int64_t parts = k / part;
-    if (team.index == 0) {
-      const size_t size = size_t(rows * k / 4 + 2 * rows * parts);
-      if (team.shared->workspace.size() < size) team.shared->workspace.resize(size);
-    }
-    team.barrier();
     float* base = team.shared->workspace.data();
     const Bytes made{(int8_t*)(base + 2 * rows * parts), base, base + rows * parts};
     for (int64_t i = team.first(rows * parts); i < team.last(rows * parts); i++) {
@@ -93,21 +90,23 @@ struct ByChannel {
   int64_t rows, k, x_stride;
   Output to;
 
-  int64_t work() const { return rows * to.n * k / 4; }
+  int64_t work() const { return rows * to.pairs() * kPair * k / 4; }
   void run(const Team& team) const {
     const Bytes in = Bytes::make(team, x, rows, k, x_stride, k);
-    over_pairs(team, rows, to.n, [&](auto count, auto panels, int64_t row, int64_t pair) {
+    over_pairs(team, rows, to.pairs(), [&](auto count, auto panels, int64_t row, int64_t pair) {
       const int ROWS = decltype(count)::value, PANELS = decltype(panels)::value;
       ints sums[ROWS][PANELS] = {};
       const int64_t steps = k / 4;
       multiply<bytes4, ROWS, PANELS>(sums, (const bytes4*)in.x + row * steps, steps, weights + pair * steps * kPair,
                                      steps * kPair, steps);
-      for (int r = 0; r < ROWS; r++)
+      for (int r = 0; r < ROWS; r++) {
+        floats scaled[PANELS];
         for (int c = 0; c < PANELS; c++) {
-          const int64_t first = pair * kPair + c * kLanes;
           const floats sum = __builtin_convertvector(sums[r][c], floats) * in.scales[row + r];
-          to.put((sum - 128.f * in.sums[row + r]) * load16(scales + first), row + r, first);
+          scaled[c] = (sum - 128.f * in.sums[row + r]) * load16(scales + pair * kPair + c * kLanes);
         }
+        to.put(scaled, row + r, pair);
+      }
     });
   }
 };
@@ -146,21 +145,27 @@ struct ByGroup {
   int64_t rows, k, x_stride;
   Output to;
 
-  int64_t work() const { return rows * to.n * k / 4; }
+  int64_t work() const { return rows * to.pairs() * kPair * k / 4; }
   void run(const Team& team) const {
     const Bytes in = Bytes::make(team, x, rows, k, x_stride, kGroup);
-    const int64_t panels = (to.n + kLanes - 1) / kLanes;
-    share_out(team, rows, panels, 4, [&](int64_t panel, int64_t last, int64_t row, int64_t end) {
-      for (; panel < last; panel++)
-        over_rows<kGroupRows>(row, end, [&](auto count, int64_t r) { tile<decltype(count)::value>(in, r, panel); });
+    const bool single = !to.gate;  // a gate needs both panels of a pair
+    const int64_t units = single ? (to.n + kLanes - 1) / kLanes : to.pairs();
+    share_out(team, rows, units, single ? 4 : 2, [&](int64_t unit, int64_t last, int64_t row, int64_t end) {
+      for (; unit < last; unit++)
+        over_rows<kGroupRows>(row, end, [&](auto count, int64_t r) {
+          const int ROWS = decltype(count)::value;
+          floats one[ROWS] = {}, other[ROWS] = {};
+          add<ROWS>(in, r, single ? unit : 2 * unit, one);
+          if (!single) add<ROWS>(in, r, 2 * unit + 1, other);
+          for (int i = 0; i < ROWS; i++) single ? to.put_panel(one[i], r + i, unit) : to.put(one[i], other[i], r + i, unit);
+        });
     });
   }
 
   // One panel at a time: it is read as one stream.
   template <int ROWS>
-  void tile(const Bytes& in, int64_t row, int64_t panel) const {
+  void add(const Bytes& in, int64_t row, int64_t panel, floats (&sums)[ROWS]) const {
     const int64_t groups = k / kGroup;
-    floats sums[ROWS] = {};
     const uint8_t* at = weights + panel * groups * Group<BITS>::kSize;
     const uint32_t* x_at = (const uint32_t*)(in.x + row * k);
     const float *scale_at = in.scales + row * groups, *sum_at = in.sums + row * groups;
@@ -175,7 +180,6 @@ struct ByGroup {
         sums[r] += group.offset * sum_at[r * groups + g];
       }
     }
-    for (int r = 0; r < ROWS; r++) to.put(sums[r], row + r, panel * kLanes);
   }
 };
 
@@ -183,8 +187,9 @@ struct ByGroup {
 // k: a multiple of 32.
 EXPORT void quantized_linear(int x_dtype, int bits, const void* x, const void* weights, const float* scales,
                              const void* bias, void* out, int bias_dtype, int64_t rows, int64_t n, int64_t k,
-                             int64_t x_stride, int out_dtype, int threads) {
-  const Output to{out, bias, n, out_dtype, bias_dtype};
+                             int64_t x_stride, int out_dtype, int gate, int threads) {
+  const Output to{out, bias, n, out_dtype, bias_dtype, Gate(gate)};
+  reserve(Bytes::workspace(rows, k, bits == 0 ? k : kGroup));
   DISPATCH(x_dtype, T, {
     const T* in = (const T*)x;
     if (bits == 0)

@@ -13,13 +13,14 @@ EXPORT void* tape_start() { return recording = new Tape; }
 EXPORT void tape_stop() { recording = nullptr; }
 EXPORT void tape_free(void* tape) { delete (Tape*)tape; }
 
-EXPORT void tape_replay(const void* tape, int threads) {
-  const Tape& tasks = *(const Tape*)tape;
+EXPORT void tape_replay(const void* handle, int threads) {
+  const Tape& tape = *(const Tape*)handle;
   Shared* shared = shared_of_caller();
+  if (shared->workspace.size() < tape.workspace) shared->workspace.resize(tape.workspace);
 #pragma omp parallel num_threads(threads)
   {
     const Team team{omp_get_thread_num(), omp_get_num_threads(), shared};
-    for (const auto& task : tasks) {
+    for (const auto& task : tape.tasks) {
       task->run(team);
       team.barrier();
     }

@@ -51,9 +51,19 @@ struct Recorded {
   virtual void run(const Team& team) const = 0;
 };
 
-typedef std::vector<std::unique_ptr<Recorded>> Tape;
+struct Tape {
+  std::vector<std::unique_ptr<Recorded>> tasks;
+  size_t workspace = 0;
+};
 extern thread_local Tape* recording;  // null: tasks only run
 Shared* shared_of_caller();
+
+// Before a task that uses as many floats of the workspace is submitted.
+static inline void reserve(size_t floats) {
+  std::vector<float>& space = shared_of_caller()->workspace;
+  if (space.size() < floats) space.resize(floats);
+  if (recording) recording->workspace = std::max(recording->workspace, floats);
+}
 
 template <typename Task>
 static void submit(const Task& task, int threads) {
@@ -63,7 +73,7 @@ static void submit(const Task& task, int threads) {
       explicit Kept(const Task& kept) : task(kept) {}
       void run(const Team& team) const override { task.run(team); }
     };
-    recording->emplace_back(new Kept(task));
+    recording->tasks.emplace_back(new Kept(task));
   }
   Shared* shared = shared_of_caller();
   if (threads == 1 || task.work() < kSerial) {
