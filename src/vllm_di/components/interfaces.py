@@ -92,6 +92,16 @@ class Device(ABC):
 
         return torch.zeros(tuple(shape), dtype=dtype, device=self.torch_device)
 
+    def host_zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A zeroed host tensor to copy to the device from, pinned where that is of use."""
+        import torch
+
+        return torch.zeros(tuple(shape), dtype=dtype)
+
+    def mark(self) -> Callable[[], None]:
+        """A mark behind all work submitted so far -> a function that returns when that is done."""
+        return self.synchronize
+
     def dtype(self, name: str) -> torch.dtype:
         """``auto`` or a torch dtype's name, checked against ``supported_dtypes``. Raises
         ConfigError."""
