@@ -98,6 +98,7 @@ defaults:
 platform:
   name: mychip
   level: declared
+  interface: "1.0"
   detect: {}
 """,
     "mychip/conf/attention/mychip.yaml": """\

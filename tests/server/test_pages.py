@@ -20,6 +20,7 @@ from tests.server.fakes import (
 )
 
 import vllm_di
+from vllm_di.components.interfaces import INTERFACE_VERSION
 
 
 def test_models_and_version() -> None:
@@ -27,7 +28,12 @@ def test_models_and_version() -> None:
         (model,) = (await client.get("/v1/models")).json()["data"]
         assert (model["id"], model["object"], model["max_model_len"]) == ("echo", "model", 256)
         assert (await client.get("/v1/models/echo")).json() == model
-        assert (await client.get("/version")).json() == {"version": vllm_di.__version__}
+        assert (await client.get("/version")).json() == {
+            "version": vllm_di.__version__,
+            "platform": None,  # as no config names one here
+            "level": None,
+            "interface": INTERFACE_VERSION,
+        }
 
     with_client(test)
 

@@ -6,6 +6,7 @@ import sys
 
 from vllm_di.commands.arguments import Arguments, no_words
 from vllm_di.commands.complete import sampling
+from vllm_di.commands.say import say
 from vllm_di.errors import RequestError
 
 
@@ -17,6 +18,7 @@ def run(arguments: Arguments) -> int:
     from vllm_di.llm import LLM
 
     with LLM(overrides=arguments.overrides, config_dirs=arguments.config_dirs) as llm:
+        say(llm.assembly.platform.announcement)
         messages = list(start)
         while (line := _ask()) is not None:
             if line == "/new":
@@ -30,7 +32,7 @@ def run(arguments: Arguments) -> int:
                         print(text, end="", flush=True)
                         answer += text
                 except RequestError as error:
-                    print(f"vllm-di: {error}; /new starts afresh", file=sys.stderr)
+                    say(f"{error}; /new starts afresh")
                     messages.pop()
                     continue
                 print()

@@ -30,7 +30,7 @@ def run(arguments: Arguments) -> int:
     if "--json" in arguments.switches:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(told)).decode() + "\n")
         return 0
-    print(f"platform {told.platform} ({told.platform_reason}), support level: {told.level}\n")
+    print(f"{told.announcement}; {told.platform_reason}; interfaces {told.interface}\n")
     print_table(
         ["slot", "class", "chosen by", "place"],
         [[r.slot, _short(r.target), r.chosen_by, r.place] for r in told.rows],

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from collections.abc import Coroutine
 from typing import Any
 
 from vllm_di.commands.arguments import Arguments, no_words
+from vllm_di.commands.say import say
 from vllm_di.containers.assembly import Assembly, assemble
 from vllm_di.server.engine_client import ProcessEngineClient
 
@@ -44,32 +44,24 @@ async def _serve(assembly: Assembly) -> None:
 
 async def _announce(assembly: Assembly, client: ProcessEngineClient) -> None:
     """Say what starts, how far it is, and where it listens."""
-    platform, server = assembly.settings["platform"], assembly.server["server"]
-    level = platform["level"]
-    caution = "" if level == "hardware-tested" else " (not tested on hardware of the vendor)"
-    if platform["name"] == "cpu":
-        caution = ""
-    _say(f"model {assembly.settings['model_name']}, platform {platform['name']}: {level}{caution}")
+    server = assembly.server["server"]
+    say(f"model {assembly.settings['model_name']}, {assembly.platform.announcement}")
     stage = ""
     while client.state == "starting":
         if client.stage != stage:
             stage = client.stage
-            _say(f"engine: {stage}")
+            say(f"engine: {stage}")
         await asyncio.sleep(0.1)
     if client.state == "ready" and client.report is not None:
         report = client.report
         tokens = report.num_blocks * report.block_size
-        _say(
+        say(
             f"ready: {report.dtype} weights of {report.weight_bytes / 2**20:.0f} MiB, "
             f"KV cache for {tokens} tokens"
         )
         where = server["unix_socket"] or f"http://{server['host']}:{server['port']}"
-        _say(f"listening on {where} (API under /v1)")
+        say(f"listening on {where} (API under /v1)")
 
 
 async def _quietly(task: asyncio.Task[Any] | Coroutine[Any, Any, Any]) -> None:
     await asyncio.gather(task, return_exceptions=True)
-
-
-def _say(text: str) -> None:
-    print(f"vllm-di: {text}", file=sys.stderr, flush=True)

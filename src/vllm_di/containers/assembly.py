@@ -22,7 +22,8 @@ from vllm_di.containers.engine import (
     WorkerContainer,
     slots,
 )
-from vllm_di.containers.origins import Origin
+from vllm_di.containers.manifest import Manifest, read_manifest
+from vllm_di.containers.origins import Origin, place_of
 from vllm_di.containers.tree import shown
 from vllm_di.errors import ConfigError, nearest
 
@@ -61,14 +62,15 @@ class Assembly(msgspec.Struct):
             return self.server
         return self.engine if container is EngineContainer else self.workers[stage]
 
+    @property
+    def platform(self) -> Manifest:
+        """The platform's manifest, as it was checked."""
+        return msgspec.convert(self.settings["platform"], Manifest)
+
     def place(self, key: str) -> str:
         """Where the value of a dotted key came from, for messages; a parent's place when it has
         none itself."""
-        while key:
-            if origin := self.origins.get(key):
-                return str(origin)
-            key = key.rpartition(".")[0]
-        return "config"
+        return place_of(self.origins, key)
 
     def encode(self) -> bytes:
         """As JSON, which people can read and every process can decode."""
@@ -103,6 +105,7 @@ def assemble(overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = 
         if not isinstance(values.get(slot), dict):
             place = composition.origins.get(slot, "config")
             raise ConfigError(f"{place}: slot {slot!r} must be a mapping with a _target_")
+    values["platform"] = _checked_manifest(tree, composition, values["platform"])
     ports = [p.package.split(".")[0] for p in tree.ports if not p.problem]
     return Assembly(
         server={s: values[s] for s in slots(ServerContainer)},
@@ -115,6 +118,16 @@ def assemble(overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = 
         },
         packages=["vllm_di", *ports, *_trusted(values.get("trust"))],
     )
+
+
+def _checked_manifest(tree: ConfigTree, composition: Composition, node: Any) -> dict[str, Any]:
+    option = composition.choices["platform"][0]
+    owner = tree.port_of(tree.options("platform")[option])
+    manifest = read_manifest(
+        node, option, lambda key: place_of(composition.origins, key), out_of_tree=owner is not None
+    )
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(manifest))
+    return plain
 
 
 def _plain(composition: Composition) -> dict[str, Any]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import glob
 from importlib import util
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
+from vllm_di.containers.manifest import Detect, read_detect
+from vllm_di.containers.tree import shown
 from vllm_di.errors import ConfigError, PortError
 
 if TYPE_CHECKING:
@@ -34,13 +37,14 @@ def detect_platform(tree: ConfigFiles) -> tuple[str, str]:
     found: dict[str, str] = {}
     looked = []
     for option, path in tree.options("platform").items():
-        conditions = _detect_node(yaml.safe_load(path.read_text(encoding="utf-8")))
+        wanted = _detect_node(path, tree)
+        conditions = [*wanted.modules, *wanted.files]
         if not conditions:
             continue
         looked.append(option)
-        modules, files = conditions.get("modules") or [], conditions.get("files") or []
-        if all(util.find_spec(m.split(".")[0]) for m in modules) and all(map(glob.glob, files)):
-            found[option] = ", ".join([*modules, *files])
+        installed = all(util.find_spec(m.split(".")[0]) for m in wanted.modules)
+        if installed and all(map(glob.glob, wanted.files)):
+            found[option] = ", ".join(conditions)
     if len(found) > 1:
         names = ", ".join(f"{option} ({why})" for option, why in found.items())
         raise ConfigError(
@@ -53,7 +57,10 @@ def detect_platform(tree: ConfigFiles) -> tuple[str, str]:
     return FALLBACK, f"no accelerator found{names}"
 
 
-def _detect_node(document: Any) -> dict[str, Any]:
+def _detect_node(path: Path, tree: ConfigFiles) -> Detect:
+    """A platform's conditions, checked, from the YAML as it stands."""
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
     platform = document.get("platform") if isinstance(document, dict) else None
-    conditions = platform.get("detect") if isinstance(platform, dict) else None
-    return conditions if isinstance(conditions, dict) else {}
+    node = platform.get("detect") if isinstance(platform, dict) else None
+    lines = tree.read(path).lines
+    return read_detect(node or {}, lambda key: f"{shown(path)}:{lines.get(key, 1)}")

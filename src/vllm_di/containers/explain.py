@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_di.components.interfaces import OpTable, Placement
+from vllm_di.components.interfaces import INTERFACE_VERSION, OpTable, Placement
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.engine import (
     GIVEN,
@@ -56,6 +56,10 @@ class Explanation(msgspec.Struct, frozen=True):
     platform: str
     platform_reason: str
     level: str
+    interface: str
+    """Version of the interfaces of this engine."""
+    announcement: str
+    """The platform and its level as a start says them."""
     rows: list[Row]
     ops: list[OpRow]
     fusions: list[str]
@@ -97,12 +101,14 @@ def explain(
                     alternatives=[o for o in tree.options(slot) if o != choice.option],
                 )
             )
-    platform = assembly.settings["platform"]
+    platform = assembly.platform
     paths, fusions = _ops(assembly) if ops else ([], [])
     return Explanation(
-        platform=platform["name"],
+        platform=platform.name,
         platform_reason=str(assembly.choices["platform"].origin),
-        level=platform["level"],
+        level=platform.level,
+        interface=INTERFACE_VERSION,
+        announcement=platform.announcement,
         rows=rows,
         ops=paths,
         fusions=fusions,

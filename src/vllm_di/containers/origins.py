@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ class Origin(msgspec.Struct, frozen=True, omit_defaults=True):
         if self.file:
             return f"{self.file}:{self.line}" if self.line else self.file
         return f"{self.chosen_by}: {self.text}" if self.text else self.chosen_by
+
+
+def place_of(origins: Mapping[str, Origin], key: str) -> str:
+    """Where a dotted key came from; its parent's place when it has none itself."""
+    while key:
+        if origin := origins.get(key):
+            return str(origin)
+        key = key.rpartition(".")[0]
+    return "config"
 
 
 class YamlFile(msgspec.Struct, frozen=True):

@@ -23,6 +23,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     unix_socket: str | None = None
     model_name: str | None = None
     served_model_name: str | None = None
+    platform: str | None = None
+    level: str | None = None
     api_key_file: str | None = None
     api_key_env: str | None = None
     insecure: bool = False

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from vllm_di.components.interfaces import INTERFACE_VERSION
 from vllm_di.errors import RequestError
 from vllm_di.frontend.requests import check_token_ids
 from vllm_di.server.answer import Answer, send_answer
@@ -114,7 +115,15 @@ class Pages:
 
     async def version(self, request: Request) -> Response:
         # The package's root names the LLM class, so importing it by statement would look up.
-        return _json({"version": __version__})
+        config = self._service.config
+        return _json(
+            {
+                "version": __version__,
+                "platform": config.platform,
+                "level": config.level,
+                "interface": INTERFACE_VERSION,
+            }
+        )
 
     async def metrics(self, request: Request) -> Response:
         if self._service.engine.state == "ready" and not self._service.admission.draining:
