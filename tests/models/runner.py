@@ -63,8 +63,9 @@ class Running:
         self.table = order[:blocks].to(torch.int32)[None]
         self.length = 0
 
-    def feed(self, token_ids: list[int]) -> Tensor:
-        """-> logits [tokens, vocab] of all tokens fed."""
+    def feed(self, token_ids: list[int], hidden: Tensor | None = None) -> Tensor:
+        """-> logits [tokens, vocab] of all tokens fed; of a stage that is not the last, its hidden
+        states."""
         start, self.length = self.length, self.length + len(token_ids)
         positions = torch.arange(start, self.length)
         slots = self.table[0, positions // BLOCK].long() * BLOCK + positions % BLOCK
@@ -81,8 +82,8 @@ class Running:
         )
         with torch.inference_mode():
             metadata = self.backend.build(plan)
-            hidden = self.model.forward(plan.token_ids, positions, self.caches, metadata)
-            return self.model.logits(hidden)
+            out = self.model.forward(plan.token_ids, positions, self.caches, metadata, hidden)
+            return self.model.logits(out) if self.model.last else out
 
 
 def load(

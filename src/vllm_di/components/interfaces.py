@@ -380,6 +380,7 @@ class BatchPlan:
     logits_rows: Tensor  # [rows] int64, the token rows whose logits are wanted
     query_lens_host: list[int] = field(default_factory=list)
     seq_lens_host: list[int] = field(default_factory=list)
+    hidden: Tensor | None = None  # [tokens, hidden] from the stage before; None on the first
 
     @property
     def max_query_len(self) -> int:
@@ -518,9 +519,14 @@ class Model(ABC):
     layers."""
 
     vocab_size: int
+    hidden_size: int
     max_model_len: int
     eos_token_ids: list[int]
     dtype: torch.dtype
+    first: bool = True
+    """Whether it starts from token ids; else from the hidden states of the stage before."""
+    last: bool = True
+    """Whether it ends in logits; else in hidden states for the next stage."""
     replayable: bool = False
     """Whether all that ``forward`` computes are ops of the table, attention and collectives."""
     takes_quantized: bool = False
@@ -543,14 +549,21 @@ class Model(ABC):
 
     @abstractmethod
     def forward(
-        self, token_ids: Tensor, positions: Tensor, caches: Sequence[LayerCache], metadata: Any
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        caches: Sequence[LayerCache],
+        metadata: Any,
+        hidden: Tensor | None = None,
     ) -> Tensor:
-        """token_ids, positions [tokens] int64 -> hidden states [tokens, hidden], after the last
-        norm."""
+        """token_ids, positions [tokens] int64 -> hidden states [tokens, hidden]: on the last stage
+        after the last norm, else the residual stream. ``hidden`` [tokens, hidden] is the stream
+        that the stage before ended with (may be overwritten); None on the first."""
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, hidden] -> [rows, vocab] fp32, whole on every rank."""
+        """hidden [rows, hidden] -> [rows, vocab] fp32, whole on every rank. On the last stage
+        alone."""
 
     def weight_bytes(self) -> int:
         """Bytes that the weights take on this rank."""
@@ -599,7 +612,8 @@ class ModelProgram(ABC):
 
     @abstractmethod
     def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:
-        """-> logits [len(plan.logits_rows), vocab] fp32."""
+        """-> logits [len(plan.logits_rows), vocab] fp32; on a stage that is not the last, hidden
+        states [tokens, hidden] for the next one, in the model's dtype."""
 
     def close(self) -> None: ...
 

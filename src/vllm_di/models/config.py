@@ -40,6 +40,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     implementation: Literal["auto", "native", "transformers"] = "auto"
     dtype: str = "auto"
     max_model_len: Count | None = None
+    layers: tuple[Size, Count | None] | None = None
 
     architecture: str | None = None
     vocab_size: Count | None = None
@@ -84,6 +85,13 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     norm_topk_prob: bool | None = None
     dense_layers: list[Size] | None = None
 
+    @property
+    def span(self) -> range:
+        """The layers that run here."""
+        count = self.num_hidden_layers or 0
+        first, end = self.layers or (0, count)
+        return range(first, count if end is None else end)
+
     def complete(self) -> DecoderConfig:
         """With every default filled in. Raises ConfigError for what is missing or does not fit."""
         required = (*REQUIRED, "num_experts_per_tok") if self.num_experts else REQUIRED
@@ -96,6 +104,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         layers = self.num_hidden_layers or 0
         head_dim = self._check_heads()
         limit = self._check_length()
+        self._check_layers()
         types = self.layer_types or ["full_attention"] * layers
         if len(types) < layers:
             raise ConfigError(
@@ -161,6 +170,14 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                     f"but {rotary // 2} pairs are rotated"
                 )
         return head_dim
+
+    def _check_layers(self) -> None:
+        span, count = self.span, self.num_hidden_layers or 0
+        if not span or span.stop > count:
+            raise ConfigError(
+                f"model.layers [{span.start}, {span.stop}]: the model has the layers [0, {count}] "
+                "(model.num_hidden_layers); give [first, end], the end not included"
+            )
 
     def _check_length(self) -> int:
         """-> the longest context by default. YaRN may be asked for more than the model's own."""

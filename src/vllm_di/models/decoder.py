@@ -36,7 +36,7 @@ INIT_STD = 0.02
 
 
 class Decoder(nn.Module, Model):
-    """The whole model on one rank."""
+    """The model on one rank, or the layers [first, end) of it that make a stage of a pipeline."""
 
     replayable = True
 
@@ -61,14 +61,20 @@ class Decoder(nn.Module, Model):
         assert c.vocab_size and c.hidden_size and c.num_hidden_layers and c.max_model_len
         self.config, self.ops, self.dtype = c, ops, parts.dtype
         self.vocab_size, self.max_model_len = c.vocab_size, c.max_model_len
+        self.hidden_size = c.hidden_size
+        self._span = parts.config.span
+        self.first, self.last = self._span.start == 0, self._span.stop == c.num_hidden_layers
         self.eos_token_ids = c.eos_token_ids or []
         self._quantization, self._device = quantization, parts.device
         self.takes_quantized = quantization.takes_quantized
-        self.embedding = parts.vocabulary()
-        self.head = self.embedding if c.tie_word_embeddings else parts.vocabulary()
-        self._layers = [Layer(parts, i) for i in range(c.num_hidden_layers)]
+        self.embedding = parts.vocabulary() if self.first else None
+        shared = self.embedding if c.tie_word_embeddings else None
+        self.head = (shared or parts.vocabulary()) if self.last else None
+        self._layers = [Layer(parts, i) for i in self._span]
         self.layers = nn.ModuleList(self._layers)
         self.norm = parts.norm(c.hidden_size)
+        if not self.last:  # the model's norm is elsewhere: of what adds and norms, the sum is used
+            self.norm.weight.fill_(1.0)
         for layer in self._layers:
             attention.check(layer.attention.spec)
         self._cos_sin = self._tables(c)
@@ -102,12 +108,16 @@ class Decoder(nn.Module, Model):
 
     def targets(self) -> dict[str, Target]:
         """Every tensor that a checkpoint must bring, by its Hugging Face name."""
-        found = self.embedding.targets("model.embed_tokens")
-        for i, layer in enumerate(self._layers):
+        found: dict[str, Target] = {}
+        if self.embedding is not None:
+            found |= self.embedding.targets("model.embed_tokens")
+        for i, layer in zip(self._span, self._layers, strict=True):
             found |= layer.targets(f"model.layers.{i}")
-        found |= self.norm.targets("model.norm")
-        if self.head is not self.embedding:
-            found |= self.head.targets("lm_head")
+        if self.last:
+            found |= self.norm.targets("model.norm")
+        if self.head is not None and self.head is not self.embedding:
+            tied = self.config.tie_word_embeddings
+            found |= self.head.targets("model.embed_tokens" if tied else "lm_head")
         return found
 
     @torch.no_grad()
@@ -144,9 +154,13 @@ class Decoder(nn.Module, Model):
         """Refuse a tensor that nothing takes, but for those that are known to be no weights of
         ours."""
         layer = name.split(".")[2] if name.startswith("model.layers.") else ""
-        beyond = layer.isdigit() and int(layer) >= len(self.layers)
-        tied_copy = name == "lm_head.weight" and self.head is self.embedding
-        if beyond or tied_copy or name.endswith("rotary_emb.inv_freq") or ".vision" in name:
+        elsewhere = layer.isdigit() and int(layer) not in self._span
+        if not self.first:
+            elsewhere |= name == "model.embed_tokens.weight"
+        if not self.last:
+            elsewhere |= name in ("model.norm.weight", "lm_head.weight")
+        tied_copy = name == "lm_head.weight" and self.config.tie_word_embeddings
+        if elsewhere or tied_copy or name.endswith("rotary_emb.inv_freq") or ".vision" in name:
             return
         if name.startswith(("vision_tower.", "multi_modal_projector.", "model.vision_tower.")):
             return
@@ -172,7 +186,8 @@ class Decoder(nn.Module, Model):
         for module in self.modules():
             if isinstance(module, Linear | Experts):
                 module.finalize(self._quantization)
-        self.head.finalize(self._quantization, embeds=self.head is self.embedding)
+        if self.head is not None:
+            self.head.finalize(self._quantization, embeds=self.head is self.embedding)
 
     def weight_bytes(self) -> int:
         total = 0
@@ -194,22 +209,32 @@ class Decoder(nn.Module, Model):
                 kind="full" if layer.attention.window is None else "sliding",
                 window=layer.attention.window,
             )
-            for i, layer in enumerate(self._layers)
+            for i, layer in zip(self._span, self._layers, strict=True)
         ]
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, caches: Sequence[LayerCache], metadata: Any
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        caches: Sequence[LayerCache],
+        metadata: Any,
+        hidden: Tensor | None = None,
     ) -> Tensor:
-        x = self.embedding.embed(self.ops.embedding, token_ids)
-        if self._multiplier is not None:
-            x = x * self._multiplier
+        x = self._embed(token_ids) if hidden is None else hidden
         residual: Tensor | None = None
         for layer, cos_sin, cache in zip(self._layers, self._cos_sin, caches, strict=True):
             x, residual = layer(x, residual, positions, cos_sin, cache, metadata)
         assert residual is not None
-        return self.ops.add_rms_norm(x, residual, self.norm.weight, self._eps)[0]
+        normed, stream = self.ops.add_rms_norm(x, residual, self.norm.weight, self._eps)
+        return normed if self.last else stream
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        assert self.embedding is not None, "a stage that is not the first needs hidden states"
+        x = self.embedding.embed(self.ops.embedding, token_ids)
+        return x if self._multiplier is None else x * self._multiplier
 
     def logits(self, hidden: Tensor) -> Tensor:
+        assert self.head is not None, "a stage that is not the last has no head"
         out = self.head.logits(hidden)
         if self.config.logits_scaling is not None:
             out = out / self.config.logits_scaling

@@ -59,6 +59,12 @@ class TransformersModel(Model):
                 f"{config.architecture} runs on transformers' code, which cannot be split over "
                 f"{communicator.world_size} ranks; take executor.tensor_parallel_size=1"
             )
+        if config.layers is not None:
+            raise ConfigError(
+                f"model.layers {list(config.layers)}: {config.architecture} runs on transformers' "
+                "code, which cannot be cut into the stages of a pipeline; native models can: "
+                f"{', '.join(sorted(FAMILIES))}"
+            )
         if config.path is None or not Path(config.path).is_dir():
             raise UnsupportedModelError(
                 f"{config.architecture}: a model without native code needs a folder with "
@@ -77,7 +83,7 @@ class TransformersModel(Model):
                 f"{_supported()}"
             )
         self._hf = hf.get_text_config()
-        self.vocab_size = int(self._hf.vocab_size)
+        self.vocab_size, self.hidden_size = int(self._hf.vocab_size), int(self._hf.hidden_size)
         limit = config.max_position_embeddings or getattr(self._hf, "max_position_embeddings", None)
         if limit is None and config.max_model_len is None:
             raise ConfigError(
@@ -147,14 +153,19 @@ class TransformersModel(Model):
         self._model.set_attn_implementation(NAME)
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, caches: Sequence[LayerCache], metadata: Any
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        caches: Sequence[LayerCache],
+        metadata: Any,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         step = Step(self._attention, caches, metadata)
         out = self._model.base_model(
             input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **{STEP: step}
         )
-        hidden: Tensor = out.last_hidden_state[0]
-        return hidden
+        normed: Tensor = out.last_hidden_state[0]
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         head = self._model.get_output_embeddings()

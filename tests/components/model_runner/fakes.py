@@ -56,7 +56,7 @@ class CountingModel(Model):
 
     def __init__(self, vocab_size: int = VOCAB, max_model_len: int = 256) -> None:
         self.vocab_size, self.max_model_len = vocab_size, max_model_len
-        self.eos_token_ids, self.dtype = [0], torch.float32
+        self.eos_token_ids, self.dtype, self.hidden_size = [0], torch.float32, 1
         self.loaded_with: int | None = None
 
     def kv_specs(self) -> list[KvSpec]:
@@ -69,7 +69,12 @@ class CountingModel(Model):
         self.loaded_with = seed
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, caches: Sequence[LayerCache], metadata: Any
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        caches: Sequence[LayerCache],
+        metadata: Any,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         raise AssertionError("not run")
 
@@ -88,7 +93,12 @@ class EchoModel(CountingModel):
         """A token whose row has NaN logits."""
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, caches: Sequence[LayerCache], metadata: Any
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        caches: Sequence[LayerCache],
+        metadata: Any,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         plan: BatchPlan = metadata
         tokens = len(token_ids)

@@ -42,7 +42,12 @@ class Rows(CountingModel):
         self.rows: list[int] = []
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, caches: Sequence[LayerCache], metadata: Any
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        caches: Sequence[LayerCache],
+        metadata: Any,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         assert torch.is_inference_mode_enabled()
         return torch.arange(len(token_ids), dtype=torch.float32)[:, None]

@@ -67,21 +67,25 @@ class TapeGraph(GraphPolicy):
             return step
 
         def run(
-            token_ids: Tensor, positions: Tensor, caches: Sequence[LayerCache], metadata: Any
+            token_ids: Tensor,
+            positions: Tensor,
+            caches: Sequence[LayerCache],
+            metadata: Any,
+            hidden: Tensor | None = None,
         ) -> Tensor:
             if len(token_ids) > self._max_tokens:
-                return step(token_ids, positions, caches, metadata)
-            key = _key(token_ids, positions, metadata)
+                return step(token_ids, positions, caches, metadata, hidden)
+            key = _key(token_ids, positions, metadata, hidden)
             known = self._tapes.get(key, ...)
             if known is None:
-                return step(token_ids, positions, caches, metadata)
+                return step(token_ids, positions, caches, metadata, hidden)
             if known is not ...:
                 known[1]()
                 return known[0]
             if len(self._tapes) >= self._max_tapes:
                 self._tapes.clear()
             result, replay, reason = recorder.record(
-                lambda: step(token_ids, positions, caches, metadata)
+                lambda: step(token_ids, positions, caches, metadata, hidden)
             )
             if replay is None:
                 log.info("a step of %d tokens is not replayed: %s", len(token_ids), reason)
@@ -94,9 +98,9 @@ class TapeGraph(GraphPolicy):
         self._tapes.clear()
 
 
-def _key(token_ids: Tensor, positions: Tensor, metadata: Any) -> Hashable:
+def _key(token_ids: Tensor, positions: Tensor, metadata: Any, hidden: Tensor | None) -> Hashable:
     """What a recording holds on to: where the batch's tensors lie, and how many rows they have."""
-    tensors = [token_ids, positions]
+    tensors = [token_ids, positions] if hidden is None else [token_ids, positions, hidden]
     if dataclasses.is_dataclass(metadata):
         values = (getattr(metadata, name) for name in metadata.__dataclass_fields__)
         tensors += [value for value in values if isinstance(value, Tensor)]

@@ -23,14 +23,16 @@ class EagerProgram(ModelProgram):
 
     def __init__(self, model: Model, attention: AttentionBackend, graph: GraphPolicy) -> None:
         self._build, self._graph = attention.build, graph
-        self._logits, self._vocab_size = model.logits, model.vocab_size
+        self._logits, self._vocab_size, self._last = model.logits, model.vocab_size, model.last
         self._forward = graph.wrap(model.forward)
 
     @torch.inference_mode()
     def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:
         metadata: Any = self._build(plan)
         self._graph.before_replay(metadata)
-        hidden = self._forward(plan.token_ids, plan.positions, caches, metadata)
+        hidden = self._forward(plan.token_ids, plan.positions, caches, metadata, plan.hidden)
+        if not self._last:
+            return hidden
         wanted = len(plan.logits_rows)
         if not wanted:  # chunks of prompts alone: no product with the vocabulary
             return hidden.new_empty((0, self._vocab_size), dtype=torch.float32)
