@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test test-slow sanitize check format venv bench bench-peers clean help
+.PHONY: serve test test-slow sanitize check format venv interfaces bench bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ check: venv  ## lint, format, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+interfaces: venv  ## record the interfaces after a change to them
+	$(BIN)/python -m vllm_di.conformance.interface_record docs/interfaces
 
 format: venv  ## format the sources
 	$(BIN)/ruff format .

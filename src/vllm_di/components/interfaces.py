@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
     from vllm_di.components.quantized import QuantizedWeight
 
-INTERFACE_VERSION = "1.0"
+INTERFACE_VERSION = "1.1"
+"""Of this page and of ``messages.py``; docs/interface-versions.md has the policy."""
 
 Activation = Literal["silu", "gelu_tanh"]
 """Of a gated MLP."""
