@@ -96,7 +96,7 @@ def _difference(name: str, before: Entry, after: Entry) -> Change:
 
 
 def _is_longer(before: str, after: str) -> bool:
-    """Whether a signature got optional parameters, or a tuple, ``Literal`` or mapping more members."""
+    """Whether a signature got optional parameters; a tuple, ``Literal`` or mapping more members."""
     old, new = (ast.parse(_as_code(form)).body[0] for form in (before, after))
     if isinstance(old, ast.FunctionDef) and isinstance(new, ast.FunctionDef):
         names, more = _parameters(old), _parameters(new)
