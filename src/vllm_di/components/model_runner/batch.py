@@ -166,7 +166,7 @@ class _Buffer:
         self.array: npt.NDArray[np.integer] = np.zeros(size, dtype)
         self._whole, self._device = torch.from_numpy(self.array), device
         self._view = self._whole
-        self._on_host = device.type == "cpu"
+        self._on_host = device == self._whole.device
 
     def tensor(self, size: int) -> Tensor:
         """The first ``size`` entries on the device; on the host a view, kept for the next step."""

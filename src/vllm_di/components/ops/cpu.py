@@ -73,7 +73,7 @@ class CpuOps(OpLibrary):
         usable = usable_isas()
         if isa != "auto" and isa not in usable:
             raise ConfigError(f"isa={isa}: this CPU does not have it; it has {', '.join(usable)}")
-        if device.torch_device.type != "cpu":
+        if device.torch_device != torch.device("cpu"):  # kernels take addresses of host memory
             raise ConfigError(f"ops=cpu runs on the host, not on {device.torch_device}")
         self.isa = usable[0] if isa == "auto" else isa
         self._rows_for_onednn = rows_for_onednn
