@@ -35,10 +35,11 @@ format: venv  ## format the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: venv  ## start time, assembly time, step overhead
+bench: venv  ## start time, assembly time, step overhead, communicators
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.assembly
 	$(BIN)/python -m benchmarks.step_overhead
+	$(BIN)/python -m benchmarks.communicator
 
 bench-peers: venv  ## beside vLLM, llama.cpp, OpenVINO and transformers (installs them)
 	$(BIN)/pip install --quiet -e '.[bench]'

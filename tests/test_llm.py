@@ -62,6 +62,11 @@ def alone() -> list[list[int]]:
         ["scheduler.policy=priority"],
         ["executor=multiprocess"],
         ["executor=multiprocess", "executor.tensor_parallel_size=2"],
+        [
+            "executor=multiprocess",
+            "executor.tensor_parallel_size=2",
+            "communicator=shared_memory",
+        ],
         ["ops.rms_norm=torch", "ops.linear=torch"],
     ],
     ids=" ".join,

@@ -17,7 +17,6 @@ from vllm_di.components.interfaces import Placement, Worker
 from vllm_di.components.transport import Codec, Connection, Failure, connect
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.fill import open_worker
-from vllm_di.errors import EngineDeadError
 
 
 def main() -> None:
@@ -31,8 +30,6 @@ def main() -> None:
         with open_worker(assembly, Placement(int(rank), int(world), rendezvous)) as worker:
             connection.send(rpc.Hello(int(rank)))
             serve(worker, connection)
-    except EngineDeadError:
-        return  # the executor is gone
     except Exception as error:
         with contextlib.suppress(OSError):  # the executor may be gone
             connection.send(Failure.of(error))

@@ -42,3 +42,26 @@ class CpuKernels:
         self.tape_stop = bind("tape_stop", "")
         self.tape_replay = bind("tape_replay", "pi")
         self.tape_free = bind("tape_free", "p")
+
+
+class GroupKernels:
+    """Collectives of ``cpu/group.cpp`` over shared memory; the first argument is what ``open``
+    gave. They return 0, or a trouble's kind << 16 | the rank."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        def bind(name: str, signature: str, returns: Any = ctypes.c_int) -> Kernel:
+            function = getattr(library, f"group_{name}")
+            function.argtypes, function.restype = [TYPES[letter] for letter in signature], returns
+            kernel: Kernel = function
+            return kernel
+
+        self.bytes = bind("bytes", "il", ctypes.c_int64)
+        self.open = bind("open", "iiilllp", ctypes.c_void_p)
+        self.close = bind("close", "p", None)
+        self.barrier = bind("barrier", "p")
+        self.all_reduce = bind("all_reduce", "pippl")
+        self.all_gather = bind("all_gather", "pppll")
+        self.reduce_scatter = bind("reduce_scatter", "pippl")
+        self.broadcast = bind("broadcast", "ppli")
+        self.send = bind("send", "ppli")
+        self.recv = bind("recv", "ppli")

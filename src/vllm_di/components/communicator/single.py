@@ -15,7 +15,7 @@ class SingleCommunicator(Communicator):
         if placement.world_size != 1:
             raise ConfigError(
                 f"communicator=single cannot join {placement.world_size} ranks; "
-                "take communicator=torch_distributed"
+                "take communicator=shared_memory or torch_distributed"
             )
         self.rank, self.world_size = 0, 1
 
