@@ -197,6 +197,8 @@ class OpTable(ABC):
     library."""
     fusions: Sequence[str] = ()
     """Fused ops in force."""
+    opaque: Mapping[str, str] = {}
+    """Op to its library, for ops that a compiled program cannot take in: they are no torch code."""
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -365,6 +367,8 @@ class OpLibrary(OpTable, ABC):
     """A set of ops from one source. It implements any subset and names it in ``implements``."""
 
     implements: frozenset[str] = frozenset(OpTable.OPS)
+    traceable: ClassVar[bool] = False
+    """Whether its ops are torch code that can be traced, whatever the sizes of a batch."""
 
 
 @dataclass(slots=True)
@@ -473,8 +477,15 @@ class AttentionBackend(ABC):
         """Raise ConfigError for a head size, window or soft cap that it cannot do."""
 
     def export(self) -> Any:
-        """The node that a compiled program puts in its place; raises ConfigError when there is
-        none."""
+        """For programs that trace a step and compile it: the function that they call in place of
+        ``build``, BatchPlan -> metadata, a dataclass of tensors alone with the same fields, ranks
+        and dtypes for every plan.
+
+        Given such metadata, ``forward`` is traced: torch ops that suit any sizes, or one custom op
+        that the platform's compiler knows. What it writes to the cache is written in place by the
+        custom op, or ends as new tensors that it puts into ``cache.key`` and ``cache.value``.
+        Raises ConfigError when there is none.
+        """
         from vllm_di.errors import ConfigError
 
         raise ConfigError(
@@ -570,6 +581,9 @@ class Model(ABC):
         """Bytes that the weights take on this rank."""
         return 0
 
+    def release(self) -> None:
+        """Drop the weights: a compiled program has its own. Nothing is run after that."""
+
 
 class Loader(ABC):
     """Brings weights into a model."""
@@ -610,6 +624,9 @@ class ShapePolicy(ABC):
 
 class ModelProgram(ABC):
     """(10) How one step runs: the module called eagerly, or a whole compiled step."""
+
+    def prepare(self) -> None:
+        """Called once, when the weights are loaded and before the cache is sized: compile here."""
 
     @abstractmethod
     def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:

@@ -198,6 +198,11 @@ class Decoder(nn.Module, Model):
                 total += module.weight.nbytes
         return total
 
+    def release(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Linear | Experts | VocabParallel):
+                module.release()
+
     # -- running ------------------------------------------------------------------------------
 
     def kv_specs(self) -> list[KvSpec]:

@@ -162,6 +162,10 @@ class Linear(nn.Module):
         self.num_bytes += 0 if self.bias is None else self.bias.nbytes
         self.weight, self._quantized = None, {}
 
+    def release(self) -> None:
+        """Drop the weight, which is finalised."""
+        del self.run
+
 
 class Norm(nn.Module):
     """The weight of an RMS norm. ``offset`` is added once, after loading (Gemma stores weight -
@@ -226,6 +230,10 @@ class VocabParallel(nn.Module):
         else:
             self.weight = self.weight[:0]
         self._quantized = None
+
+    def release(self) -> None:
+        """Drop the weight."""
+        self.weight, self.run = self.weight[:0].clone(), None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, vocab], whole on every rank."""

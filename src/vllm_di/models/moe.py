@@ -61,6 +61,10 @@ class Experts(nn.Module):
     def finalize(self, quantization: Quantization) -> None:
         """The router is finalised as a Linear of its own; the experts stay as they are."""
 
+    def release(self) -> None:
+        """Drop the experts' weights."""
+        self.gate_up, self.down = self.gate_up[:0].clone(), self.down[:0].clone()
+
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.router.run(x).float().softmax(-1).topk(self.top_k)  # [tokens, k]
         if self.renormalise:

@@ -95,7 +95,7 @@ class TransformersModel(Model):
                 f"model.max_model_len ({self.max_model_len}) is above the model's own {limit}"
             )
         self.eos_token_ids = config.eos_token_ids or []
-        self._logit_scale = 1.0
+        self._logit_scale, self._weight_bytes = 1.0, 0
 
     def kv_specs(self) -> list[KvSpec]:
         heads = self._hf.num_attention_heads
@@ -150,6 +150,7 @@ class TransformersModel(Model):
                 f"cannot be followed; {_supported()}"
             )
         self._logit_scale = scale if abs(scale - 1) > 1e-3 else 1.0
+        self._weight_bytes = sum(p.nbytes for p in self._model.parameters())
         self._model.set_attn_implementation(NAME)
 
     def forward(
@@ -173,7 +174,10 @@ class TransformersModel(Model):
         return out if self._logit_scale == 1.0 else out * self._logit_scale
 
     def weight_bytes(self) -> int:
-        return sum(p.nbytes for p in self._model.parameters())
+        return self._weight_bytes
+
+    def release(self) -> None:
+        self._model = self._model.to("meta")
 
 
 def _attend(

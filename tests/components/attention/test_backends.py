@@ -27,11 +27,11 @@ def spec(**changes: object) -> AttentionSpec:
 
 
 @pytest.mark.parametrize("changes", [{}, {"window": 3}, {"soft_cap": 1.5}])
-def test_both_give_one_answer(changes: dict[str, object]) -> None:
+def test_all_give_one_answer(changes: dict[str, object]) -> None:
     on, kind = layout(), spec(**changes)
     caches = [
         on.allocate([KvSpec(layer=0, num_kv_heads=2, head_size=8)], 9, torch.float32)[0]
-        for _ in range(2)
+        for _ in range(3)
     ]
     old_k, old_v = torch.randn(5, 2, 8), torch.randn(5, 2, 8)
     for cache in caches:
@@ -51,10 +51,24 @@ def test_both_give_one_answer(changes: dict[str, object]) -> None:
     backends = (PagedAttention(SelectedOps(TorchOps()), on), SdpaAttention(on))
     paged, gathered = (
         backend.forward(q, k, v, cache, backend.build(plan), kind)
-        for backend, cache in zip(backends, caches, strict=True)
+        for backend, cache in zip(backends, caches[:2], strict=True)
     )
     torch.testing.assert_close(paged, gathered)
     assert torch.equal(caches[0].key, caches[1].key)
+    # the form that a compiled program traces: the cache after it is a new tensor
+    before, backend = caches[2].key, SdpaAttention(on)
+    traced = backend.forward(q, k, v, caches[2], backend.export()(plan), kind)
+    torch.testing.assert_close(traced, gathered)
+    assert torch.equal(caches[2].key, caches[0].key) and not torch.equal(before, caches[2].key)
+
+
+def test_export_wants_a_layout_that_can_be_traced() -> None:
+    other = layout()
+    other.name = "nhd"
+    with pytest.raises(ConfigError, match="reads the KV layout 'hnd', not 'nhd'"):
+        SdpaAttention(other).export()
+    with pytest.raises(ConfigError, match=r"no export\(\) .* attention=sdpa has one"):
+        PagedAttention(SelectedOps(TorchOps()), layout()).export()
 
 
 def test_paged_refuses_a_layout_that_it_cannot_read() -> None:

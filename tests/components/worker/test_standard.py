@@ -11,12 +11,14 @@ import torch
 from tests.components.model_runner.fakes import CountingModel, PlanAttention
 
 from vllm_di.components.interfaces import (
+    BatchPlan,
     Device,
     DeviceMemory,
     KvLayout,
     LayerCache,
     Loader,
     Model,
+    ModelProgram,
     ModelRunner,
     Placement,
 )
@@ -104,6 +106,17 @@ class Runner(ModelRunner):
         return StepResult(plan.step, [])
 
 
+class Prepared(ModelProgram):
+    def __init__(self, events: list[str]) -> None:
+        self._events = events
+
+    def prepare(self) -> None:
+        self._events.append("prepare")
+
+    def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> torch.Tensor:
+        raise AssertionError("the runner runs the program")
+
+
 class Hnd(PlanAttention):
     layouts = ("hnd", "nhd")
 
@@ -137,6 +150,7 @@ def worker(
             null_block=null_block,
         ),
         ops=SelectedOps(TorchOps()),
+        program=Prepared(events),
         model_runner=Runner(events),
         placement=Placement(rank=1, world_size=2),
         num_blocks=num_blocks,
@@ -150,10 +164,11 @@ def test_the_order_of_a_worker_s_life() -> None:
     events: list[str] = []
     one = worker(events, num_blocks=9)
     report = one.load()
-    assert events == ["load", "synchronize", "memory"]  # memory counts with the weights in
+    # a program compiles once the weights are in; memory counts with both
+    assert events == ["load", "prepare", "synchronize", "memory"]
     one.allocate(report.num_blocks)
     assert one.execute(StepPlan(4, [], [], [])).step == 4
-    assert events[3:] == ["allocate 9", "warm_up", "execute"]
+    assert events[4:] == ["allocate 9", "warm_up", "execute"]
 
 
 def test_the_report_says_what_only_the_device_knows() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,19 @@ from vllm_di.components.interfaces import (
     LayerCache,
 )
 from vllm_di.components.ops.torch import attend
+from vllm_di.errors import ConfigError
+
+
+@dataclass(slots=True)
+class PaddedBatch:
+    """A step as tensors alone, for a traced program: sequences padded to the longest query."""
+
+    slots: Tensor  # [tokens] int64, block * block_size + offset
+    rows: Tensor  # [seqs, queries] int64: the token of each query; any beyond a sequence's last
+    places: Tensor  # [tokens] int64: where a token stands in ``rows``, flattened
+    positions: Tensor  # [seqs, queries] int64, of each query in its sequence
+    seq_lens: Tensor  # [seqs] int64
+    blocks: Tensor  # [seqs, columns] int64
 
 
 class SdpaAttention(AttentionBackend):
@@ -36,6 +51,8 @@ class SdpaAttention(AttentionBackend):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, metadata: Any, spec: AttentionSpec
     ) -> Tensor:
+        if isinstance(metadata, PaddedBatch):
+            return _attend_padded(q, k, v, cache, metadata, spec)
         plan: BatchPlan = metadata
         self._layout.write(cache, k, v, plan.slot_mapping)
         out = torch.zeros_like(q)
@@ -55,6 +72,67 @@ class SdpaAttention(AttentionBackend):
             start += queries
         return out
 
-    def export(self) -> Any:
-        """The function that a compiled program puts at an attention node."""
-        return attend
+    def export(self) -> Callable[[BatchPlan], PaddedBatch]:
+        if self._layout.name != "hnd":
+            raise ConfigError(
+                "in a compiled program attention=sdpa reads the KV layout 'hnd', not "
+                f"{self._layout.name!r}"
+            )
+        return self._padded
+
+    def _padded(self, plan: BatchPlan) -> PaddedBatch:
+        size, start = self._layout.block_size, plan.query_start[:-1].long()
+        lengths = plan.seq_lens.long()
+        counts = plan.query_start[1:].long() - start
+        steps = torch.arange(plan.max_query_len, device=start.device)
+        owner = torch.repeat_interleave(counts)  # [tokens]
+        offset = torch.arange(len(owner), device=start.device) - start[owner]
+        position = (lengths - counts)[owner] + offset
+        block = plan.block_table[owner, position // size].long()
+        return PaddedBatch(
+            slots=block * size + position % size,
+            rows=(start[:, None] + steps).clamp(max=len(owner) - 1),
+            places=owner * plan.max_query_len + offset,
+            positions=(lengths - counts)[:, None] + steps,
+            seq_lens=lengths,
+            blocks=plan.block_table.long(),
+        )
+
+
+def _attend_padded(
+    q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, batch: PaddedBatch, spec: AttentionSpec
+) -> Tensor:
+    """As ``forward``, in torch ops that can be traced; the cache after it is a new tensor."""
+    heads, size, width = cache.key.shape[1:]
+    # row of a slot in the cache seen as [blocks * kv_heads * block_size, head_size]
+    block, offset = batch.slots // size, batch.slots % size
+    head = torch.arange(heads, device=q.device)
+    rows = ((block[:, None] * heads + head) * size + offset[:, None]).flatten()
+
+    def written(cached: Tensor, new: Tensor) -> Tensor:
+        flat = cached.reshape(-1, width)
+        flat = flat.index_put((rows,), new.reshape(-1, width).to(cached.dtype))
+        return flat.reshape(cached.shape)
+
+    cache.key, cache.value = written(cache.key, k), written(cache.value, v)
+    column = torch.arange(batch.blocks.shape[1] * size, device=q.device)
+    filled = (column < batch.seq_lens[:, None])[:, None, :, None]  # [seqs, 1, length, 1]
+
+    def gathered(cached: Tensor) -> Tensor:
+        # [seqs, columns, kv_heads, block_size, head_size] -> [seqs, kv_heads, 1, length, head_size]
+        found = cached[batch.blocks].transpose(1, 2).flatten(2, 3)
+        return torch.where(filled, found, 0.0)[:, :, None].to(q.dtype)
+
+    keys, values = gathered(cache.key), gathered(cache.value)
+    seen = column <= batch.positions[..., None]  # [seqs, queries, length]
+    if spec.window is not None:
+        seen = seen & (column > batch.positions[..., None] - spec.window)
+    grouped = q[batch.rows].unflatten(2, (heads, -1))  # [seqs, queries, kv_heads, group, head_size]
+    grouped = grouped.permute(0, 2, 3, 1, 4)
+    scores = (grouped @ keys.transpose(-1, -2)).float() * spec.scale
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
+    # finite: a query beyond a sequence's last may see nothing
+    weights = torch.where(seen[:, None, None], scores, -1e30).softmax(-1).to(q.dtype)
+    mixed = (weights @ values).permute(0, 3, 1, 2, 4)
+    return mixed.reshape(-1, spec.num_heads, width)[batch.places]

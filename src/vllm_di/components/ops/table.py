@@ -88,6 +88,11 @@ class SelectedOps(OpTable):
             ):
                 self._owners[fused] = None
         self.fusions = tuple(op for op in self.FUSED if self._owners[op] is not None)
+        self.opaque = {
+            op: type(owner).__name__
+            for op, owner in self._owners.items()
+            if owner is not None and not owner.traceable
+        }
         for op, found in self._owners.items():
             if found is not None:
                 setattr(self, op, getattr(found, op))

@@ -14,6 +14,8 @@ from vllm_di.components.interfaces import Activation, OpLibrary
 class TorchOps(OpLibrary):
     """Plain torch on any device and dtype. Reductions run in fp32."""
 
+    traceable = True
+
     def __init__(self) -> None: ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,6 +14,7 @@ from vllm_di.components.interfaces import (
     KvLayout,
     Loader,
     Model,
+    ModelProgram,
     ModelRunner,
     OpTable,
     Placement,
@@ -36,6 +37,7 @@ class StandardWorker(Worker):
         attention: AttentionBackend,
         limits: SchedulerLimits,
         ops: OpTable,
+        program: ModelProgram,
         model_runner: ModelRunner,
         placement: Placement,
         *,
@@ -56,6 +58,7 @@ class StandardWorker(Worker):
             )
         self._device, self._loader, self._model, self._layout = device, loader, model, kv_layout
         self._limits, self._ops, self._runner = limits.report(), ops, model_runner
+        self._program = program
         self._placement, self._max_num_seqs = placement, max_num_seqs
         self._num_blocks, self._fraction = num_blocks, memory_fraction
         self._memory = (
@@ -65,6 +68,7 @@ class StandardWorker(Worker):
     def load(self) -> WorkerReport:
         begin = time.perf_counter()
         self._loader.load(self._model)
+        self._program.prepare()
         self._device.synchronize()
         seconds = time.perf_counter() - begin
         model, layout = self._model, self._layout
