@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_di.components.device.simulated import Simulation
 from vllm_di.components.device.sizes import parse_size
 from vllm_di.components.interfaces import Device, DeviceMemory, Placement
 from vllm_di.errors import ConfigError, PortError, nearest
@@ -19,7 +20,8 @@ class TorchDevice(Device):
     """One device of ``torch.<backend>``; rank r takes the r-th unless ``index`` says otherwise.
 
     Raises PortError when the package, the build of torch or the driver is absent: the message says
-    which, why, and how to install it. Nothing else is ever taken in its place.
+    which, why, and how to install it. Nothing else is ever taken in its place, but where
+    ``simulated`` asks for the port's ``simulation``.
     """
 
     def __init__(
@@ -35,10 +37,16 @@ class TorchDevice(Device):
         dtypes: list[str],
         dtype_capability: dict[str, float],
         default_dtype: str,
+        simulated: bool = False,
+        simulation: Simulation | None = None,
     ) -> None:
         budget = None if memory_budget is None else parse_size(memory_budget, "memory_budget")
         named = {name: _dtype(name) for name in dtypes}
-        self._module = available_module(backend, package, runtime, install)
+        self._module = (
+            _simulated(simulation, backend)
+            if simulated
+            else available_module(backend, package, runtime, install)
+        )
         self._index = self._choose(placement or Placement(), index, backend)
         self._module.set_device(self._index)
         self.torch_device = torch.device(backend, self._index)
@@ -148,6 +156,15 @@ def available_module(backend: str, package: str | None, runtime: str | None, ins
     if not module.is_available():
         raise PortError(f"{backend}: no device can be used: {_reason(module)}; {install}")
     return module
+
+
+def _simulated(simulation: Simulation | None, backend: str) -> Any:
+    if simulation is None:
+        raise ConfigError(
+            f"simulated: {backend} has no simulation; only ports of devices that torch does not "
+            "know itself have one, as a node `simulation` of their device"
+        )
+    return simulation.start(backend)
 
 
 def _reason(module: Any) -> str:

@@ -1,0 +1,50 @@
+"""A simulated device in place of a port's hardware (``device.simulated=true``).
+
+What runs on it shows that a port keeps the interfaces and calls its vendor's kernels rightly. It
+says nothing of the vendor's kernels themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from vllm_di.components.device.sizes import parse_size
+from vllm_di.errors import ConfigError
+from vllm_di.kernels.build import BuildError
+from vllm_di.kernels.simulated.module import SimulatedModule, install
+
+
+class Simulation:
+    """How a port's device is simulated. A port subclasses it to bring stand-ins of its vendor's
+    kernels."""
+
+    def __init__(
+        self,
+        *,
+        memory: str | int,
+        devices: Annotated[int, msgspec.Meta(ge=1, le=64)],
+        communication: str,
+        fault: Literal["out_of_memory", "hang", "nan", "death"] | None,
+        fault_after: Annotated[int, msgspec.Meta(ge=0)],
+    ) -> None:
+        self._memory, self._devices = parse_size(memory, "simulation.memory"), devices
+        self._communication = communication
+        self._fault, self._after = fault, fault_after
+
+    def start(self, name: str) -> SimulatedModule:
+        """Make ``torch.<name>`` the simulated device's module, with fresh limits and faults. Raises
+        ConfigError where it cannot be built."""
+        try:
+            module = install(name, self._communication)
+        except (BuildError, ValueError) as error:
+            raise ConfigError(f"simulated: {error}") from None
+        module.configure(self._memory, self._devices)
+        self.define_kernels(module)
+        if self._fault is not None:
+            module.inject(self._fault, self._after)
+        return module
+
+    def define_kernels(self, module: SimulatedModule) -> None:
+        """Define the vendor's operators, on host tensors. May be called more than once."""
