@@ -79,7 +79,7 @@ static inline float soften(const Paged& p, int from, int to, float* s, Softmax& 
   const float top = largest(best);
 #pragma GCC unroll 4
   for (int c = 0; c < kVectors; c++) {
-    floats w = exp_below_zero(scores[c] - top);
+    floats w = exp_below_88(scores[c] - top);
     if (MASKED) w = scores[c] == kLowest ? floats{} : w;
     sum += w;
     store16(s + c * kLanes, w);

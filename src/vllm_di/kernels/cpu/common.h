@@ -108,19 +108,6 @@ static inline floats exp_rest(floats r) {
   return p * (r * r) + r + 1.f;
 }
 
-// exp: 2^n * e^r with |r| <= ln(2) / 2 and a polynomial for e^r (Cephes' expf coefficients, relative error about 1e-7).
-// Arguments are held in [-87, 88], where the result is a normal number; a NaN stays one.
-static inline floats fast_exp(floats x) {
-  x = x < -87.f ? splat(-87.f) : x;
-  x = x > 88.f ? splat(88.f) : x;
-  const floats t = x * 1.44269504088896341f;
-  const ints n = __builtin_convertvector(t + (t < 0.f ? splat(-0.5f) : splat(0.5f)), ints);
-  const floats whole = __builtin_convertvector(n, floats);
-  const floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  return exp_rest(r) * (floats)((n + 127) << 23);
-}
-static inline float fast_exp(float x) { return fast_exp(splat(x))[0]; }
-
 // The larger of each; a NaN of b stays one.
 static inline floats larger(floats a, floats b) {
 #if defined(__AVX512F__)
@@ -129,20 +116,46 @@ static inline floats larger(floats a, floats b) {
   return a > b ? a : b;
 #endif
 }
+static inline floats smaller(floats a, floats b) {
+#if defined(__AVX512F__)
+  return (floats)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
-// The same for x <= 0, where fewer cases need care. Adding 1.5 * 2^23 rounds to a whole number, in the low bits.
-static inline floats exp_below_zero(floats x) {
+// exp: 2^n * e^r with |r| <= ln(2) / 2 and a polynomial for e^r (Cephes' expf coefficients, relative error about 1e-7), for
+// x <= 88. What is below -87 is held there, where the result is a normal number; a NaN stays one. Adding 1.5 * 2^23 rounds
+// to a whole number, in the low bits.
+static inline floats exp_below_88(floats x) {
   const floats kRound = splat(12582912.f);
   x = larger(splat(-87.f), x);
-  const floats t = x * 1.44269504088896341f + kRound, whole = t - kRound;
-  const floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  const floats t = x * 1.44269504088896341f + kRound, n = t - kRound;
+  const floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+#if defined(__AVX512F__)
+  return (floats)_mm512_scalef_ps((__m512)exp_rest(r), (__m512)n);
+#else
   return exp_rest(r) * (floats)(((ints)t - (ints)kRound + 127) << 23);
+#endif
+}
+// The same for any x: what is above 88 is held there.
+static inline floats fast_exp(floats x) { return exp_below_88(smaller(splat(88.f), x)); }
+static inline float fast_exp(float x) { return fast_exp(splat(x))[0]; }
+
+// 1 / x for normal numbers, to about 1e-7.
+static inline floats inverse(floats x) {
+#if defined(__AVX512F__)
+  const floats near = (floats)_mm512_rcp14_ps((__m512)x);
+  return near * (2.f - x * near);
+#else
+  return 1.f / x;
+#endif
 }
 
 // tanh(x) from exp, absolute error about 1e-7.
-static inline floats fast_tanh(floats x) { return 1.f - 2.f / (fast_exp(2.f * x) + 1.f); }
+static inline floats fast_tanh(floats x) { return 1.f - 2.f * inverse(fast_exp(2.f * x) + 1.f); }
 
-static inline floats silu(floats x) { return x / (1.f + fast_exp(-x)); }
+static inline floats silu(floats x) { return x * inverse(1.f + fast_exp(-x)); }
 // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
 static inline floats gelu_tanh(floats x) {
   return 0.5f * x * (1.f + fast_tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));

@@ -12,11 +12,12 @@ struct Linear {
 
   int64_t work() const { return rows * to.pairs() * kPair * steps; }
   void run(const Team& team) const {
-    over_pairs(team, rows, to.pairs(), [&](auto count, auto panels, int64_t row, int64_t pair) {
-      const int ROWS = decltype(count)::value, PANELS = decltype(panels)::value;
-      floats sums[ROWS][PANELS] = {};
-      multiply<S, ROWS, PANELS>(sums, x + row * x_stride, x_stride, weights + pair * steps * kPair, steps * kPair, steps);
-      for (int r = 0; r < ROWS; r++) to.put(sums[r], row + r, pair);
+    const int64_t size = steps * kPair;
+    over_pairs(team, rows, to.pairs(), weights, size * sizeof(S), [&](auto count, int64_t row, int64_t pair, Ahead ahead) {
+      const int ROWS = decltype(count)::value;
+      floats sums[ROWS][2] = {};
+      multiply<S, ROWS>(sums, x + row * x_stride, x_stride, weights + pair * size, steps, ahead);
+      for (int r = 0; r < ROWS; r++) to.put(sums[r][0], sums[r][1], row + r, pair);
     });
   }
 };

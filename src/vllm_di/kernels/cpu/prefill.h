@@ -29,14 +29,13 @@ struct Span {
   static const int64_t kValueSteps = kChunk / PER;
 
   const Paged& p;
-  int64_t d, q_steps, panels, width;  // panels of head_size, in pairs; width: head_size in them
+  int64_t d, q_steps, width;          // width: head_size in whole pairs of panels
   std::vector<E> q, keys, values;     // [rows, q_steps], pairs of panels [q_steps][2][16], [kValueSteps][2][16]
   std::vector<float> sums;            // [rows, width]
   std::vector<Softmax> states;
 
   explicit Span(const Paged& paged)
-      : p(paged), d(p.head_size), q_steps((d + PER - 1) / PER), panels((d + kPair - 1) / kPair * 2),
-        width(panels * kLanes) {}
+      : p(paged), d(p.head_size), q_steps((d + PER - 1) / PER), width((d + kPair - 1) / kPair * kPair) {}
 
   void pack(const Chunk<T>& chunk) {
     if (chunk.count < kChunk || d % kLanes) {  // the rest is multiplied by weights of 0
@@ -113,27 +112,23 @@ struct Span {
   }
 #endif
 
-  template <int PANELS>
-  void score(const S* rows, int64_t panel, float (&scores)[kTileRows][kChunk]) {
-    floats sums[kTileRows][PANELS] = {};
-    multiply<S, kTileRows, PANELS>(sums, rows, q_steps, (const S*)keys.data() + panel / 2 * q_steps * kPair,
-                                   q_steps * kPair, q_steps);
+  void score(const S* rows, int64_t pair, float (&scores)[kTileRows][kChunk]) {
+    floats part[kTileRows][2] = {};
+    multiply<S, kTileRows>(part, rows, q_steps, (const S*)keys.data() + pair * q_steps * kPair, q_steps);
     for (int r = 0; r < kTileRows; r++)
-      for (int c = 0; c < PANELS; c++) store16(scores[r] + (panel + c) * kLanes, sums[r][c]);
+      for (int c = 0; c < 2; c++) store16(scores[r] + pair * kPair + c * kLanes, part[r][c]);
   }
 
-  template <int PANELS>
-  void gather(const E (&weights)[kTileRows][kChunk], const float (&shrink)[kTileRows], int64_t row, int64_t panel,
+  void gather(const E (&weights)[kTileRows][kChunk], const float (&shrink)[kTileRows], int64_t row, int64_t pair,
               int64_t steps) {
-    floats part[kTileRows][PANELS];
-    float* to = sums.data() + row * width + panel * kLanes;
+    floats part[kTileRows][2];
+    float* to = sums.data() + row * width + pair * kPair;
     for (int r = 0; r < kTileRows; r++)
-      for (int c = 0; c < PANELS; c++) part[r][c] = load16(to + r * width + c * kLanes) * shrink[r];
-    multiply<S, kTileRows, PANELS>(part, (const S*)weights[0], kValueSteps,
-                                   (const S*)values.data() + panel / 2 * kValueSteps * kPair, kValueSteps * kPair,
-                                   steps);
+      for (int c = 0; c < 2; c++) part[r][c] = load16(to + r * width + c * kLanes) * shrink[r];
+    multiply<S, kTileRows>(part, (const S*)weights[0], kValueSteps, (const S*)values.data() + pair * kValueSteps * kPair,
+                           steps);
     for (int r = 0; r < kTileRows; r++)
-      for (int c = 0; c < PANELS; c++) store16(to + r * width + c * kLanes, part[r][c]);
+      for (int c = 0; c < 2; c++) store16(to + r * width + c * kLanes, part[r][c]);
   }
 
   void tile(const Chunk<T>& chunk, int64_t row, int64_t rows, int64_t position) {
@@ -143,8 +138,7 @@ struct Span {
     alignas(64) float scores[kTileRows][kChunk];
     alignas(64) E weights[kTileRows][kChunk];
     float shrink[kTileRows];
-    for (int64_t c = 0; c < kChunk / kLanes; c += kTilePanels)
-      score<kTilePanels>((const S*)q.data() + row * q_steps, c, scores);
+    for (int64_t pair = 0; pair < kChunk / kPair; pair++) score((const S*)q.data() + row * q_steps, pair, scores);
     for (int r = 0; r < kTileRows; r++) {
       if (row + r > last) {  // a row that fills the tile
         shrink[r] = 0.f;
@@ -155,10 +149,7 @@ struct Span {
       for (int j = 0; j < kChunk; j += kLanes) store16(weights[r] + j, load16(scores[r] + j));
     }
     const int64_t steps = (chunk.count + PER - 1) / PER;
-    int64_t panel = 0;
-    for (; panel + kTilePanels <= panels; panel += kTilePanels)
-      gather<kTilePanels>(weights, shrink, row, panel, steps);
-    for (; panel < panels; panel += 2) gather<2>(weights, shrink, row, panel, steps);
+    for (int64_t pair = 0; pair < width / kPair; pair++) gather(weights, shrink, row, pair, steps);
   }
 
   // Queries [first, last) of a sequence.

@@ -2,7 +2,9 @@
 #pragma once
 #include "tile.h"
 
-static const int64_t kSpan = 192;  // rows of a piece of work
+static const int64_t kSpan = 192;   // rows of a piece of work
+static const int64_t kLine = 64;    // bytes of a cache line
+static const int64_t kSoon = 8192;  // bytes that a stream of weights is ahead of its use
 
 template <int N>
 using Constant = std::integral_constant<int, N>;
@@ -22,12 +24,7 @@ struct Output {
 
   int64_t pairs() const { return gate ? n / kLanes : (n + kPair - 1) / kPair; }
 
-  // The sums of a row in pairs of panels, from pair `pair`.
-  template <int PANELS>
-  inline void put(floats (&sums)[PANELS], int64_t row, int64_t pair) const {
-    for (int c = 0; c < PANELS; c += 2, pair++) put(sums[c], sums[c + 1], row, pair);
-  }
-
+  // The sums of a row in a pair of panels.
   inline void put(floats one, floats other, int64_t row, int64_t pair) const {
     if (gate) {
       const int64_t first = pair * kLanes;
@@ -80,34 +77,40 @@ static inline void over_rows(int64_t row, int64_t end, const Body& tile) {
       case 6: tile(Constant<MOST < 6 ? 1 : 6>{}, row); break;
       case 7: tile(Constant<MOST < 7 ? 1 : 7>{}, row); break;
       case 8: tile(Constant<MOST < 8 ? 1 : 8>{}, row); break;
+      case 9: tile(Constant<MOST < 9 ? 1 : 9>{}, row); break;
+      case 10: tile(Constant<MOST < 10 ? 1 : 10>{}, row); break;
+      case 11: tile(Constant<MOST < 11 ? 1 : 11>{}, row); break;
+      case 12: tile(Constant<MOST < 12 ? 1 : 12>{}, row); break;
     }
     row += count;
   }
 }
 
 // Calls body(begin, end, row, last) for this thread's share of `units` of weights times spans of rows. Few rows: each thread
-// takes one run of units. Many: a span of rows stays in the second-level cache while all units pass by, `together` at a
-// time.
+// takes one run of units. Many: a span of rows stays in the second-level cache while all units pass by.
 template <typename Body>
-static inline void share_out(const Team& team, int64_t rows, int64_t units, int64_t together, const Body& body) {
-  const int64_t spans = (rows + kSpan - 1) / kSpan;
-  if (spans == 1) return body(team.first(units), team.last(units), 0, rows);
-  const int64_t runs = (units + together - 1) / together;
-  for (int64_t i = team.first(runs * spans); i < team.last(runs * spans); i++) {
-    const int64_t begin = i % runs * together, row = i / runs * kSpan;
-    body(begin, std::min(units, begin + together), row, std::min(rows, row + kSpan));
+static inline void share_out(const Team& team, int64_t rows, int64_t units, const Body& body) {
+  const int64_t spans = (rows + kSpan - 1) / kSpan, last = team.last(units * spans);
+  for (int64_t i = team.first(units * spans); i < last;) {
+    const int64_t begin = i % units, end = std::min(units, begin + last - i), row = i / units * kSpan;
+    body(begin, end, row, std::min(rows, row + kSpan));
+    i += end - begin;
   }
 }
 
-// The same for tiles of pairs of panels: calls tile(ROWS, PANELS as constants, row, first pair).
+// The same for tiles of pairs of panels, `size` bytes of `weights` each: calls tile(ROWS as a constant, row, pair, ahead). With
+// few rows memory sets the pace, and is asked for what lies a little further on. With many it is asked for the next pair, a
+// part of it by each tile.
 template <typename Tile>
-static inline void over_pairs(const Team& team, int64_t rows, int64_t pairs, const Tile& tile) {
-  const int64_t together = kTilePanels / 2;
-  share_out(team, rows, pairs, together, [&](int64_t pair, int64_t last, int64_t row, int64_t end) {
-    if (end - row > kPairRows)
-      for (; pair + together <= last; pair += together)
-        over_rows<kTileRows>(row, end, [&](auto count, int64_t r) { tile(count, Constant<kTilePanels>{}, r, pair); });
+static inline void over_pairs(const Team& team, int64_t rows, int64_t pairs, const void* weights, int64_t size,
+                              const Tile& tile) {
+  share_out(team, rows, pairs, [&](int64_t pair, int64_t last, int64_t row, int64_t end) {
     for (; pair < last; pair++)
-      over_rows<kPairRows>(row, end, [&](auto count, int64_t r) { tile(count, Constant<2>{}, r, pair); });
+      over_rows<kTileRows>(row, end, [&](auto count, int64_t r) {
+        const char* at = (const char*)weights + pair * size;
+        const int64_t part = (r - row) * size / (end - row) / kLine * kLine;
+        const Ahead next{at + size + part, pair + 1 < last}, soon{at + kSoon, 2};
+        tile(count, r, pair, end - row > kTileRows ? next : soon);
+      });
   });
 }

@@ -93,19 +93,16 @@ struct ByChannel {
   int64_t work() const { return rows * to.pairs() * kPair * k / 4; }
   void run(const Team& team) const {
     const Bytes in = Bytes::make(team, x, rows, k, x_stride, k);
-    over_pairs(team, rows, to.pairs(), [&](auto count, auto panels, int64_t row, int64_t pair) {
-      const int ROWS = decltype(count)::value, PANELS = decltype(panels)::value;
-      ints sums[ROWS][PANELS] = {};
-      const int64_t steps = k / 4;
-      multiply<bytes4, ROWS, PANELS>(sums, (const bytes4*)in.x + row * steps, steps, weights + pair * steps * kPair,
-                                     steps * kPair, steps);
+    const int64_t steps = k / 4, size = steps * kPair;
+    over_pairs(team, rows, to.pairs(), weights, 4 * size, [&](auto count, int64_t row, int64_t pair, Ahead ahead) {
+      const int ROWS = decltype(count)::value;
+      ints sums[ROWS][2] = {};
+      multiply<bytes4, ROWS>(sums, (const bytes4*)in.x + row * steps, steps, weights + pair * size, steps, ahead);
+      const floats one = load16(scales + pair * kPair), other = load16(scales + pair * kPair + kLanes);
       for (int r = 0; r < ROWS; r++) {
-        floats scaled[PANELS];
-        for (int c = 0; c < PANELS; c++) {
-          const floats sum = __builtin_convertvector(sums[r][c], floats) * in.scales[row + r];
-          scaled[c] = (sum - 128.f * in.sums[row + r]) * load16(scales + pair * kPair + c * kLanes);
-        }
-        to.put(scaled, row + r, pair);
+        const float scale = in.scales[row + r], less = 128.f * in.sums[row + r];
+        to.put((__builtin_convertvector(sums[r][0], floats) * scale - less) * one,
+               (__builtin_convertvector(sums[r][1], floats) * scale - less) * other, row + r, pair);
       }
     });
   }
@@ -150,7 +147,7 @@ struct ByGroup {
     const Bytes in = Bytes::make(team, x, rows, k, x_stride, kGroup);
     const bool single = !to.gate;  // a gate needs both panels of a pair
     const int64_t units = single ? (to.n + kLanes - 1) / kLanes : to.pairs();
-    share_out(team, rows, units, single ? 4 : 2, [&](int64_t unit, int64_t last, int64_t row, int64_t end) {
+    share_out(team, rows, units, [&](int64_t unit, int64_t last, int64_t row, int64_t end) {
       for (; unit < last; unit++)
         over_rows<kGroupRows>(row, end, [&](auto count, int64_t r) {
           const int ROWS = decltype(count)::value;

@@ -1,4 +1,4 @@
-// The register tile of all dense products: ROWS rows of x times PANELS panels of 16 outputs.
+// The register tile of all dense products: ROWS rows of x times two panels of 16 outputs.
 //
 // An operand is a float, a pair of bf16 or four bytes. A panel holds the operands of 16 outputs: one step is one float along
 // k, a pair of bf16 or four bytes. Two panels lie side by side, [steps][2][16], so that few rows read one stream of memory. One instruction of AVX512-BF16 (or VNNI) multiplies a pair (or four bytes) of x, broadcast,
@@ -7,11 +7,11 @@
 #pragma once
 #include "task.h"
 
-// As many sums as the registers hold: many rows times kTilePanels panels, or few times 2.
+// As many rows as the registers hold sums of.
 #if defined(__AVX512F__)
-static const int kTileRows = 6, kTilePanels = 4, kPairRows = 8;
+static const int kTileRows = 12;
 #else
-static const int kTileRows = 3, kTilePanels = 2, kPairRows = 3;
+static const int kTileRows = 3;
 #endif
 static const int64_t kPair = 2 * kLanes;  // operands of a step of two panels
 
@@ -61,17 +61,24 @@ static inline ints multiply_add(ints sum, bytes4 x, const bytes4* weights) {
   return multiply_bytes(sum, x.bits, w);
 }
 
-// sums += x times weights; pairs of panels lie `pair_stride` operands apart.
-template <typename S, int ROWS, int PANELS>
-static inline __attribute__((always_inline)) void multiply(typename Sum<S>::type (&sums)[ROWS][PANELS], const S* x,
-                                                           int64_t x_stride, const S* weights,
-                                                           int64_t pair_stride, int64_t steps) {
+// What is asked for while products run, so that it comes from memory meanwhile: so many cache lines a step.
+struct Ahead {
+  const char* at;
+  int lines;  // 0 to 2
+};
+
+// sums += x times weights.
+template <typename S, int ROWS>
+static inline __attribute__((always_inline)) void multiply(typename Sum<S>::type (&sums)[ROWS][2], const S* x,
+                                                           int64_t x_stride, const S* weights, int64_t steps,
+                                                           Ahead ahead = {nullptr, 0}) {
   for (int64_t k = 0; k < steps; k++) {
-#pragma GCC unroll 8
+    if (ahead.lines) __builtin_prefetch(ahead.at + 64 * ahead.lines * k, 0, 2);
+    if (ahead.lines == 2) __builtin_prefetch(ahead.at + 128 * k + 64, 0, 2);
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-      for (int c = 0; c < PANELS; c++)
-        sums[r][c] = multiply_add(sums[r][c], x[r * x_stride + k],
-                                  weights + c / 2 * pair_stride + k * kPair + c % 2 * kLanes);
+#pragma GCC unroll 2
+      for (int c = 0; c < 2; c++)
+        sums[r][c] = multiply_add(sums[r][c], x[r * x_stride + k], weights + k * kPair + c * kLanes);
   }
 }
