@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import pytest
 import torch
 from tests.components.ops.libraries import DTYPES, ISAS, REFERENCE, close, library, random
@@ -149,21 +152,40 @@ def test_greedy_sample_takes_the_first_of_the_largest(isa: str, vocab: int) -> N
 @every_isa
 @pytest.mark.parametrize("vocab", [1, 3, 97, 2048, 49152])
 def test_top_k_top_p_sample(isa: str, vocab: int) -> None:
-    ops, rows = library(isa), 64
+    ops = library(isa)
+    for case in sampling_cases(vocab):
+        got = ops.top_k_top_p_sample(case.logits.clone(), *case.settings)
+        # a draw that falls on the border of two tokens may round to either
+        assert (got != case.want).float().mean() <= 0.05
+        assert case.kept.gather(1, got[:, None]).all()
+
+
+class SamplingCase(NamedTuple):
+    logits: Tensor
+    settings: tuple[Tensor, Tensor, Tensor, Tensor]
+    want: Tensor
+    kept: Tensor
+    """[rows, vocab]: what may be drawn."""
+
+
+@functools.cache
+def sampling_cases(vocab: int) -> list[SamplingCase]:
+    """Every mix of settings, with the reference's draws: sorting them is the slow part."""
+    rows = 64
     generator = torch.Generator().manual_seed(vocab)
     logits = 4 * torch.randn(rows, vocab, generator=generator)
     uniform = torch.rand(rows, generator=generator)
     full = torch.full((rows,), vocab)
     one, zero = torch.ones(rows), torch.zeros(rows)
+    cases = []
     for top_k in (full, full.clamp(max=1), full.clamp(max=5), full.clamp(max=300)):
         for top_p in (one, 0.9 * one, 0.3 * one, 1e-6 * one):
             for min_p in (zero, 0.05 * one, one):
-                got = ops.top_k_top_p_sample(logits.clone(), top_k, top_p, min_p, uniform)
-                want = REFERENCE.top_k_top_p_sample(logits.clone(), top_k, top_p, min_p, uniform)
-                # a draw that falls on the border of two tokens may round to either
-                assert (got != want).float().mean() <= 0.05
+                settings = (top_k, top_p, min_p, uniform)
+                want = REFERENCE.top_k_top_p_sample(logits.clone(), *settings)
                 kept = _kept(logits, top_k, top_p, min_p)
-                assert kept.gather(1, got[:, None]).all()
+                cases.append(SamplingCase(logits, settings, want, kept))
+    return cases
 
 
 def _kept(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
