@@ -40,6 +40,8 @@ def files() -> list[Path]:
 def offences(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, what is wrong)."""
     for node in ast.walk(tree):
+        if not isinstance(node, ast.stmt | ast.expr | ast.pattern):
+            continue
         modules: list[str] = []
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]

@@ -57,7 +57,7 @@ def run(words: list[str]) -> int:
 
 
 def _module(name: str) -> Command:
-    module: Command = import_module(f"vllm_di.commands.{name}")  # type: ignore[assignment]
+    module: Command = import_module(f"vllm_di.commands.{name.replace('-', '_')}")  # type: ignore[assignment]
     return module
 
 

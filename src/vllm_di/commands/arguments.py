@@ -13,6 +13,7 @@ VERBS = {
     "complete": "continue a text",
     "bench": "measure latency, throughput or a server: bench latency|throughput|serve",
     "explain": "which class fills each slot, and who chose it",
+    "new-port": "a package of its own for new hardware: new-port NAME",
     "config": "show the composed config: config show",
     "help": "groups, options and their keys: help [GROUP[=OPTION]]",
 }

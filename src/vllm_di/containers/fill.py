@@ -19,6 +19,7 @@ from vllm_di.components.interfaces import Engine, Placement, Worker, WorkerLaunc
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.engine import DERIVED, EngineContainer, WorkerContainer
 from vllm_di.containers.schema import Part, check
+from vllm_di.containers.trial import try_out
 from vllm_di.errors import ConfigError, nearest
 
 C = TypeVar("C", bound=DeclarativeContainer)
@@ -128,6 +129,8 @@ def open_worker(
     with opened(
         WorkerContainer, assembly, stage=stage, placement=placement, **objects
     ) as container:
+        if not objects:
+            try_out(container, assembly)
         yield container.worker()
 
 

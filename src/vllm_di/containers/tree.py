@@ -61,7 +61,15 @@ class ConfigFiles:
         return next((p for p in self.ports if p.conf and path.is_relative_to(p.conf)), None)
 
     def refuse_duplicates(self) -> None:
-        """One option, one owner: Hydra would take the first file and say nothing."""
+        """One option, one owner: Hydra would take the first file and say nothing. The same holds of
+        a platform's name."""
+        for port in self.ports:
+            ours = self.roots[0] / "platform" / f"{port.name}.yaml"
+            if ours.is_file():
+                raise PortError(
+                    f"{port.distribution} is installed as port {port.name!r}, but "
+                    f"platform={port.name} is defined in {shown(ours)}; uninstall it"
+                )
         owners: dict[tuple[str, str], Path] = {}
         for root in self.roots:
             for file in root.glob("*/*.yaml"):

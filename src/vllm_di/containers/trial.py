@@ -1,0 +1,186 @@
+"""Tries a port's code once at the start, on tiny tensors and before any weight is read: an op that
+it claims and lacks, or a result of the wrong shape, is then an error with a place.
+
+Only classes of other packages are tried; this project's own are held by its tests. Values are the
+conformance suite's matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm_di.components.interfaces import AttentionSpec, BatchPlan, OpTable
+from vllm_di.containers.assembly import Assembly
+from vllm_di.errors import PortError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+HIDDEN, TOKENS = 128, 3
+
+
+def try_out(container: Any, assembly: Assembly) -> None:
+    """Try the ops and the attention of a filled worker container. Raises PortError."""
+    table: OpTable = container.ops()
+    check_claims(table, assembly)
+    foreign = {
+        op for op in OpTable.OPS if _is_foreign(getattr(_owner(table, op), "__class__", None))
+    }
+    if foreign:
+        device, dtype = container.device().torch_device, container.model().dtype
+        for op, trial in op_trials(table, device, dtype).items():
+            if op in foreign:
+                _try(f"ops.{op}", _owner(table, op), trial, assembly.place("ops.library._target_"))
+    if _is_foreign(type(container.attention())) and container.model().kv_specs():
+        place = assembly.place("attention._target_")
+        _try("attention", container.attention(), attention_trial(container), place)
+
+
+def check_claims(table: OpTable, assembly: Assembly) -> None:
+    """Whether each library has what it names, and the platform what its manifest names."""
+    from vllm_di.components.ops.torch import TorchOps
+
+    place = assembly.place("ops.library._target_")
+    for library in {id(o): o for op in OpTable.OPS if (o := _owner(table, op))}.values():
+        if not _is_foreign(type(library)):
+            continue
+        name = type(library).__qualname__
+        for op in sorted(getattr(library, "implements", ())):
+            if op not in OpTable.OPS:
+                raise PortError(
+                    f"{place}: ops: {name}.implements names {op!r}, which is no op"
+                    f"{nearest(op, OpTable.OPS)}"
+                )
+            if getattr(type(library), op) is getattr(TorchOps, op):
+                raise PortError(
+                    f"{place}: ops: {name}.implements names {op!r}, but {name} has no method "
+                    f"{op} of its own"
+                )
+    manifest = assembly.platform
+    by_user = assembly.choices["ops"].origin.chosen_by == "command line"
+    if manifest.interface is None or by_user:
+        return
+    for op in manifest.capabilities.ops:
+        origin = assembly.origins.get(f"ops.{op}")
+        chosen = origin is not None and origin.chosen_by == "command line"
+        if type(_owner(table, op)) is TorchOps and not chosen:
+            key = "platform.capabilities.ops"
+            raise PortError(
+                f"{assembly.place(key)}: {key} claims {op}, but the library of {manifest.name} "
+                "does not implement it"
+            )
+
+
+def _owner(table: OpTable, op: str) -> Any:
+    """The library whose method stands for the op."""
+    return getattr(getattr(table, op), "__self__", None)
+
+
+def _is_foreign(cls: type) -> bool:
+    return cls.__module__.split(".")[0] not in ("vllm_di", "builtins")
+
+
+Results = Mapping[str, "tuple[Tensor, tuple[int, ...], torch.dtype]"]
+"""Name of a result to the result, its promised shape and its promised dtype."""
+Trial = Callable[[], Results]
+
+
+def _try(path: str, owner: Any, trial: Trial, place: str) -> None:
+    name = f"{type(owner).__module__}.{type(owner).__qualname__}"
+    try:
+        results = trial()
+    except NotImplementedError:
+        return  # attention of a compiled program has an export, and may have nothing else
+    except Exception as error:
+        line = (str(error).splitlines() or [""])[0]
+        raise PortError(
+            f"{place}: {path}: {name} fails on a small input: {type(error).__name__}: {line}"
+        ) from error
+    for what, (found, shape, dtype) in results.items():
+        got = (tuple(getattr(found, "shape", ())), getattr(found, "dtype", type(found)))
+        if got != (shape, dtype):
+            raise PortError(
+                f"{place}: {path}: {name} gives {what} of shape {list(got[0])} and {got[1]}; "
+                f"expected shape {list(shape)} and {dtype}"
+            )
+
+
+def op_trials(table: OpTable, device: torch.device, dtype: torch.dtype) -> dict[str, Trial]:
+    """Op to a call of it on ``TOKENS`` rows, for the ops whose inputs need no cache."""
+    import torch
+
+    def floats(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.full(shape, 0.5, dtype=kind, device=device)
+
+    def one(result: Tensor, *shape: int, kind: torch.dtype = dtype) -> Results:
+        return {"a result": (result, shape, kind)}
+
+    def add_rms_norm() -> Results:
+        normed, total = table.add_rms_norm(
+            floats(TOKENS, HIDDEN), floats(TOKENS, HIDDEN), floats(HIDDEN), 1e-5
+        )
+        shape = (TOKENS, HIDDEN)
+        return {"a norm": (normed, shape, dtype), "a residual": (total, shape, dtype)}
+
+    def rotary_embedding() -> Results:
+        q, k = floats(TOKENS, 4, HIDDEN), floats(TOKENS, 2, HIDDEN)
+        cos_sin = floats(8, HIDDEN, kind=torch.float32)
+        turned = table.rotary_embedding(ids, q, k, cos_sin, False)
+        shapes = {"q": (TOKENS, 4, HIDDEN), "k": (TOKENS, 2, HIDDEN)}
+        return {n: (t, shapes[n], dtype) for n, t in zip(shapes, turned, strict=True)}
+
+    def top_k_top_p_sample() -> Results:
+        logits, ones = floats(TOKENS, HIDDEN, kind=torch.float32), torch.ones(TOKENS, device=device)
+        chosen = table.top_k_top_p_sample(logits, ids + 5, ones, ones * 0, ones * 0.5)
+        return one(chosen, TOKENS, kind=torch.int64)
+
+    ids = torch.arange(TOKENS, device=device)
+    x, wide, weight = floats(TOKENS, HIDDEN), floats(TOKENS, 2 * HIDDEN), floats(64, HIDDEN)
+    logits = floats(TOKENS, HIDDEN, kind=torch.float32)
+    return {
+        "rms_norm": lambda: one(table.rms_norm(x, floats(HIDDEN), 1e-5), TOKENS, HIDDEN),
+        "add_rms_norm": add_rms_norm,
+        "rotary_embedding": rotary_embedding,
+        "silu_and_mul": lambda: one(table.silu_and_mul(wide), TOKENS, HIDDEN),
+        "gelu_tanh_and_mul": lambda: one(table.gelu_tanh_and_mul(wide), TOKENS, HIDDEN),
+        "linear": lambda: one(table.linear(x, table.pack_linear(weight)), TOKENS, 64),
+        "gated_linear": lambda: one(
+            table.gated_linear(x, table.pack_gated_linear(weight), None, "silu"), TOKENS, 32
+        ),
+        "embedding": lambda: one(table.embedding(ids, weight), TOKENS, HIDDEN),
+        "greedy_sample": lambda: one(table.greedy_sample(logits), TOKENS, kind=torch.int64),
+        "top_k_top_p_sample": top_k_top_p_sample,
+    }
+
+
+def attention_trial(container: Any) -> Trial:
+    """A prefill of ``TOKENS`` tokens through the first layer's cache, in a block of its own."""
+    import torch
+
+    device, model, layout = container.device(), container.model(), container.kv_layout()
+    on, (spec, *_) = device.torch_device, model.kv_specs()
+    shape = (TOKENS, spec.num_kv_heads, spec.head_size)
+
+    def trial() -> Results:
+        (cache,) = layout.allocate([spec], 1, model.dtype)
+        positions = torch.arange(TOKENS, device=on)
+        plan = BatchPlan(
+            token_ids=positions,
+            positions=positions,
+            query_start=torch.tensor([0, TOKENS], dtype=torch.int32, device=on),
+            seq_lens=torch.tensor([TOKENS], dtype=torch.int32, device=on),
+            block_table=torch.zeros(1, 1, dtype=torch.int32, device=on),
+            slot_mapping=positions,
+            logits_rows=positions[-1:],
+            query_lens_host=[TOKENS],
+            seq_lens_host=[TOKENS],
+        )
+        x = torch.full(shape, 0.5, dtype=model.dtype, device=on)
+        fixed = AttentionSpec(spec.num_kv_heads, spec.num_kv_heads, spec.head_size, 1.0)
+        backend = container.attention()
+        found = backend.forward(x, x.clone(), x.clone(), cache, backend.build(plan), fixed)
+        return {"a result": (found, shape, model.dtype)}
+
+    return trial
