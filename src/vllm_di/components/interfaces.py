@@ -74,6 +74,8 @@ class Device(ABC):
     default_dtype: torch.dtype
     supported_dtypes: tuple[torch.dtype, ...]
     """For weights and activations. A dtype outside is an error, never a cast."""
+    on_host: ClassVar[bool] = False
+    """Whether its tensors lie in memory that other processes of this host could map."""
 
     @abstractmethod
     def memory(self) -> DeviceMemory:
@@ -531,7 +533,8 @@ class Model(ABC):
     layers."""
 
     vocab_size: int
-    hidden_size: int
+    hidden_size: int = 0
+    """Width of the hidden states that cross between stages; a model that can be one sets it."""
     max_model_len: int
     eos_token_ids: list[int]
     dtype: torch.dtype

@@ -59,8 +59,10 @@ class SharedMemoryCommunicator(Communicator):
         timeout: Annotated[float, msgspec.Meta(gt=0)],
         cache: str | None,
     ) -> None:
-        if device.torch_device.type != "cpu":
-            raise ConfigError(f"communicator=shared_memory: not for tensors on {device}")
+        if not device.on_host:
+            raise ConfigError(
+                f"communicator=shared_memory: not for tensors on {device.torch_device}"
+            )
         self.rank, self.world_size = placement.rank, placement.world_size
         self._group: int | None = None
         self._processes: list[int] = []
