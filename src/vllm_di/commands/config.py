@@ -20,7 +20,12 @@ def run(arguments: Arguments) -> int:
     from vllm_di.containers.assembly import assemble
 
     assembly = assemble(arguments.overrides, arguments.config_dirs)
-    nodes = {**assembly.server, **assembly.engine, **assembly.workers[0]}
+    workers = assembly.workers
+    nodes = {**assembly.server, **assembly.engine}
+    if len(workers) == 1:
+        nodes |= workers[0]
+    else:
+        nodes["stages"] = {str(stage): worker for stage, worker in enumerate(workers)}
     for line in lines({**assembly.settings, **nodes}):
         key, text = line
         origin = assembly.place(key) if "--origins" in arguments.switches and ":" in text else ""

@@ -23,6 +23,7 @@ from vllm_di.components.messages import (
     EngineOutputs,
     EngineRequest,
     EngineStats,
+    HiddenStates,
     KvSpec,
     LimitsReport,
     SampledToken,
@@ -57,6 +58,9 @@ class Placement:
     world_size: int = 1
     rendezvous: str = ""
     """``tcp://127.0.0.1:PORT`` for more than one rank."""
+    stage: int = 0
+    """Which part of a pipeline this is; ranks are counted within a stage."""
+    num_stages: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,6 +467,10 @@ class AttentionBackend(ABC):
     replayable: ClassVar[bool] = False
     """Whether all that ``forward`` computes are ops of the table, on tensors of the metadata."""
 
+    def can_replay(self, metadata: Any) -> bool:
+        """Whether the step of ``metadata`` is one of those; asked where ``replayable``."""
+        return True
+
     @abstractmethod
     def build(self, batch: BatchPlan, out: Any | None = None) -> Any:
         """Metadata of one step, from the plan alone; into ``out`` when given (captured graphs need
@@ -694,8 +702,9 @@ class ModelRunner(ABC):
         """Run every shape once."""
 
     @abstractmethod
-    def execute(self, plan: StepPlan) -> StepResult:
-        """One step. On ranks other than 0 the result's lists are empty."""
+    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
+        """One step; ``hidden`` comes from the stage before, and goes to the next one in the result.
+        On ranks other than 0 and on stages before the last the result's lists are empty."""
 
     def close(self) -> None: ...
 
@@ -713,7 +722,8 @@ class Worker(ABC):
         """Allocate the agreed number of blocks (the minimum over ranks) and warm up."""
 
     @abstractmethod
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
+        """One step, as ``ModelRunner.execute``."""
 
     def close(self) -> None: ...
 
@@ -726,6 +736,9 @@ class WorkerLauncher(ABC):
     """Given, not chosen: opens worker containers for an executor, which itself knows no
     container."""
 
+    num_stages: int = 1
+    """Stages that the model is cut into. Each wants a placement of its own."""
+
     @abstractmethod
     def open(self, placement: Placement) -> AbstractContextManager[Worker]:
         """A worker in this process."""
@@ -735,12 +748,16 @@ class WorkerLauncher(ABC):
         """Argument list of a worker process that connects to the Unix socket ``address``, and the
         bytes to write to its standard input (the assembly)."""
 
+    def place(self, stage: int, key: str) -> str:
+        """Where a stage's dotted key was set and how it is called there, for messages."""
+        return f"stages.{stage}.{key}"
+
 
 class Executor(ABC):
     """Runs steps on the workers."""
 
     depth: int = 1
-    """Steps that may be in flight at once."""
+    """Steps that may be in flight at once; the report of ``start`` says it too."""
 
     @abstractmethod
     def start(self) -> WorkerReport:
@@ -748,7 +765,8 @@ class Executor(ABC):
 
     @abstractmethod
     def submit(self, plan: StepPlan) -> Future[StepResult]:
-        """Run one step; the future holds rank 0's result, or EngineDeadError."""
+        """Run one step, after those submitted before it; up to ``WorkerReport.depth`` may be in
+        flight. The future holds rank 0's result, of the last stage, or EngineDeadError."""
 
     @abstractmethod
     def collective(self, method: str, *args: Any) -> list[Any]:

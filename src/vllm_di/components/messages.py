@@ -166,6 +166,16 @@ class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
     """True when the step reaches the end of the sequence, so that its last row is sampled."""
 
 
+class HiddenStates(msgspec.Struct, frozen=True, array_like=True):
+    """What one stage of a pipeline hands to the next: [num_tokens, hidden_size] in C order."""
+
+    num_tokens: int
+    hidden_size: int
+    dtype: str
+    """``float32``, ``bfloat16`` or ``float16``, in the machine's byte order."""
+    data: bytes
+
+
 class StepPlan(msgspec.Struct, frozen=True):
     """One step for the workers. Decode rows come first, then prefill chunks; each sequence stands
     there once."""
@@ -203,6 +213,8 @@ class StepResult(msgspec.Struct, frozen=True):
     failed: dict[int, str] = {}
     """seq_id to a reason, for sequences that failed alone (NaN logits, say). The others of the step
     are good."""
+    hidden: HiddenStates | None = None
+    """Of a stage that is not the last: it goes to the next one, never to the engine."""
 
 
 class KvSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -246,6 +258,8 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     weight_bytes: int
+    depth: int = 1
+    """Steps that the executor keeps in flight: the scheduler shares sequences out over them."""
     details: dict[str, Any] = {}
     """For people: which instruction path each op runs on, fusions in force, load time."""
 

@@ -24,6 +24,7 @@ from vllm_di.containers.engine import (
 )
 from vllm_di.containers.manifest import Manifest, read_manifest
 from vllm_di.containers.origins import Origin, place_of
+from vllm_di.containers.stages import KEY, Stage, check_layers, split
 from vllm_di.containers.tree import shown
 from vllm_di.errors import ConfigError, nearest
 
@@ -67,6 +68,16 @@ class Assembly(msgspec.Struct):
         """The platform's manifest, as it was checked."""
         return msgspec.convert(self.settings["platform"], Manifest)
 
+    def platform_of(self, stage: int) -> Manifest:
+        """That of a stage, which is the whole's where there are no stages."""
+        stages = self.settings.get(KEY)
+        return msgspec.convert(stages[stage], Manifest) if stages else self.platform
+
+    def path(self, container: type[DeclarativeContainer], slot: str, stage: int = 0) -> str:
+        """The dotted key of a slot's node: ``attention``, or ``stages.1.attention``."""
+        staged = container is WorkerContainer and len(self.workers) > 1
+        return f"{KEY}.{stage}.{slot}" if staged else slot
+
     def place(self, key: str) -> str:
         """Where the value of a dotted key came from, for messages; a parent's place when it has
         none itself."""
@@ -90,11 +101,58 @@ def assemble(overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = 
     process that builds them.
     """
     tree = ConfigTree.find(config_dirs)
-    composition = tree.compose(overrides)
+    parts = split(tree, overrides)
+    whole = tree.compose(parts.around)
+    values = _resolved(tree, whole)
+    found = Assembly(
+        server={s: values[s] for s in slots(ServerContainer)},
+        engine={s: values[s] for s in slots(EngineContainer)},
+        workers=[{s: values[s] for s in slots(WorkerContainer)}],
+        settings={s: values.get(s) for s in SETTINGS},
+        origins=dict(whole.origins),
+        choices={group: Choice(*choice) for group, choice in whole.choices.items()},
+        packages=["vllm_di", *_ports(tree), *_trusted(values.get("trust"))],
+    )
+    return _add_stages(found, tree, whole, parts.stages) if parts.stages else found
+
+
+def _add_stages(
+    found: Assembly, tree: ConfigTree, whole: Composition, stages: list[Stage]
+) -> Assembly:
+    """A worker for each stage in place of the one; its keys have the places ``stages.N.KEY``."""
+    workers = slots(WorkerContainer)
+    for key in [k for k in found.origins if k.split(".")[0] in workers]:
+        del found.origins[key]
+    for slot in workers:
+        del found.choices[slot]
+    found.workers, found.settings[KEY] = [], []
+    for index, stage in enumerate(stages):
+        try:
+            composition = tree.compose(stage.overrides, stage.sources)
+            for slot in (*found.server, *found.engine):
+                composition.values[slot] = whole.values[slot]  # what a worker's keys may point to
+            values = _resolved(tree, composition)
+        except ConfigError as error:
+            raise type(error)(f"{KEY}.{index}: {error}") from None
+        found.workers.append({s: values[s] for s in workers})
+        found.settings[KEY].append(values["platform"])
+        for key, origin in composition.origins.items():
+            if key.split(".")[0] in (*workers, "platform"):
+                found.origins[f"{KEY}.{index}.{key}"] = origin
+        for group, choice in composition.choices.items():
+            if group in workers or group == "platform":
+                found.choices[f"{KEY}.{index}.{group}"] = Choice(*choice)
+    check_layers(found.workers, found.place)
+    return found
+
+
+def _resolved(tree: ConfigTree, composition: Composition) -> dict[str, Any]:
+    """Plain data, with what the checkpoint decides, checked for slots and settings."""
     _resolve_checkpoint(tree, composition)
     _resolve_ops(tree, composition)
+    _resolve_halves(tree, composition)
     values = _plain(composition)
-    known = [*SLOTS, *SETTINGS]
+    known = [*SLOTS, *SETTINGS, KEY]
     for key in values:
         if key not in known:
             place = composition.origins.get(key, "config")
@@ -106,18 +164,11 @@ def assemble(overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = 
             place = composition.origins.get(slot, "config")
             raise ConfigError(f"{place}: slot {slot!r} must be a mapping with a _target_")
     values["platform"] = _checked_manifest(tree, composition, values["platform"])
-    ports = [p.package.split(".")[0] for p in tree.ports if not p.problem]
-    return Assembly(
-        server={s: values[s] for s in slots(ServerContainer)},
-        engine={s: values[s] for s in slots(EngineContainer)},
-        workers=[{s: values[s] for s in slots(WorkerContainer)}],
-        settings={s: values.get(s) for s in SETTINGS},
-        origins=composition.origins,
-        choices={
-            group: Choice(option, origin) for group, (option, origin) in composition.choices.items()
-        },
-        packages=["vllm_di", *ports, *_trusted(values.get("trust"))],
-    )
+    return values
+
+
+def _ports(tree: ConfigTree) -> list[str]:
+    return [p.package.split(".")[0] for p in tree.ports if not p.problem]
 
 
 def _checked_manifest(tree: ConfigTree, composition: Composition, node: Any) -> dict[str, Any]:
@@ -242,6 +293,23 @@ def _replace(tree: ConfigTree, composition: Composition, slot: str, option: str,
             del composition.origins[key]
     for key, line in tree.read(path).lines.items():
         composition.origins.setdefault(f"{slot}.{key}", Origin("auto", shown(path), line))
+
+
+def _resolve_halves(tree: ConfigTree, composition: Composition) -> None:
+    """``attention.prefill=sdpa``: the name of an option of the group stands for its node."""
+    node, options = composition.values.attention, tree.options("attention")
+    for half in ("prefill", "decode"):
+        choice = node.get(half) if isinstance(node, DictConfig) else None
+        if not isinstance(choice, str):
+            continue
+        if choice not in options:
+            place = composition.origins.get(f"attention.{half}", "config")
+            raise ConfigError(
+                f"{place}: attention.{half}: no option {choice!r}; choose {', '.join(options)}"
+                f"{nearest(choice, options)}"
+            )
+        nested = yaml.safe_load(options[choice].read_text(encoding="utf-8"))
+        OmegaConf.update(composition.values, f"attention.{half}", nested, force_add=True)
 
 
 def _resolve_ops(tree: ConfigTree, composition: Composition) -> None:

@@ -8,7 +8,7 @@ output folder, no logging and no change of directory.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -42,45 +42,24 @@ class Composition(msgspec.Struct):
 class ConfigTree(ConfigFiles):
     """Config groups that can be composed."""
 
-    def compose(self, overrides: Sequence[str]) -> Composition:
-        """Compose ``config.yaml`` with Hydra-style overrides. Raises ConfigError with the place of
-        what is wrong."""
-        parsed = [self._parse(text) for text in overrides]
+    def compose(
+        self, overrides: Sequence[str], sources: Mapping[str, Origin] | None = None
+    ) -> Composition:
+        """Compose ``config.yaml`` with Hydra-style overrides. ``sources`` says where an override
+        stands that was not typed as it is. Raises ConfigError with the place of what is wrong."""
+        said = Sources(sources or {})
+        parsed = [parse(text, said) for text in overrides]
         parsed, automatic = self._with_platform(parsed)
         for override in parsed:
-            self._check(override)
-        values, defaults = self._hydra([_text(o) for o in parsed])
+            self._check(override, said)
+        values, defaults = self._hydra([_text(o) for o in parsed], said)
         return Composition(
-            values, self._origins(parsed, defaults), self._choices(parsed, defaults, automatic)
+            values,
+            self._origins(parsed, defaults, said),
+            self._choices(parsed, defaults, automatic, said),
         )
 
     # -- overrides ---------------------------------------------------------------------------
-
-    def _parse(self, text: str) -> Override:
-        parser = OverridesParser.create()
-        try:
-            override = parser.parse_override(text)
-        except HydraException:
-            key, equals, value = text.partition("=")
-            if not equals:
-                raise ConfigError(
-                    f"command line: {text!r} is not an override; write key=value or group=option"
-                ) from None
-            quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-            try:
-                override = parser.parse_override(f"{key}='{quoted}'")
-            except HydraException:
-                raise ConfigError(f"command line: {text!r}: {key!r} is not a key") from None
-        if override.is_sweep_override():
-            raise ConfigError(
-                f"command line: {text!r}: several values make a sweep, which only "
-                "`bench -m` takes; "
-                "put quotes around a value that holds a comma"
-            )
-        if not override.key_or_group:
-            raise ConfigError(f"command line: {text!r} is not an override; write key=value")
-        override.input_line = text
-        return override
 
     def _with_platform(self, parsed: list[Override]) -> tuple[list[Override], str | None]:
         """Replace ``platform=auto`` (or no platform) by what is found on this machine."""
@@ -93,7 +72,7 @@ class ConfigTree(ConfigFiles):
         rest = [o for o in parsed if o.key_or_group != "platform"]
         return [*rest, OverridesParser.create().parse_override(f"platform={option}")], reason
 
-    def _check(self, override: Override) -> None:
+    def _check(self, override: Override, said: Sources) -> None:
         """Groups, options and first key parts, with the nearest valid name; Hydra checks the
         rest."""
         key, text = override.key_or_group, override.input_line or ""
@@ -104,25 +83,25 @@ class ConfigTree(ConfigFiles):
             if first not in groups and first not in top.lines:
                 known = [*groups, *top.lines]
                 raise ConfigError(
-                    f"command line: {text!r}: no such group or key {first!r}{nearest(first, known)}"
+                    f"{said.place(text)}: no such group or key {first!r}{nearest(first, known)}"
                 )
         elif key in groups:
             value, options = override.value(), self.options(key)
             if isinstance(value, dict) or override.is_delete():
                 raise ConfigError(
-                    f"command line: {text!r}: {key!r} is a group; choose one of its options: "
+                    f"{said.place(text)}: {key!r} is a group; choose one of its options: "
                     f"{', '.join(options)}"
                 )
             if str(value) not in options:
                 raise ConfigError(
-                    f"command line: {text!r}: group {key!r} has no option {value!r}; it has "
+                    f"{said.place(text)}: group {key!r} has no option {value!r}; it has "
                     f"{', '.join(options)}{nearest(str(value), options)}"
                     f"{self._broken_ports(str(value))}"
                 )
         elif key not in top.lines:
             known = [*groups, *top.lines]
             raise ConfigError(
-                f"command line: {text!r}: no such group or key {key!r}{nearest(key, known)}"
+                f"{said.place(text)}: no such group or key {key!r}{nearest(key, known)}"
             )
 
     def _broken_ports(self, value: str) -> str:
@@ -135,7 +114,9 @@ class ConfigTree(ConfigFiles):
 
     # -- composition -------------------------------------------------------------------------
 
-    def _hydra(self, overrides: list[str]) -> tuple[DictConfig, list[tuple[Path, str]]]:
+    def _hydra(
+        self, overrides: list[str], said: Sources
+    ) -> tuple[DictConfig, list[tuple[Path, str]]]:
         """-> (config, [(file, package)] in the order of merging)."""
         with _LOCK:
             GlobalHydra.instance().clear()
@@ -145,7 +126,7 @@ class ConfigTree(ConfigFiles):
                         "config", [*self._searched(), *overrides], return_hydra_config=True
                     )
             except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-                raise self._explained(error, overrides) from None
+                raise self._explained(error, overrides, said) from None
         choices = dict(values.hydra.runtime.choices)
         with open_dict(values):
             del values["hydra"]
@@ -173,7 +154,7 @@ class ConfigTree(ConfigFiles):
     def _file(self, name: str) -> Path:
         return next(f for r in self.roots if (f := r / f"{name}.yaml").is_file())
 
-    def _explained(self, error: Exception, overrides: list[str]) -> ConfigError:
+    def _explained(self, error: Exception, overrides: list[str], said: Sources) -> ConfigError:
         """Hydra's words for an unknown key do not name the valid ones: find the override and name
         them."""
         plain = [o for o in overrides if "." not in o.split("=")[0]]
@@ -193,14 +174,16 @@ class ConfigTree(ConfigFiles):
                 if isinstance(node, DictConfig) and last not in node and not text.startswith("+"):
                     keys = [str(k) for k in node if k != "_target_"]
                     return ConfigError(
-                        f"command line: {text!r}: {parent} has no key {last!r}; it has "
+                        f"{said.place(text)}: {parent} has no key {last!r}; it has "
                         f"{', '.join(keys)}{nearest(last, keys)}"
                     )
         return ConfigError(f"config: {' '.join(str(error).split())}")
 
     # -- origins -----------------------------------------------------------------------------
 
-    def _origins(self, parsed: list[Override], files: list[tuple[Path, str]]) -> dict[str, Origin]:
+    def _origins(
+        self, parsed: list[Override], files: list[tuple[Path, str]], said: Sources
+    ) -> dict[str, Origin]:
         origins: dict[str, Origin] = {}
         for file, package in files:
             prefix = f"{package}." if package else ""
@@ -212,11 +195,15 @@ class ConfigTree(ConfigFiles):
                 text = override.input_line or _text(override)
                 for key in [k for k in origins if k.startswith(f"{override.key_or_group}.")]:
                     del origins[key]
-                origins[override.key_or_group] = Origin("command line", text=text)
+                origins[override.key_or_group] = said.origin(text)
         return origins
 
     def _choices(
-        self, parsed: list[Override], files: list[tuple[Path, str]], automatic: str | None
+        self,
+        parsed: list[Override],
+        files: list[tuple[Path, str]],
+        automatic: str | None,
+        said: Sources,
     ) -> dict[str, tuple[str, Origin]]:
         """Who chose each group's option. Hydra lets the command line win, then the first
         ``override`` that it meets."""
@@ -231,7 +218,7 @@ class ConfigTree(ConfigFiles):
                 chosen[group] = (option, Origin("auto", text=automatic))
             elif group in by_user:
                 text = by_user[group].input_line or _text(by_user[group])
-                chosen[group] = (option, Origin("command line", text=text))
+                chosen[group] = (option, said.origin(text))
             else:
                 for file, _ in reversed(files):
                     option_line = self.read(file).chooses.get(group)
@@ -243,6 +230,50 @@ class ConfigTree(ConfigFiles):
 
     def _chooser(self, file: Path) -> str:
         return "default" if file.parent in self.roots else file.parent.name
+
+
+class Sources:
+    """Where overrides stand: on the command line, unless it is said otherwise."""
+
+    def __init__(self, known: Mapping[str, Origin]) -> None:
+        self._known = known
+
+    def origin(self, text: str) -> Origin:
+        return self._known.get(text) or Origin("command line", text=text)
+
+    def place(self, text: str) -> str:
+        """For messages."""
+        return (
+            f"{self._known[text]}: {text!r}" if text in self._known else f"command line: {text!r}"
+        )
+
+
+def parse(text: str, said: Sources) -> Override:
+    """One override, understood. Raises ConfigError."""
+    parser = OverridesParser.create()
+    try:
+        override = parser.parse_override(text)
+    except HydraException:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"{said.place(text)} is not an override; write key=value or group=option"
+            ) from None
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        try:
+            override = parser.parse_override(f"{key}='{quoted}'")
+        except HydraException:
+            raise ConfigError(f"{said.place(text)}: {key!r} is not a key") from None
+    if override.is_sweep_override():
+        raise ConfigError(
+            f"{said.place(text)}: several values make a sweep, which only "
+            "`bench -m` takes; "
+            "put quotes around a value that holds a comma"
+        )
+    if not override.key_or_group:
+        raise ConfigError(f"{said.place(text)} is not an override; write key=value")
+    override.input_line = text
+    return override
 
 
 def _text(override: Override) -> str:

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import msgspec
+from dependency_injector.containers import DeclarativeContainer
 
 from vllm_di.components.interfaces import INTERFACE_VERSION, OpTable, Placement
 from vllm_di.containers.assembly import Assembly
@@ -30,6 +31,7 @@ class Row(msgspec.Struct, frozen=True):
 
     container: str
     slot: str
+    """On a platform with stages those of a worker stand as ``stages.1.attention``."""
     interface: str
     option: str
     target: str
@@ -75,34 +77,18 @@ def explain(
     Raises ConfigError as the engine would at its start. Reads no weight.
     """
     tree = ConfigFiles.find(config_dirs)
-    rows = []
-    for container in (ServerContainer, EngineContainer, WorkerContainer):
-        plan = check(container, assembly, replaced=GIVEN[container])
-        for slot, kind in slots(container).items():
-            cls = plan.parts[slot].cls
-            target = f"{cls.__module__}.{cls.__qualname__}"
-            package = target.split(".")[0]
-            choice = assembly.choices[slot]
-            own = assembly.origins.get(f"{slot}._target_")
-            origin = (
-                own if own and own.chosen_by in ("command line", "checkpoint") else choice.origin
-            )
-            rows.append(
-                Row(
-                    container=container.__name__,
-                    slot=slot,
-                    interface=kind.__name__,
-                    option=choice.option,
-                    target=target,
-                    package=package,
-                    version=_version(package),
-                    chosen_by=origin.chosen_by,
-                    place=str(origin),
-                    alternatives=[o for o in tree.options(slot) if o != choice.option],
-                )
-            )
+    stages = range(len(assembly.workers))
+    rows = _rows(ServerContainer, assembly, tree) + _rows(EngineContainer, assembly, tree)
+    paths: list[OpRow] = []
+    fusions: list[str] = []
+    for stage in stages:
+        rows += _rows(WorkerContainer, assembly, tree, stage)
+        if ops:
+            prefix = f"stages.{stage}." if len(stages) > 1 else ""
+            table, fused = _ops(assembly, stage)
+            paths += [OpRow(prefix + op, where) for op, where in table.items()]
+            fusions += [prefix + op for op in fused]
     platform = assembly.platform
-    paths, fusions = _ops(assembly) if ops else ([], [])
     return Explanation(
         platform=platform.name,
         platform_reason=str(assembly.choices["platform"].origin),
@@ -115,6 +101,36 @@ def explain(
     )
 
 
+def _rows(
+    container: type[DeclarativeContainer], assembly: Assembly, tree: ConfigFiles, stage: int = 0
+) -> list[Row]:
+    plan = check(container, assembly, stage=stage, replaced=GIVEN[container])
+    rows = []
+    for slot, kind in slots(container).items():
+        cls = plan.parts[slot].cls
+        target = f"{cls.__module__}.{cls.__qualname__}"
+        package = target.split(".")[0]
+        path = assembly.path(container, slot, stage)
+        choice = assembly.choices[path]
+        own = assembly.origins.get(f"{path}._target_")
+        origin = own if own and own.chosen_by in ("command line", "checkpoint") else choice.origin
+        rows.append(
+            Row(
+                container=container.__name__,
+                slot=path,
+                interface=kind.__name__,
+                option=choice.option,
+                target=target,
+                package=package,
+                version=_version(package),
+                chosen_by=origin.chosen_by,
+                place=str(origin),
+                alternatives=[o for o in tree.options(slot) if o != choice.option],
+            )
+        )
+    return rows
+
+
 def alternatives(slot: str, config_dirs: Iterable[str | Path] = ()) -> dict[str, str]:
     """Option to its one-line summary. Raises ConfigError for an unknown slot."""
     tree = ConfigFiles.find(config_dirs)
@@ -124,11 +140,13 @@ def alternatives(slot: str, config_dirs: Iterable[str | Path] = ()) -> dict[str,
     return {option: tree.read(path).summary for option, path in tree.options(slot).items()}
 
 
-def _ops(assembly: Assembly) -> tuple[list[OpRow], list[str]]:
-    with opened(WorkerContainer, assembly, only=["ops"], placement=Placement()) as container:
+def _ops(assembly: Assembly, stage: int) -> tuple[dict[str, str], list[str]]:
+    """-> (op to where it runs, fused ops in force)."""
+    with opened(
+        WorkerContainer, assembly, stage=stage, only=["ops"], placement=Placement()
+    ) as container:
         table: OpTable = container.ops()
-        paths = [OpRow(op, where) for op, where in table.describe().items()]
-        return paths, sorted(getattr(table, "fusions", ()))
+        return table.describe(), sorted(getattr(table, "fusions", ()))
 
 
 def _version(package: str) -> str:

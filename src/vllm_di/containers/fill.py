@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
+import msgspec
 from dependency_injector.containers import DeclarativeContainer
 from dependency_injector.providers import Object, Provider, Singleton
 
@@ -48,7 +49,8 @@ def opened(
     with ExitStack() as stack:
         providers: dict[str, Provider[Any]] = {n: Object(o) for n, o in objects.items()}
         for slot, part in plan.parts.items():
-            providers[slot] = _provider(slot, part, filled, assembly, stack)
+            path = assembly.path(container, slot, stage)
+            providers[slot] = _provider(path, part, filled, assembly, stack)
         for slot, (source, method) in DERIVED.get(container, {}).items():
             if slot not in objects:
                 providers[slot] = Singleton(_call, filled.providers[source], method)
@@ -100,37 +102,49 @@ def _call(component: Any, method: str) -> Any:
 
 
 class Launcher(WorkerLauncher):
-    """Opens worker containers of one stage for an executor."""
+    """Opens worker containers for an executor."""
 
-    def __init__(
-        self, assembly: Assembly, stage: int = 0, objects: Mapping[str, Any] | None = None
-    ) -> None:
-        self._assembly, self._stage, self._objects = assembly, stage, dict(objects or {})
+    def __init__(self, assembly: Assembly, objects: Mapping[str, Any] | None = None) -> None:
+        self._assembly, self._objects = assembly, dict(objects or {})
+        self.num_stages = len(assembly.workers)
 
     def open(self, placement: Placement) -> AbstractContextManager[Worker]:
-        return open_worker(self._assembly, placement, self._stage, **self._objects)
+        self._check(placement)
+        return open_worker(self._assembly, placement, **self._objects)
+
+    def place(self, stage: int, key: str) -> str:
+        slot, _, rest = key.partition(".")
+        path = f"{self._assembly.path(WorkerContainer, slot, stage)}.{rest}"
+        return f"{self._assembly.place(path)}: {path}"
 
     def command(self, placement: Placement, address: str) -> tuple[list[str], bytes]:
+        self._check(placement)
         if self._objects:
             raise ConfigError(
                 f"objects cannot be handed to worker processes: {', '.join(self._objects)}; "
                 "take executor=inline"
             )
-        arguments = [str(placement.rank), str(placement.world_size), placement.rendezvous, address]
+        where = msgspec.json.encode(placement).decode()
         module = "vllm_di.containers.worker_process"
-        return [sys.executable, "-m", module, *arguments], self._assembly.encode()
+        return [sys.executable, "-m", module, where, address], self._assembly.encode()
+
+    def _check(self, placement: Placement) -> None:
+        if placement.num_stages != self.num_stages:
+            name, place = self._assembly.platform.name, self._assembly.place("executor._target_")
+            raise ConfigError(
+                f"{place}: executor: it runs a model in one piece, but platform={name} has "
+                f"{self.num_stages} stages; take executor=pipeline"
+            )
 
 
 @contextmanager
-def open_worker(
-    assembly: Assembly, placement: Placement, stage: int = 0, **objects: Any
-) -> Iterator[Worker]:
-    """The worker of one rank, in this process."""
+def open_worker(assembly: Assembly, placement: Placement, **objects: Any) -> Iterator[Worker]:
+    """The worker of one rank or stage, in this process."""
     with opened(
-        WorkerContainer, assembly, stage=stage, placement=placement, **objects
+        WorkerContainer, assembly, stage=placement.stage, placement=placement, **objects
     ) as container:
         if not objects:
-            try_out(container, assembly)
+            try_out(container, assembly, placement.stage)
         yield container.worker()
 
 

@@ -71,7 +71,8 @@ def check(
         if slot in derived:
             needs[slot] = {derived[slot][0]}
         elif slot in kinds:
-            parts[slot] = inspector.part(slot, nodes[slot], kinds[slot])
+            path = assembly.path(container, slot, stage)
+            parts[slot] = inspector.part(path, nodes[slot], kinds[slot])
             needs[slot] = parts[slot].needs()
         else:
             raise ConfigError(f"opening {container.__name__} needs {slot}")
@@ -80,7 +81,10 @@ def check(
         order = [s for s in graphlib.TopologicalSorter(needs).static_order() if s in needs]
     except graphlib.CycleError as error:
         cycle = list(reversed(error.args[1]))
-        places = ", ".join(f"{s}: {assembly.place(s + '._target_')}" for s in cycle[1:])
+        places = ", ".join(
+            f"{s}: {assembly.place(assembly.path(container, s, stage) + '._target_')}"
+            for s in cycle[1:]
+        )
         raise ConfigError(
             f"the components need each other in a circle: {' -> '.join(cycle)} ({places})"
         ) from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_di.components.interfaces import AttentionSpec, BatchPlan, OpTable
 from vllm_di.containers.assembly import Assembly
+from vllm_di.containers.engine import WorkerContainer
 from vllm_di.errors import PortError, nearest
 
 if TYPE_CHECKING:
@@ -21,28 +22,28 @@ if TYPE_CHECKING:
 HIDDEN, TOKENS = 128, 3
 
 
-def try_out(container: Any, assembly: Assembly) -> None:
+def try_out(container: Any, assembly: Assembly, stage: int = 0) -> None:
     """Try the ops and the attention of a filled worker container. Raises PortError."""
     table: OpTable = container.ops()
-    check_claims(table, assembly)
-    foreign = {
-        op for op in OpTable.OPS if _is_foreign(getattr(_owner(table, op), "__class__", None))
-    }
+    check_claims(table, assembly, stage)
+    library = assembly.path(WorkerContainer, "ops", stage) + ".library._target_"
+    foreign = {op for op in OpTable.OPS if _is_foreign(type(_owner(table, op)))}
     if foreign:
         device, dtype = container.device().torch_device, container.model().dtype
         for op, trial in op_trials(table, device, dtype).items():
             if op in foreign:
-                _try(f"ops.{op}", _owner(table, op), trial, assembly.place("ops.library._target_"))
+                _try(f"ops.{op}", _owner(table, op), trial, assembly.place(library))
     if _is_foreign(type(container.attention())) and container.model().kv_specs():
-        place = assembly.place("attention._target_")
+        place = assembly.place(assembly.path(WorkerContainer, "attention", stage) + "._target_")
         _try("attention", container.attention(), attention_trial(container), place)
 
 
-def check_claims(table: OpTable, assembly: Assembly) -> None:
+def check_claims(table: OpTable, assembly: Assembly, stage: int = 0) -> None:
     """Whether each library has what it names, and the platform what its manifest names."""
     from vllm_di.components.ops.torch import TorchOps
 
-    place = assembly.place("ops.library._target_")
+    ops = assembly.path(WorkerContainer, "ops", stage)
+    place = assembly.place(f"{ops}.library._target_")
     for library in {id(o): o for op in OpTable.OPS if (o := _owner(table, op))}.values():
         if not _is_foreign(type(library)):
             continue
@@ -58,15 +59,15 @@ def check_claims(table: OpTable, assembly: Assembly) -> None:
                     f"{place}: ops: {name}.implements names {op!r}, but {name} has no method "
                     f"{op} of its own"
                 )
-    manifest = assembly.platform
-    by_user = assembly.choices["ops"].origin.chosen_by == "command line"
+    manifest = assembly.platform_of(stage)
+    by_user = assembly.choices[ops].origin.chosen_by == "command line"
     if manifest.interface is None or by_user:
         return
     for op in manifest.capabilities.ops:
-        origin = assembly.origins.get(f"ops.{op}")
+        origin = assembly.origins.get(f"{ops}.{op}")
         chosen = origin is not None and origin.chosen_by == "command line"
         if type(_owner(table, op)) is TorchOps and not chosen:
-            key = "platform.capabilities.ops"
+            key = assembly.path(WorkerContainer, "platform", stage) + ".capabilities.ops"
             raise PortError(
                 f"{assembly.place(key)}: {key} claims {op}, but the library of {manifest.name} "
                 "does not implement it"

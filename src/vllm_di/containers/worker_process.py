@@ -1,8 +1,8 @@
-"""A worker in a process of its own: ``python -m vllm_di.containers.worker_process RANK WORLD
-RENDEZVOUS SOCKET``.
+"""A worker in a process of its own: ``python -m vllm_di.containers.worker_process PLACEMENT
+SOCKET``.
 
-The assembly comes on standard input, commands over the Unix socket. The process ends when the
-socket does.
+The placement is JSON, the assembly comes on standard input, commands over the Unix socket. The
+process ends when the socket does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 
+import msgspec
+
 from vllm_di.components.executor import rpc
 from vllm_di.components.interfaces import Placement, Worker
 from vllm_di.components.transport import Codec, Connection, Failure, connect
@@ -20,15 +22,15 @@ from vllm_di.containers.fill import open_worker
 
 
 def main() -> None:
-    rank, world, rendezvous, address = sys.argv[1:5]
+    placement = msgspec.json.decode(sys.argv[1], type=Placement)
     # an interrupt at the keyboard reaches the whole group: the executor decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     assembly = Assembly.decode(sys.stdin.buffer.read())
     codec: Codec[rpc.Command] = Codec(rpc.Command)
-    connection = Connection(connect(address), codec)
+    connection = Connection(connect(sys.argv[2]), codec)
     try:
-        with open_worker(assembly, Placement(int(rank), int(world), rendezvous)) as worker:
-            connection.send(rpc.Hello(int(rank)))
+        with open_worker(assembly, placement) as worker:
+            connection.send(rpc.Hello(placement.rank, placement.stage))
             serve(worker, connection)
     except Exception as error:
         with contextlib.suppress(OSError):  # the executor may be gone
@@ -44,7 +46,7 @@ def serve(worker: Worker, connection: Connection[rpc.Command]) -> None:
     while True:
         command = connection.receive()
         if isinstance(command, rpc.Execute):
-            connection.send(rpc.Result(worker.execute(command.plan)))
+            connection.send(rpc.Result(worker.execute(command.plan, command.hidden)))
         elif isinstance(command, rpc.Load):
             connection.send(rpc.Report(worker.load()))
         elif isinstance(command, rpc.Allocate):

@@ -14,7 +14,7 @@ from tests.components.scheduler.fakes import report
 
 from vllm_di.components.executor.multiprocess import MultiprocessExecutor
 from vllm_di.components.interfaces import Placement, WorkerLauncher
-from vllm_di.components.messages import SampledToken, StepPlan, StepResult
+from vllm_di.components.messages import HiddenStates, SampledToken, StepPlan, StepResult
 from vllm_di.errors import ConfigError, EngineDeadError
 
 WORKER = """
@@ -50,7 +50,7 @@ class FakeWorker:
     def allocate(self, num_blocks: int) -> None:
         assert num_blocks == 19
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
         if self.rank == 1 and self.how == "dies":
             import os
 

@@ -27,7 +27,7 @@ EOS = 999
 BLOCK = 4
 
 
-def report(num_blocks: int = 16, **limits: Any) -> WorkerReport:
+def report(num_blocks: int = 16, depth: int = 1, **limits: Any) -> WorkerReport:
     return WorkerReport(
         block_size=BLOCK,
         num_blocks=num_blocks,
@@ -40,6 +40,7 @@ def report(num_blocks: int = 16, **limits: Any) -> WorkerReport:
         device="fake",
         dtype="float32",
         weight_bytes=0,
+        depth=depth,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ prompts = st.lists(st.integers(0, 3), min_size=1, max_size=30)
 @given(
     st.lists(st.tuples(prompts, st.integers(1, 12)), min_size=1, max_size=10),
     st.integers(12, 40),
+    st.integers(1, 3),
     st.booleans(),
     st.sampled_from(
         [
@@ -32,9 +34,13 @@ prompts = st.lists(st.integers(0, 3), min_size=1, max_size=30)
     ),
 )
 def test_each_request_gets_its_own_tokens(
-    wanted: list[tuple[list[int], int]], blocks: int, caching: bool, limits: dict[str, Any]
+    wanted: list[tuple[list[int], int]],
+    blocks: int,
+    depth: int,
+    caching: bool,
+    limits: dict[str, Any],
 ) -> None:
-    world = World(report(blocks, **limits), prefix_caching=caching)
+    world = World(report(blocks, depth, **limits), prefix_caching=caching)
     asked = {}
     for i, (prompt, count) in enumerate(wanted):
         asked[f"r{i}"] = world.add(f"r{i}", prompt, max_tokens=count)
@@ -60,9 +66,11 @@ def test_each_request_gets_its_own_tokens(
 class EngineMachine(RuleBasedStateMachine):
     """Requests come, go and are aborted while steps run in a cache that is too small for all."""
 
+    depth = 1
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(report(14), max_waiting=8)
+        self.world = World(report(14, self.depth), max_waiting=8)
         self.asked: dict[str, Any] = {}
         self.count = 0
 
@@ -114,6 +122,16 @@ EngineMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=
 TestEngineMachine = EngineMachine.TestCase
 
 
+class DeepMachine(EngineMachine):
+    """With steps in flight."""
+
+    depth = 2
+
+
+DeepMachine.TestCase.settings = EngineMachine.TestCase.settings
+TestDeepMachine = DeepMachine.TestCase
+
+
 def test_preemption_recomputes_and_loses_nothing() -> None:
     world = World(report(12))
     for i in range(4):
@@ -131,6 +149,40 @@ def test_priority_runs_the_important_first_and_preempts_the_others() -> None:
     world.add("same", [3], priority=1, max_tokens=2)
     world.run()
     assert list(world.reasons) == ["sooner", "same", "later"]
+
+
+def test_steps_in_flight_share_the_sequences_that_decode() -> None:
+    world = World(report(depth=2))
+    asked = [world.add(f"r{n}", [n], max_tokens=8) for n in range(4)]
+    world.run()
+    for n, request in enumerate(asked):
+        assert world.out[f"r{n}"] == expected(request.prompt_token_ids, request.params)
+    sizes = [len(plan.scheduled) for plan in world.executor.plans]
+    assert sizes[0] == 4 and set(sizes[1:]) == {2}
+    for one, two in itertools.pairwise(world.executor.plans[1:]):
+        assert not {s.seq_id for s in one.scheduled} & {s.seq_id for s in two.scheduled}
+
+
+def test_a_long_prompt_fills_the_pipeline_by_itself() -> None:
+    world = World(report(depth=2))
+    request = world.add("long", list(range(40)), max_tokens=2)
+    world.step()  # two chunks were submitted before the first was awaited
+    assert [p.scheduled[0].num_computed for p in world.executor.plans] == [0, 16]
+    world.run()
+    assert world.out["long"] == expected(request.prompt_token_ids, request.params)
+
+
+def test_a_step_in_flight_is_awaited_when_all_requests_are_gone() -> None:
+    world = World(report(depth=2))
+    world.add("long", list(range(40)))
+    world.step()
+    world.engine.abort("long")
+    assert world.engine.has_work()
+    world.run()
+    again = world.add("again", [1, 2, 3])
+    world.run()
+    assert world.out["again"] == expected(again.prompt_token_ids, again.params)
+    assert world.out["long"] == []
 
 
 def test_chunks_of_a_long_prompt_do_not_hold_up_a_decode() -> None:

@@ -23,7 +23,7 @@ from vllm_di.components.interfaces import (
     Placement,
 )
 from vllm_di.components.limits.standard import StandardLimits
-from vllm_di.components.messages import KvSpec, StepPlan, StepResult
+from vllm_di.components.messages import HiddenStates, KvSpec, StepPlan, StepResult
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.components.worker.standard import StandardWorker
@@ -101,7 +101,7 @@ class Runner(ModelRunner):
     def warm_up(self) -> None:
         self._events.append("warm_up")
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
         self._events.append("execute")
         return StepResult(plan.step, [])
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import Future
+
 from vllm_di.components.interfaces import Engine, Executor, KvCacheManager, Scheduler
-from vllm_di.components.messages import EngineOutputs, EngineRequest, WorkerReport
+from vllm_di.components.messages import (
+    EngineOutputs,
+    EngineRequest,
+    StepPlan,
+    StepResult,
+    WorkerReport,
+)
 
 
 class StandardEngine(Engine):
-    """One step at a time."""
+    """One step at a time, or as many as the executor keeps in flight."""
 
     def __init__(
         self,
@@ -18,6 +27,8 @@ class StandardEngine(Engine):
     ) -> None:
         self.report = worker_report
         self._scheduler, self._kv, self._executor = scheduler, kv_cache_manager, executor
+        self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
+        """The oldest first."""
 
     def add(self, request: EngineRequest) -> None:
         self._scheduler.add(request)
@@ -26,14 +37,18 @@ class StandardEngine(Engine):
         self._scheduler.abort(request_id)
 
     def has_work(self) -> bool:
-        return self._scheduler.has_work()
+        return self._scheduler.has_work() or bool(self._in_flight)
 
     def step(self) -> EngineOutputs:
-        plan = self._scheduler.schedule()
-        if plan is None:
-            return EngineOutputs(outputs=[], stats=self._scheduler.stats())
-        result = self._executor.submit(plan).result()
-        outputs = self._scheduler.update(plan, result)
+        while len(self._in_flight) < self.report.depth:
+            plan = self._scheduler.schedule()
+            if plan is None:
+                break
+            self._in_flight.append((plan, self._executor.submit(plan)))
+        outputs = []
+        if self._in_flight:
+            plan, result = self._in_flight.popleft()
+            outputs = self._scheduler.update(plan, result.result())
         return EngineOutputs(outputs=outputs, stats=self._scheduler.stats())
 
     def reset_prefix_cache(self) -> None:

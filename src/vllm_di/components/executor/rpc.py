@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_di.components.messages import StepPlan, StepResult, WorkerReport
+from vllm_di.components.messages import HiddenStates, StepPlan, StepResult, WorkerReport
 from vllm_di.components.transport import Failure
 
 
@@ -14,6 +14,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     """A worker's first message: its container is filled."""
 
     rank: int
+    stage: int = 0
 
 
 class Load(msgspec.Struct, tag=True, frozen=True):
@@ -38,6 +39,7 @@ class Execute(msgspec.Struct, tag=True, frozen=True):
     """Run a step; answered by Result."""
 
     plan: StepPlan
+    hidden: HiddenStates | None = None
 
 
 class Result(msgspec.Struct, tag=True, frozen=True):

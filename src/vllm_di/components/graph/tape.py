@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Annotated, Any
@@ -46,6 +45,7 @@ class TapeGraph(GraphPolicy):
     ) -> None:
         self._recorder = ops.recorder()
         self._max_tokens, self._max_tapes = max_tokens, max_tapes
+        self._can_replay = attention.can_replay
         self._tapes: dict[Hashable, tuple[Tensor, Replay] | None] = {}
         parts = {
             "attention": attention.replayable,
@@ -73,7 +73,7 @@ class TapeGraph(GraphPolicy):
             metadata: Any,
             hidden: Tensor | None = None,
         ) -> Tensor:
-            if len(token_ids) > self._max_tokens:
+            if len(token_ids) > self._max_tokens or not self._can_replay(metadata):
                 return step(token_ids, positions, caches, metadata, hidden)
             key = _key(token_ids, positions, metadata, hidden)
             known = self._tapes.get(key, ...)
@@ -101,7 +101,14 @@ class TapeGraph(GraphPolicy):
 def _key(token_ids: Tensor, positions: Tensor, metadata: Any, hidden: Tensor | None) -> Hashable:
     """What a recording holds on to: where the batch's tensors lie, and how many rows they have."""
     tensors = [token_ids, positions] if hidden is None else [token_ids, positions, hidden]
-    if dataclasses.is_dataclass(metadata):
-        values = (getattr(metadata, name) for name in metadata.__dataclass_fields__)
-        tensors += [value for value in values if isinstance(value, Tensor)]
+    tensors += _tensors(metadata)
     return tuple((t.data_ptr(), len(t), t.stride(0)) for t in tensors)
+
+
+def _tensors(metadata: Any) -> list[Tensor]:
+    """Those in its fields; a field may be metadata itself."""
+    found: list[Tensor] = []
+    for name in getattr(metadata, "__dataclass_fields__", ()):
+        value = getattr(metadata, name)
+        found += [value] if isinstance(value, Tensor) else _tensors(value)
+    return found

@@ -24,12 +24,14 @@ from vllm_di.components.interfaces import (
     ShapePolicy,
 )
 from vllm_di.components.messages import (
+    HiddenStates,
     PromptLogprobs,
     ScheduledSequence,
     StepPlan,
     StepResult,
 )
 from vllm_di.components.model_runner.batch import Batch
+from vllm_di.components.model_runner.hidden import HiddenBuffer, pack
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -37,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class StandardModelRunner(ModelRunner):
-    """Runs StepPlans. Every rank runs the same forward; rank 0 samples."""
+    """Runs StepPlans. Every rank runs the same forward; rank 0 samples, on the last stage."""
 
     def __init__(
         self,
@@ -60,16 +62,22 @@ class StandardModelRunner(ModelRunner):
         # a warm-up step is never longer than a sequence, nor than a step
         self._warm_up_tokens = min(max_num_batched_tokens, model.max_model_len)
         self._warm_up_sizes = shapes.warm_up_sizes(self._warm_up_tokens)
+        max_num_tokens = max(
+            max_num_batched_tokens,
+            shapes.padded_tokens(max_num_batched_tokens),
+            *self._warm_up_sizes,
+        )
         self._batch = Batch(
             max_num_seqs=max_num_seqs,
-            max_num_tokens=max(
-                max_num_batched_tokens,
-                shapes.padded_tokens(max_num_batched_tokens),
-                *self._warm_up_sizes,
-            ),
+            max_num_tokens=max_num_tokens,
             max_model_len=model.max_model_len,
             block_size=kv_layout.block_size,
             device=device.torch_device,
+        )
+        self._hidden = (
+            None
+            if model.first
+            else HiddenBuffer(max_num_tokens, model.hidden_size, model.dtype, device.torch_device)
         )
         self._caches: list[LayerCache] = []
 
@@ -83,17 +91,26 @@ class StandardModelRunner(ModelRunner):
         self._device.synchronize()
 
     def _blank_step(self, num_tokens: int) -> Tensor:
-        return self._run(self._batch.blank(num_tokens), self._caches)
+        batch = self._batch.blank(num_tokens)
+        if self._hidden is not None:
+            batch.hidden = self._hidden.blank(num_tokens)
+        return self._run(batch, self._caches)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
         batch = self._batch
         batch.update(plan)
         if not plan.scheduled:
             return StepResult(plan.step, [])
         rows, sampled, scored = self._wanted_rows(plan)
-        padded = self._shapes.padded_tokens(sum(s.num_tokens for s in plan.scheduled))
-        logits = self._run(batch.build(plan.scheduled, rows, padded), self._caches)
+        total = sum(s.num_tokens for s in plan.scheduled)
+        built = batch.build(plan.scheduled, rows, self._shapes.padded_tokens(total))
+        if self._hidden is not None:
+            assert hidden is not None, "a stage that is not the first was given no hidden states"
+            built.hidden = self._hidden.fill(hidden, len(built.token_ids))
+        logits = self._run(built, self._caches)
+        if not self._model.last:  # these are hidden states
+            return StepResult(plan.step, [], hidden=pack(logits[:total]))
         if not self._samples:
             return StepResult(plan.step, [])
         prompts, failed = self._score(scored, logits)

@@ -39,7 +39,6 @@ class _Step:
         self.prefills = 0
         self.new: list[NewSequence] = []
         self.scheduled: dict[int, ScheduledSequence] = {}
-        self.decodes = 0
 
 
 class ContinuousScheduler(Scheduler):
@@ -68,6 +67,7 @@ class ContinuousScheduler(Scheduler):
                 f"max_num_seqs ({max_num_seqs}): each decoding sequence takes one token"
             )
         self._report, self._limits, self._kv = worker_report, limits, kv_cache_manager
+        self._depth = worker_report.depth
         self._structured = structured_output
         self._max_seqs, self._max_tokens = max_num_seqs, max_num_batched_tokens
         self._max_waiting = max_waiting
@@ -142,12 +142,17 @@ class ContinuousScheduler(Scheduler):
         ordered = list(self._running.values())
         # decodes before unfinished prompts: a long prompt must not hold up those who read
         ordered.sort(key=lambda s: len(s.token_ids) - s.num_computed > 1)
+        most_decodes = len(ordered)
+        if self._depth > 1:  # each of the steps in flight takes its share of those that decode
+            most_decodes = -(-sum(s.is_decoding for s in ordered) // self._depth)
         for sequence in ordered:
             if sequence.seq_id not in self._running:
                 continue  # preempted a moment ago, for another one
             remaining = len(sequence.token_ids) - sequence.num_computed
             if remaining <= 0:
                 continue  # its last step is still in flight
+            if len(step.scheduled) >= most_decodes and sequence.is_decoding:
+                continue
             count = self._chunk(step, sequence, remaining)
             if count > 0 and self._make_room(step, sequence, count):
                 self._take(step, sequence, count)

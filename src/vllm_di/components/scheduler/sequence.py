@@ -44,6 +44,11 @@ class Sequence:
         return len(self.token_ids) - self.prompt_len
 
     @property
+    def is_decoding(self) -> bool:
+        """Whether a token at most is left to run, now or once the step in flight is done."""
+        return len(self.token_ids) - self.num_computed <= 1
+
+    @property
     def rank(self) -> tuple[int, int]:
         """Order under the priority policy: lower first."""
         return self.request.priority, self.arrival

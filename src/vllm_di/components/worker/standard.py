@@ -21,7 +21,7 @@ from vllm_di.components.interfaces import (
     SchedulerLimits,
     Worker,
 )
-from vllm_di.components.messages import StepPlan, StepResult, WorkerReport
+from vllm_di.components.messages import HiddenStates, StepPlan, StepResult, WorkerReport
 from vllm_di.errors import ConfigError
 
 
@@ -104,8 +104,8 @@ class StandardWorker(Worker):
         self._runner.allocate(num_blocks)
         self._runner.warm_up()
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        return self._runner.execute(plan)
+    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
+        return self._runner.execute(plan, hidden)
 
     def _blocks(self, block_bytes: int, free: int) -> int:
         """As many blocks as asked for; else as many as fit, and never more than full batches of

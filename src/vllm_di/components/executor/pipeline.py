@@ -1,0 +1,210 @@
+"""One worker for each stage of a pipeline: hidden states pass from one to the next."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, closing
+from typing import Annotated, Any
+
+import msgspec
+
+from vllm_di.components.device.sizes import show_size
+from vllm_di.components.executor.processes import WorkerProcess, connect
+from vllm_di.components.interfaces import Executor, Placement, Worker, WorkerLauncher
+from vllm_di.components.messages import (
+    HiddenStates,
+    LimitsReport,
+    StepPlan,
+    StepResult,
+    WorkerReport,
+)
+from vllm_di.errors import ConfigError, EngineDeadError
+
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+CALLABLE = ("load", "allocate", "execute")
+"""The worker's methods that may be called from here."""
+
+log = logging.getLogger(__name__)
+
+
+class PipelineExecutor(Executor):
+    """Each stage has a thread, which runs its steps in order: while the second stage works on one
+    step, the first works on the next. The workers live in this process, or in one each."""
+
+    def __init__(
+        self,
+        launcher: WorkerLauncher,
+        *,
+        processes: bool,
+        depth: Annotated[int, msgspec.Meta(ge=1)] | None,
+        start_timeout: Seconds,
+        step_timeout: Seconds,
+    ) -> None:
+        self._launcher, self._processes = launcher, processes
+        self.depth = depth or launcher.num_stages
+        self._start_timeout, self._step_timeout = start_timeout, step_timeout
+        self._stages: list[_Stage] = []
+
+    def start(self) -> WorkerReport:
+        try:
+            self._open()
+            reports: list[WorkerReport] = self.collective("load")
+            report = agreed(reports, self._launcher)
+            self.collective("allocate", report.num_blocks)
+        except BaseException:
+            self.close()
+            raise
+        return msgspec.structs.replace(report, depth=self.depth)
+
+    def _open(self) -> None:
+        count = self._launcher.num_stages
+        places = [Placement(stage=index, num_stages=count) for index in range(count)]
+        self._stages = [_Stage(index) for index in range(count)]
+        if not self._processes:
+            for stage, place in zip(self._stages, places, strict=True):
+                stage.call(stage.open, self._launcher.open(place))
+            return
+        workers = []
+        for stage, place in zip(self._stages, places, strict=True):
+            worker = WorkerProcess(
+                self._launcher,
+                place,
+                stage.name,
+                start_timeout=self._start_timeout,
+                step_timeout=self._step_timeout,
+            )
+            stage.open(closing(worker))
+            workers.append(worker)
+        connect(workers, self._start_timeout)
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        future: Future[StepResult] = Future()
+        self._stages[0].thread.submit(self._run, 0, plan, None, future)
+        return future
+
+    def _run(
+        self, index: int, plan: StepPlan, hidden: HiddenStates | None, future: Future[StepResult]
+    ) -> None:
+        """One stage's part of a step, on its thread; then the next one's turn."""
+        stage = self._stages[index]
+        try:
+            result = stage.worker.execute(plan, hidden)
+            if index + 1 == len(self._stages):
+                future.set_result(result)
+            else:
+                after = self._stages[index + 1].thread
+                after.submit(self._run, index + 1, plan, result.hidden, future)
+        except BaseException as error:
+            future.set_exception(stage.dead(error))
+
+    def collective(self, method: str, *args: Any) -> list[Any]:
+        if method not in CALLABLE:
+            raise ConfigError(f"workers have no method {method!r}; they have {', '.join(CALLABLE)}")
+        return [stage.call(getattr(stage.worker, method), *args) for stage in self._stages]
+
+    def check_alive(self) -> None:
+        for stage in self._stages:
+            if isinstance(stage.worker, WorkerProcess):
+                stage.worker.check_alive()
+
+    def close(self) -> None:
+        with ExitStack() as stack:  # all of them, even when one raises
+            for stage in self._stages:
+                stack.callback(stage.close)
+            self._stages = []
+
+
+class _Stage:
+    """A worker, and the thread on which everything is asked of it."""
+
+    worker: Worker
+
+    def __init__(self, index: int) -> None:
+        self.name = f"stage {index}"
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix=self.name)
+        self._stack = ExitStack()
+
+    def open(self, worker: AbstractContextManager[Worker]) -> None:
+        self.worker = self._stack.enter_context(worker)
+
+    def call(self, method: Callable[..., Any], *args: Any) -> Any:
+        return self.thread.submit(method, *args).result()
+
+    def dead(self, error: BaseException) -> EngineDeadError:
+        """What ends the engine: the stage's name, and what happened to it."""
+        if isinstance(error, EngineDeadError):
+            text = str(error)
+            return error if text.startswith(self.name) else EngineDeadError(f"{self.name}: {text}")
+        log.error("%s failed", self.name, exc_info=error)
+        return EngineDeadError(f"{self.name}: {type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        try:
+            self.call(self._stack.close)
+        finally:
+            self.thread.shutdown()
+
+
+def agreed(reports: list[WorkerReport], launcher: WorkerLauncher) -> WorkerReport:
+    """What is true of the whole pipeline. Raises ConfigError where its stages do not fit
+    together."""
+    _same("model.dtype", [r.dtype for r in reports], launcher, "hidden states would be cast")
+    _same(
+        "kv_layout.block_size",
+        [r.block_size for r in reports],
+        launcher,
+        "all stages share one block table",
+    )
+    _same("model.vocab_size", [r.vocab_size for r in reports], launcher, "they are one model")
+    _same("model.max_model_len", [r.max_model_len for r in reports], launcher, "they are one model")
+    num_blocks = min(r.num_blocks for r in reports)
+    _fits(reports, num_blocks, launcher)
+    return msgspec.structs.replace(
+        reports[-1],
+        num_blocks=num_blocks,
+        bytes_per_block=sum(r.bytes_per_block for r in reports),
+        kv_specs=[spec for r in reports for spec in r.kv_specs],
+        limits=_strictest([r.limits for r in reports]),
+        device=", ".join(r.device for r in reports),
+        weight_bytes=sum(r.weight_bytes for r in reports),
+        details=reports[-1].details | {"stages": [r.details for r in reports]},
+    )
+
+
+def _same(key: str, values: Sequence[Any], launcher: WorkerLauncher, why: str) -> None:
+    for stage, value in enumerate(values):
+        if value != values[0]:
+            raise ConfigError(
+                f"{launcher.place(stage, key)} comes out as {value}, but "
+                f"{launcher.place(0, key)} as {values[0]}: {why}; set {key} to the same"
+            )
+
+
+def _fits(reports: list[WorkerReport], num_blocks: int, launcher: WorkerLauncher) -> None:
+    """Stages on one device were each told of the same free memory."""
+    wanted: dict[str, int] = defaultdict(int)
+    for stage, report in enumerate(reports):
+        wanted[report.device] += num_blocks * report.bytes_per_block
+        free = report.details.get("memory_free")
+        if free is not None and wanted[report.device] > free:
+            raise ConfigError(
+                f"{launcher.place(stage, 'worker.memory_fraction')}: the stages on "
+                f"{report.device} want {show_size(wanted[report.device])} for their KV caches, "
+                f"but {show_size(free)} are free; lower it, or set worker.num_blocks"
+            )
+
+
+def _strictest(limits: list[LimitsReport]) -> LimitsReport:
+    def least(values: Iterable[int | None]) -> int | None:
+        return min((v for v in values if v is not None), default=None)
+
+    return LimitsReport(
+        mixed_steps=all(x.mixed_steps for x in limits),
+        chunked_prefill=all(x.chunked_prefill for x in limits),
+        max_prefill_rows=least(x.max_prefill_rows for x in limits),
+        max_batch_context=least(x.max_batch_context for x in limits),
+        null_block=any(x.null_block for x in limits),
+    )
