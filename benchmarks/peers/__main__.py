@@ -1,149 +1,181 @@
-"""``make bench-peers``: the work table beside the peers, in turns; a report and a chart.
+"""``make bench-peers``: the table beside the peers, in turns.
 
-Options: ``--only llama.cpp,OpenVINO`` peers, ``--rows decode-1,prefill-1x1024``, ``--rounds 3``,
-``--weights bf16,int8,4-bit``. Results go to ``benchmarks/peers/results.json`` and
-``docs/peers.png``.
+Options: ``--only llama.cpp,OpenVINO`` engines, ``--rows decode-1,start,server``, ``--rounds 3``,
+``--weights bf16,int8,4-bit``. What was measured replaces the same rows in
+``benchmarks/peers/results.json``; ``python -m benchmarks.peers.report`` writes the tables and the
+chart from that file.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from benchmarks.peers.chart import draw
-from benchmarks.peers.engines import Engine, running
-from benchmarks.peers.environments import ROOT, SetupError
+from benchmarks.peers import engines, report, servers
+from benchmarks.peers.environments import SetupError
 from benchmarks.peers.roofline import Roofline, measure
+from benchmarks.peers.works import (
+    SMOLLM2,
+    WORKS,
+    Figure,
+    Work,
+    limit,
+    server_limit,
+)
 from vllm_di.commands.bench import prompts
-from vllm_di.commands.table import print_table
 
 RESULTS = Path(__file__).parent / "results.json"
-VOCABULARY = 40_000
-BYTES = {"bf16": 269e6, "int8": 135e6, "4-bit": 98e6}
-"""Of the weights that a decode step reads (SmolLM2-135M)."""
-LAYERS = 106.2e6
-"""Weights of the layers: a token of a prompt multiplies each once."""
-KV_BYTES = 30 * 2 * 3 * 64 * 2
-"""Of a token in the cache, bf16."""
+WEIGHTS = ["bf16", "int8", "4-bit"]
+ROWS = [*(work.name for work in WORKS), "server", "start"]
+QUICK = 20.0
+"""Seconds: a start that takes longer is not repeated."""
 
 
-class Work(msgspec.Struct, frozen=True):
-    name: str
-    batch: int
-    given: int
-    new: int
-    """Tokens of an answer; 1: the prefill is measured, else the decode after it."""
+def measured(weights: str, rows: list[str], rounds: int, only: set[str]) -> Iterator[list[Figure]]:
+    """Row after row, without the limits, which need the machine's roofline."""
+    works = [work for work in WORKS if work.name in rows and weights in work.model.bytes]
+    for name in dict.fromkeys(work.model.name for work in works):
+        of_model = [work for work in works if work.model.name == name]
+        with engines.running(weights, of_model[0].model, only) as running:
+            for work in of_model:
+                yield compare(work, weights, rounds, running)
+    if "server" in rows:
+        yield serve(weights, rounds, only)
+    if "start" in rows:
+        yield start(weights, rounds, only)
 
 
-WORKS = [
-    Work("decode-1", 1, 128, 65),
-    Work("decode-8", 8, 128, 65),
-    Work("decode-32", 32, 128, 65),
-    Work("prefill-8x512", 8, 512, 1),
-    Work("prefill-1x1024", 1, 1024, 1),
-]
+# -- libraries ---------------------------------------------------------------------------------
 
 
-class Result(msgspec.Struct):
-    work: str
-    weights: str
-    engine: str
-    rates: list[float] = []
-    """Tokens a second, one for each round."""
-    failed: str = ""
-    bound: float = 0.0
-    """What this machine allows, tokens a second."""
-    memory: int = 0
+def compare(work: Work, weights: str, rounds: int, running: list[engines.Engine]) -> list[Figure]:
+    """Each engine in turn, in each round; a short round before them warms up."""
+    figures = {e.name: Figure(work.name, weights, e.name, "tokens/s") for e in running}
+    for seed in range(rounds + 1):
+        for engine in running:
+            figure = figures[engine.name]
+            try:
+                if seed:
+                    figure.values.append(rate(engine, work, seed))
+                else:
+                    engine.seconds(asked(work, seed), min(work.new, 4))
+            except SetupError as error:
+                figure.failed = str(error)
+    return list(figures.values())
 
-    @property
-    def rate(self) -> float:
-        return statistics.median(self.rates) if self.rates else 0.0
+
+def asked(work: Work, seed: int) -> list[list[int]]:
+    return prompts(work.batch, work.given, work.model.vocab_size, seed)
 
 
-def rate(engine: Engine, work: Work, seed: int) -> float:
+def rate(engine: engines.Engine, work: Work, seed: int) -> float:
     """Tokens a second of one round."""
-    ids = prompts(work.batch, work.given, VOCABULARY, seed)
+    ids = asked(work, seed)
     if work.new == 1:
         return work.batch * work.given / engine.seconds(ids, 1)
     first, whole = engine.seconds(ids, 1), engine.seconds(ids, work.new)
     return work.batch * (work.new - 1) / (whole - first)
 
 
-def bound(work: Work, weights: str, roofline: Roofline) -> float:
-    """Decode: weights and KV read once a step, or the products, whichever takes longer. Prefill:
-    products of the layers and attention."""
-    speed = roofline.bf16 if weights == "bf16" else roofline.int8
-    if work.new == 1:
-        attention = 30 * 4 * 576 * work.given / 2  # operations of a token, all layers
-        return 1 / (2 * LAYERS / speed + attention / roofline.bf16)
-    context = work.given + work.new / 2
-    read = (BYTES[weights] + work.batch * context * KV_BYTES) / roofline.read
-    products = 2 * (LAYERS + 28.3e6) * work.batch / speed
-    return work.batch / max(read, products)
+def start(weights: str, rounds: int, only: set[str]) -> list[Figure]:
+    """A new process for each round: its first token, and its memory after a prompt of 128."""
+    figures = []
+    [prompt] = prompts(1, 128, SMOLLM2.vocab_size, 1)
+    with engines.running(weights, SMOLLM2, only) as running:
+        for engine in running:
+            seconds = Figure("start", weights, engine.name, "s")
+            memory = Figure("memory", weights, engine.name, "MB")
+            try:
+                engine.first_token(prompt)  # fills caches: of files, of compiled code
+                for _ in range(rounds):
+                    seconds.values.append(engine.first_token(prompt))
+                    memory.values.append(engine.memory() / 1e6)
+                    if seconds.values[0] > QUICK:
+                        break
+            except SetupError as error:
+                seconds.failed = memory.failed = str(error)
+            engine.close()
+            figures += [seconds, memory]
+    return figures
 
 
-def compare(
-    weights: str, works: list[Work], rounds: int, only: set[str], roofline: Roofline
-) -> list[Result]:
-    found = []
-    with running(weights, only) as engines:
-        for work in works:
-            results = {e.name: Result(work.name, weights, e.name) for e in engines}
-            for seed in range(rounds + 1):
-                for engine in engines:
-                    result = results[engine.name]
-                    try:
-                        value = rate(engine, work, seed)
-                        result.rates += [value] if seed else []  # the first one warms up
-                        result.memory = engine.memory()
-                    except SetupError as error:
-                        result.failed = str(error)
-            for result in results.values():
-                result.bound = bound(work, weights, roofline)
-            found += results.values()
-            show(list(results.values()))
-    return found
+# -- servers -----------------------------------------------------------------------------------
 
 
-def show(results: list[Result]) -> None:
-    rows, ours = [], results[0].rate
-    for r in results:
-        if r.failed:
-            rows.append([r.work, r.weights, r.engine, f"not run: {r.failed}"[:60], "", "", ""])
-            continue
-        spread = f"{min(r.rates):,.0f} to {max(r.rates):,.0f}"
-        share, ratio = f"{r.rate / r.bound:.0%}", f"{ours / r.rate:.2f}"
-        rows.append([r.work, r.weights, r.engine, f"{r.rate:,.0f}", spread, ratio, share])
-    print_table(["work", "weights", "engine", "tokens/s", "spread", "ours is", "of limit"], rows)
-    sys.stdout.flush()
+def serve(weights: str, rounds: int, only: set[str]) -> list[Figure]:
+    units = {"server": "tokens/s", "server-ttft-p50": "ms", "server-ttft-p99": "ms"}
+    names = {
+        "generated tokens/s": "server",
+        "first token p50, ms": "server-ttft-p50",
+        "first token p99, ms": "server-ttft-p99",
+    }
+    figures: dict[tuple[str, str], Figure] = {}
+    with servers.chosen(weights, only) as chosen:
+        for server in chosen:
+            rows = {row: Figure(row, weights, server.name, unit) for row, unit in units.items()}
+            rows["server-start"] = Figure("server-start", weights, server.name, "s")
+            figures |= {(server.name, row): figure for row, figure in rows.items()}
+            begun = rows["server-start"]
+            try:
+                begun.values = [server.start()]
+                while begun.values[0] < QUICK and len(begun.values) < rounds:
+                    begun.values.append(server.start())
+                server.pause()
+            except SetupError as error:
+                begun.failed = str(error)
+        for seed in range(rounds + 1):  # the first one warms up
+            for server in chosen:
+                if failed := figures[server.name, "server-start"].failed:
+                    for row in units:
+                        figures[server.name, row].failed = failed
+                    continue
+                found = server.measure(seed)
+                for name, row in names.items() if seed else ():
+                    figures[server.name, row].values.append(found[name])
+    return list(figures.values())
+
+
+# ----------------------------------------------------------------------------------------------
+
+
+def bounded(figures: list[Figure], weights: str, roofline: Roofline) -> None:
+    """Fills in the limits."""
+    works = {work.name: work for work in WORKS}
+    for figure in figures:
+        if figure.row in works:
+            figure.limit = limit(works[figure.row], weights, roofline)
+        elif figure.row == "server":
+            figure.limit = server_limit(weights, roofline)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.peers")
-    parser.add_argument("--only", default="", help="peers, with commas")
-    parser.add_argument("--rows", default="", help="rows, with commas")
-    parser.add_argument("--weights", default="bf16,int8,4-bit")
+    parser.add_argument("--only", default="", help="engines, with commas")
+    parser.add_argument("--rows", default=",".join(ROWS), help="rows, with commas")
+    parser.add_argument("--weights", default=",".join(WEIGHTS))
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    names = set(filter(None, given.rows.split(",")))
-    works = [work for work in WORKS if not names or work.name in names]
-    roofline = measure()
-    print(
-        f"limits: {roofline.read / 1e9:.1f} GB/s read, {roofline.bf16 / 1e9:.0f} GFLOP/s bf16, "
-        f"{roofline.int8 / 1e9:.0f} GOP/s int8\n"
-    )
-    results: list[Result] = []
+    rows, kinds = given.rows.split(","), given.weights.split(",")
     only = set(filter(None, given.only.split(",")))
-    for weights in given.weights.split(","):
-        results += compare(weights, works, given.rounds, only, roofline)
-    RESULTS.write_bytes(
-        msgspec.json.format(msgspec.json.encode({"roofline": roofline, "results": results}))
-    )
-    draw(results, ROOT / "docs/peers.png")
+    for option, values, known in (("--rows", rows, ROWS), ("--weights", kinds, WEIGHTS)):
+        if unknown := set(values) - set(known):
+            parser.error(f"{option}: {', '.join(unknown)} is none of {', '.join(known)}")
+    results = report.read(RESULTS)
+    for weights in kinds:
+        before = measure()
+        for figures in measured(weights, rows, given.rounds, only):
+            after = measure()
+            roofline, before = before.better(after), after
+            bounded(figures, weights, roofline)
+            results.replace(figures, roofline)
+            RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(results)))
+            report.show(figures)
+            sys.stdout.flush()
+    report.write(results)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from benchmarks.peers.works import TITLES, Figure
 
 COLOURS = {
     "vllm-di": "#1f6feb",
@@ -12,25 +13,46 @@ COLOURS = {
     "vLLM": "#2da44e",
     "transformers": "#bc4c00",
 }
+COLUMNS = 4
 
 
-def draw(results: list[Any], file: Path) -> None:
-    """One panel for each work, a bar for each engine and kind of weights."""
+def draw(figures: list[Figure], file: Path) -> None:
+    """One panel for each row of the table, a bar for each engine and kind of weights, from zero;
+    a line from the lowest to the highest value."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    works = list(dict.fromkeys(r.work for r in results))
-    figure, panels = plt.subplots(1, len(works), figsize=(3.2 * len(works), 4), squeeze=False)
-    for panel, work in zip(panels[0], works, strict=True):
-        bars = [r for r in results if r.work == work and r.rates]
+    figures = [f for f in figures if f.values]
+    rows = list(dict.fromkeys(f.row for f in figures))
+    most = max(sum(f.row == row for f in figures) for row in rows)
+    height = -(-len(rows) // COLUMNS)
+    page, panels = plt.subplots(
+        height, COLUMNS, figsize=(4.1 * COLUMNS, (0.26 * most + 0.7) * height), squeeze=False
+    )
+    for panel in panels.flat[len(rows) :]:
+        panel.axis("off")
+    for panel, row in zip(panels.flat, rows, strict=False):
+        bars = [f for f in figures if f.row == row]
         places = range(len(bars))
-        panel.barh(places, [r.rate for r in bars], color=[COLOURS[r.engine] for r in bars])
-        panel.set_yticks(places, [f"{r.engine} {r.weights}" for r in bars], fontsize=7)
-        panel.invert_yaxis()
-        panel.set_title(f"{work}, tokens/s", fontsize=9)
+        largest = max(max(f.values) for f in bars)
+        panel.barh(places, [f.median for f in bars], color=[COLOURS[f.engine] for f in bars])
+        for place, bar in enumerate(bars):
+            low, high = min(bar.values), max(bar.values)
+            panel.plot([low, high], [place, place], color="#24292f", linewidth=1.2)
+            text = f"{bar.median:,.0f}" if bar.median >= 20 else f"{bar.median:.1f}"
+            panel.text(high + 0.02 * largest, place, text, va="center", fontsize=7)
+        panel.set_yticks(places, [f"{f.engine} {f.weights}" for f in bars], fontsize=7.5)
+        panel.set_ylim(most - 0.4, -0.6)  # bars are as thick in every panel
+        panel.set_xlim(0, 1.18 * largest)
+        more = "more" if bars[0].unit == "tokens/s" else "less"
+        panel.set_title(f"{TITLES[row]}\n{bars[0].unit}, {more} is better", fontsize=8.5)
         panel.tick_params(axis="x", labelsize=7)
-    figure.suptitle("SmolLM2-135M-Instruct, two threads, greedy", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(file, dpi=130)
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+    page.suptitle(
+        "SmolLM2-135M-Instruct (where no other model is named), two threads, greedy", fontsize=11
+    )
+    page.tight_layout()
+    page.savefig(file, dpi=110)

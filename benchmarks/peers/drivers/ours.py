@@ -1,10 +1,35 @@
 """vllm-di through its Python API. Arguments: overrides."""
 
+import ctypes
+import gc
+import mmap
 import sys
 
 from common import serve
 
 from vllm_di import LLM, SamplingParams
+from vllm_di.components.interfaces import LayerCache
+
+
+def cache():
+    """The blocks are handed out by the system as they are touched: count the pages that are."""
+    import torch
+
+    layers = [o for o in gc.get_objects() if type(o) is LayerCache]
+    parts = [getattr(layer, name) for layer in layers for name in LayerCache.__slots__]
+    tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+    spans = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors}
+    return sum(resident(start, size) for start, size in spans)
+
+
+def resident(start, size):
+    start -= start % mmap.PAGESIZE
+    pages = (ctypes.c_ubyte * (-(-size // mmap.PAGESIZE)))()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(size), pages):
+        raise OSError(ctypes.get_errno(), "mincore")
+    return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
 
 with LLM(overrides=["executor=inline", "device.threads=2", *sys.argv[1:]]) as llm:
 
@@ -12,4 +37,4 @@ with LLM(overrides=["executor=inline", "device.threads=2", *sys.argv[1:]]) as ll
         llm.engine.reset_prefix_cache()
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
 
-    serve(generate)
+    serve(generate, cache)

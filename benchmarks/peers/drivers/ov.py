@@ -1,4 +1,5 @@
-"""OpenVINO GenAI's continuous batching. Argument: a folder of its own format, or a GGUF file."""
+"""OpenVINO GenAI's continuous batching. Argument: a folder of its own format, or a GGUF file. Its
+cache grows with what is asked: for one short prompt it counts as nothing."""
 
 import sys
 

@@ -1,5 +1,6 @@
-"""vLLM's CPU build. Argument: a folder."""
+"""vLLM's CPU build. Arguments: a folder; ``random`` where it holds a config alone."""
 
+import os
 import sys
 
 from common import serve
@@ -7,6 +8,7 @@ from vllm import LLM, SamplingParams
 
 
 def main():
+    random = {"load_format": "dummy", "skip_tokenizer_init": True}
     llm = LLM(
         sys.argv[1],
         dtype="bfloat16",
@@ -14,6 +16,7 @@ def main():
         max_num_seqs=64,
         max_num_batched_tokens=4096,
         enable_prefix_caching=False,
+        **(random if "random" in sys.argv else {}),
     )
 
     def generate(prompts, new):
@@ -21,7 +24,7 @@ def main():
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         llm.generate(inputs, settings, use_tqdm=False)
 
-    serve(generate)
+    serve(generate, lambda: int(os.environ["VLLM_CPU_KVCACHE_SPACE"]) << 30)
 
 
 if __name__ == "__main__":  # its engine process imports this file again

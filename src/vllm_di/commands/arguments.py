@@ -79,6 +79,7 @@ VERB_OPTIONS: dict[str, dict[str, str]] = {
         "--concurrency": "requests at once (serve)",
         "--request-rate": "requests a second (serve); default: as many as concurrency allows",
         "--base-url": "a server that runs already (serve)",
+        "--seed": "of the first run's prompts; 0 (serve)",
         "--warmup": "runs that are not counted",
         "--repeats": "counted runs",
         "--json": "file for the results",
@@ -102,13 +103,13 @@ class Arguments:
     def help(self) -> bool:
         return "--help" in self.switches
 
-    def number(self, name: str, default: int) -> int:
-        """A whole number above 0. Raises UsageError."""
+    def number(self, name: str, default: int, least: int = 1) -> int:
+        """A whole number of ``least`` or more. Raises UsageError."""
         text = self.options.get(name)
         if text is None:
             return default
-        if not text.isdigit() or int(text) < 1:
-            raise UsageError(f"{name}: expected a number above 0, got {text!r}")
+        if not text.isdigit() or int(text) < least:
+            raise UsageError(f"{name}: expected a number of {least} or more, got {text!r}")
         return int(text)
 
     def real(self, name: str, default: float) -> float:

@@ -48,7 +48,7 @@ def _measure(kind: str, arguments: Arguments) -> Result:
 
     with LLM(overrides=arguments.overrides, config_dirs=arguments.config_dirs) as llm:
         repeats = arguments.number("--repeats", 3)
-        runs = arguments.number("--warmup", 1) + repeats
+        runs = arguments.number("--warmup", 1, least=0) + repeats
         once = _latency if kind == "latency" else _throughput
         rows = [once(llm, arguments, number) for number in range(runs)][-repeats:]
     return {name: [row[name] for row in rows] for name in rows[0]}

@@ -74,9 +74,10 @@ async def _rounds(base: str, arguments: Arguments) -> dict[str, list[float]]:
         raise UsageError(f"--base-url: expected http://HOST:PORT, got {base!r}")
     host, port = parts.hostname, parts.port or 80
     model = json.loads((await _request(host, port, "GET", "/v1/models"))[1])["data"][0]
-    repeats = arguments.number("--repeats", 3)
+    repeats, seed = arguments.number("--repeats", 3), arguments.number("--seed", 0, least=0)
     figures: dict[str, list[float]] = {}
-    for number in range(arguments.number("--warmup", 1) + repeats):
+    warmup = arguments.number("--warmup", 1, least=0)
+    for number in range(seed, seed + warmup + repeats):
         for name, value in (await _round(host, port, model["id"], arguments, number)).items():
             figures.setdefault(name, []).append(value)
     return {name: values[-repeats:] for name, values in figures.items()}

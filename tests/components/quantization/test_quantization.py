@@ -26,7 +26,7 @@ from vllm_di.components.quantization.gguf import GgufQuantization
 from vllm_di.components.quantization.none import NoQuantization
 from vllm_di.components.quantization.rounded import RoundedWeights
 from vllm_di.components.quantized import by_channel
-from vllm_di.errors import ConfigError
+from vllm_di.errors import CheckpointError, ConfigError
 from vllm_di.models.checkpoint import describe
 from vllm_di.models.config import DecoderConfig
 from vllm_di.models.decoder import Decoder
@@ -62,6 +62,38 @@ def test_a_gguf_is_multiplied_as_it_is(case: str, kind: str, tmp_path: Path) -> 
     kernels = logits(file, tmp_path, GgufQuantization, SelectedOps(library(ISAS[0])))
     error = (kernels - want).square().mean().sqrt() / want.square().mean().sqrt()
     assert 0 < float(error) < 0.15  # activations in 8 bits, through a random model
+
+
+@pytest.mark.parametrize("kind", [GgufQuantization, NoQuantization])
+def test_what_is_wrong_with_a_gguf_names_tensor_and_file(
+    kind: Callable[[OpTable], Quantization], tmp_path: Path
+) -> None:
+    """Cut off, of an unknown type, of another shape: whether blocks are kept or dequantised."""
+    make("llama_gqa_tied", tmp_path, **SIZES)
+    whole = write(
+        tmp_path, tmp_path / "whole.gguf", matrices=gguf.GGMLQuantizationType.Q4_1
+    ).read_bytes()
+    file = tmp_path / "a.gguf"
+
+    def load(data: bytes | bytearray) -> None:
+        file.write_bytes(data)
+        logits(file, tmp_path, kind, SelectedOps(TorchOps()))
+
+    for share in (0.6, 0.99):
+        with pytest.raises(CheckpointError, match=r"a\.gguf: damaged or truncated: tensor blk\.\d"):
+            load(whole[: int(len(whole) * share)])
+    unknown = bytearray(whole)
+    name = b"blk.1.ffn_down.weight"
+    place = unknown.index(name) + len(name) + 4 + 2 * 8
+    assert unknown[place] == gguf.GGMLQuantizationType.Q4_1
+    unknown[place] = 200
+    with pytest.raises(
+        CheckpointError, match=r"a\.gguf: damaged .*tensor blk\.1\.ffn_down\.weight: .*200"
+    ):
+        load(unknown)
+    make("llama_gqa_tied", tmp_path, **SIZES | {"intermediate_size": 96})  # the config alone
+    with pytest.raises(CheckpointError, match=r"a\.gguf: tensor .*(down|gate|up)_proj.* shape"):
+        load(whole)
 
 
 def test_weights_in_floats_stay_so_under_gguf() -> None:

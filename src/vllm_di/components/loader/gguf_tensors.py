@@ -66,10 +66,27 @@ IN_CONFIG = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 """Tensors that the conversion of the config reads."""
 
 
+class _Reader(GGUFReader):  # type: ignore[misc]
+    """Says which tensor cannot be."""
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        tensors: dict[str, Any] = {}
+        for field in fields:
+            try:
+                super()._build_tensors(start_offs, [field])
+            except Exception as error:
+                raise ValueError(f"tensor {field.name}: {_first_line(error)}") from None
+            if field.name in tensors:
+                raise ValueError(f"tensor {field.name} is there twice")
+            tensors[field.name] = self.tensors[0]
+        self.tensors = list(tensors.values())
+
+
 def open_gguf(path: Path) -> GGUFReader:
-    """Raises CheckpointError for a file that is no GGUF, or one that ends too early."""
+    """Raises CheckpointError for a file that is no GGUF, one that ends too early, or one with a
+    tensor of an unknown type; it names the tensor."""
     try:
-        return GGUFReader(path)
+        return _Reader(path)
     except Exception as error:
         # the reader raises whatever numpy or struct raise where the file ends too early
         raise CheckpointError(f"{path}: damaged or truncated: {_first_line(error)}") from None
