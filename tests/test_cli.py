@@ -110,7 +110,7 @@ def test_aliases_are_overrides() -> None:
     assert found.switches == {"--debug"}
     two = parse("serve", ["--model", "llama3", "--tensor-parallel-size=2"]).overrides
     assert two == ["model=llama3", "executor=multiprocess", "executor.tensor_parallel_size=2"]
-    with pytest.raises(UsageError, match="above 0"):
+    with pytest.raises(UsageError, match="1 or more"):
         parse("bench", ["--repeats", "0"]).number("--repeats", 1)
 
 

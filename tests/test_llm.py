@@ -55,7 +55,7 @@ def alone() -> list[list[int]]:
         ["kv_cache_manager.prefix_caching=false"],
         ["scheduler.max_num_batched_tokens=64", "scheduler.max_num_seqs=3"],
         ["limits.mixed_steps=false"],
-        ["limits.chunked_prefill=false"],
+        ["limits.chunked_prefill=false", "scheduler.max_num_batched_tokens=2048"],
         ["limits.max_prefill_rows=1", "limits.null_block=true"],
         ["limits.max_batch_context=150"],
         ["kv_layout.block_size=16"],

@@ -1,5 +1,5 @@
-"""``python -m benchmarks.peers.report``: the tables of the README and of ``docs/benchmarks.md``, and
-the chart, from ``results.json``. Nobody types a figure."""
+"""``python -m benchmarks.peers.report``: the tables of the README and of ``docs/benchmarks.md``,
+and the chart, from ``results.json``. Nobody types a figure."""
 
 from __future__ import annotations
 

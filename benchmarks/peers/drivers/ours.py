@@ -31,7 +31,8 @@ def resident(start, size):
     return sum(page & 1 for page in pages) * mmap.PAGESIZE
 
 
-with LLM(overrides=["executor=inline", "device.threads=2", *sys.argv[1:]]) as llm:
+COMMON = ["executor=inline", "device.threads=2", "scheduler.max_num_batched_tokens=4096"]
+with LLM(overrides=[*COMMON, *sys.argv[1:]]) as llm:
 
     def generate(prompts, new):
         llm.engine.reset_prefix_cache()

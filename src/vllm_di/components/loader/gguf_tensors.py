@@ -70,6 +70,7 @@ class _Reader(GGUFReader):  # type: ignore[misc]
     """Says which tensor cannot be."""
 
     def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        self.tensors: list[Any]
         tensors: dict[str, Any] = {}
         for field in fields:
             try:
