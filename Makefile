@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test test-slow sanitize check format venv interfaces bench bench-peers clean help
+.PHONY: serve test test-slow sanitize check format venv interfaces matrix bench bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ check: venv  ## lint, format, types, layers
 
 interfaces: venv  ## record the interfaces after a change to them
 	$(BIN)/python -m vllm_di.conformance.interface_record docs/interfaces
+
+matrix: venv  ## the support matrix's page, after a report was recorded
+	$(BIN)/python -m vllm_di.conformance.matrix docs/support-matrix.md
 
 format: venv  ## format the sources
 	$(BIN)/ruff format .

@@ -13,6 +13,7 @@ VERBS = {
     "complete": "continue a text",
     "bench": "measure latency, throughput or a server: bench latency|throughput|serve",
     "explain": "which class fills each slot, and who chose it",
+    "matrix": "which platform can do what, by recorded conformance reports",
     "new-port": "a package of its own for new hardware: new-port NAME",
     "config": "show the composed config: config show",
     "help": "groups, options and their keys: help [GROUP[=OPTION]]",
@@ -60,10 +61,12 @@ OPTIONS = {"--config-dir": "a folder of your own config groups; may be repeated"
 
 VERB_SWITCHES: dict[str, dict[str, str]] = {
     "explain": {"--json": "as data", "--no-ops": "do not build the op table"},
+    "matrix": {"--json": "as data", "--markdown": "as tables for a page in this folder"},
     "config": {"--origins": "say where each value came from"},
     "bench": {"-m": "sweep: a value with commas is tried one by one"},
 }
 VERB_OPTIONS: dict[str, dict[str, str]] = {
+    "matrix": {"--reports": "a folder of more reports"},
     "explain": {"--slot": "the alternatives for one slot"},
     "chat": {
         "--temperature": "0 is greedy",

@@ -27,13 +27,13 @@ def try_out(container: Any, assembly: Assembly, stage: int = 0) -> None:
     table: OpTable = container.ops()
     check_claims(table, assembly, stage)
     library = assembly.path(WorkerContainer, "ops", stage) + ".library._target_"
-    foreign = {op for op in OpTable.OPS if _is_foreign(type(_owner(table, op)))}
+    foreign = {op for op in OpTable.OPS if _is_foreign(_owner(table, op))}
     if foreign:
         device, dtype = container.device().torch_device, container.model().dtype
         for op, trial in op_trials(table, device, dtype).items():
             if op in foreign:
                 _try(f"ops.{op}", _owner(table, op), trial, assembly.place(library))
-    if _is_foreign(type(container.attention())) and container.model().kv_specs():
+    if _is_foreign(container.attention()) and container.model().kv_specs():
         place = assembly.place(assembly.path(WorkerContainer, "attention", stage) + "._target_")
         _try("attention", container.attention(), attention_trial(container), place)
 
@@ -45,7 +45,7 @@ def check_claims(table: OpTable, assembly: Assembly, stage: int = 0) -> None:
     ops = assembly.path(WorkerContainer, "ops", stage)
     place = assembly.place(f"{ops}.library._target_")
     for library in {id(o): o for op in OpTable.OPS if (o := _owner(table, op))}.values():
-        if not _is_foreign(type(library)):
+        if not _is_foreign(library):
             continue
         name = type(library).__qualname__
         for op in sorted(getattr(library, "implements", ())):
@@ -79,8 +79,8 @@ def _owner(table: OpTable, op: str) -> Any:
     return getattr(getattr(table, op), "__self__", None)
 
 
-def _is_foreign(cls: type) -> bool:
-    return cls.__module__.split(".")[0] not in ("vllm_di", "builtins")
+def _is_foreign(component: object) -> bool:
+    return type(component).__module__.split(".")[0] not in ("vllm_di", "builtins")
 
 
 Results = Mapping[str, "tuple[Tensor, tuple[int, ...], torch.dtype]"]

@@ -1,0 +1,302 @@
+"""The support matrix: platforms × features, from recorded reports and never from claims.
+
+    python -m vllm_di.conformance.matrix docs/support-matrix.md
+
+writes the page of the docs. A report counts for ``VALID`` after its run and for two minors of
+vllm-di; then its level falls. A platform without a report that counts is ``declared``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import yaml
+
+from vllm_di.conformance.report import Outcome, Report
+from vllm_di.containers.manifest import LEVELS, Capabilities, Level, Manifest, read_manifest
+from vllm_di.containers.ports import conf_of_project
+from vllm_di.containers.tree import ConfigFiles, shown
+from vllm_di.version import __version__
+
+VALID = datetime.timedelta(days=180)
+MINORS = 2
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """One recorded run."""
+
+    file: str
+    """Path of the report."""
+    level: Level | Literal["none"]
+    """Reached when it ran."""
+    counts_as: Level | Literal["none"]
+    """Now."""
+    ran: datetime.date
+    expires: datetime.date
+    expired: bool
+    simulated: bool
+    device: str
+    form: Literal["short", "full"]
+    overrides: list[str]
+    versions: dict[str, str]
+    failed: int
+    """Cases."""
+    features: dict[str, Outcome]
+
+
+class Cell(msgspec.Struct, frozen=True, kw_only=True):
+    """One feature on one platform."""
+
+    outcome: Outcome | Literal["declared"]
+    """``declared``: the manifest claims it and no report that counts speaks of it."""
+    level: Level | Literal["none"] = "declared"
+    """That the evidence gives it."""
+    expired: bool = False
+    evidence: str | None = None
+
+
+class Column(msgspec.Struct, frozen=True, kw_only=True):
+    """One platform."""
+
+    name: str
+    level: Level | Literal["none"]
+    maintainer: str | None
+    evidence: list[Evidence]
+    """The newest run of each device and each set of overrides; the strongest first."""
+    cells: dict[str, Cell]
+
+
+class Matrix(msgspec.Struct, frozen=True):
+    """The whole table, as it stands on one day."""
+
+    on: datetime.date
+    features: list[str]
+    platforms: list[Column]
+
+
+def build(tree: ConfigFiles, files: Iterable[Path], version: str, on: datetime.date) -> Matrix:
+    """The matrix of all platforms of ``tree``, from report ``files``, for vllm-di ``version``.
+
+    Raises ReportError for a file that is no report, ConfigError for a wrong manifest.
+    """
+    manifests = _manifests(tree)
+    runs: dict[str, list[Evidence]] = {name: [] for name in manifests}
+    for file in sorted(files):
+        report = Report.read(file)
+        if not report.partial:
+            runs.setdefault(report.platform, []).append(_evidence(file, report, version, on))
+    columns = [_column(name, manifests.get(name), found) for name, found in sorted(runs.items())]
+    rows = {feature: None for column in columns for feature in column.cells}
+    return Matrix(on, sorted(rows, key=_place), columns)
+
+
+def report_files(tree: ConfigFiles) -> list[Path]:
+    """The project's recorded reports, and those that ports ship in a folder beside their conf/."""
+    conf = conf_of_project()
+    folders = [conf.parent / "conformance" / "reports"]
+    folders += [port.conf.parent / "reports" for port in tree.ports if port.conf]
+    return [file for folder in folders for file in folder.glob("*.json")]
+
+
+def declared(capabilities: Capabilities) -> list[str]:
+    """The features that a manifest claims, by the names that reports use."""
+    found: list[str] = list(capabilities.dtypes)
+    found += [f"KV cache in {dtype}" for dtype in capabilities.kv_dtypes]
+    flags = {
+        "sliding window": capabilities.sliding_window,
+        "soft cap": capabilities.soft_cap,
+        "graphs": capabilities.graphs,
+        "batch invariance": capabilities.batch_invariant,
+    }
+    found += [name for name, claimed in flags.items() if claimed]
+    found += [f"tensor parallel {size}" for size in capabilities.tensor_parallel if size > 1]
+    return found + [f"quantization {option}" for option in capabilities.quantization]
+
+
+def _manifests(tree: ConfigFiles) -> dict[str, Manifest]:
+    found = {}
+    for option, path in tree.options("platform").items():
+        lines = tree.read(path).lines
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found[option] = read_manifest(
+            values.get("platform"),
+            option,
+            lambda key, path=path, lines=lines: f"{shown(path)}:{lines.get(key, 1)}",
+            out_of_tree=tree.port_of(path) is not None,
+        )
+    return found
+
+
+def _evidence(file: Path, report: Report, version: str, on: datetime.date) -> Evidence:
+    ran = report.started.date()
+    late = on > ran + VALID or _minors(report.versions.get("vllm-di", version), version) > MINORS
+    fallen: Level | Literal["none"] = (
+        "runtime-tested" if report.level == LEVELS[-1] and on <= ran + 2 * VALID else "declared"
+    )
+    return Evidence(
+        file=str(file),
+        level=report.level,
+        counts_as=fallen if late and report.level != "none" else report.level,
+        ran=ran,
+        expires=ran + VALID,
+        expired=late,
+        simulated=report.simulated,
+        device=report.device,
+        form=report.form,
+        overrides=report.overrides,
+        versions=report.versions,
+        failed=len(report.failed),
+        features=report.features(),
+    )
+
+
+def _minors(old: str, new: str) -> int:
+    """How many minors ``new`` is ahead; many where the major differs."""
+    (a, b), (c, d) = (tuple(map(int, v.split(".")[:2])) for v in (old, new))
+    return d - b if a == c else 100
+
+
+def _rank(evidence: Evidence) -> tuple[int, datetime.date]:
+    level = evidence.counts_as
+    return (LEVELS.index(level) if level in LEVELS else -1, evidence.ran)
+
+
+def _column(name: str, manifest: Manifest | None, runs: Sequence[Evidence]) -> Column:
+    newest: dict[tuple[str, bool, str], Evidence] = {}
+    for run in sorted(runs, key=lambda r: r.ran):
+        newest[run.device, run.simulated, " ".join(run.overrides)] = run
+    evidence = sorted(newest.values(), key=_rank, reverse=True)
+    cells: dict[str, Cell] = {}
+    for run in evidence:  # the strongest speaks first
+        for feature, outcome in run.features.items():
+            cell = Cell(
+                outcome=outcome, level=run.counts_as, expired=run.expired, evidence=run.file
+            )
+            if feature not in cells or cells[feature].outcome in ("not-run", "not-declared"):
+                cells[feature] = cell
+    if manifest is not None:
+        for feature in declared(manifest.capabilities):
+            cells.setdefault(feature, Cell(outcome="declared"))
+    return Column(
+        name=name,
+        level=evidence[0].counts_as if evidence else "declared",
+        maintainer=manifest.maintainer if manifest else None,
+        evidence=evidence,
+        cells=cells,
+    )
+
+
+ORDER = ("float32", "bfloat16", "float16", "KV cache", "sliding window", "soft cap", "graphs")
+
+
+def _place(feature: str) -> tuple[int, str]:
+    """Dtypes first, then as in ORDER, then by name."""
+    found = next((i for i, start in enumerate(ORDER) if feature.startswith(start)), len(ORDER))
+    return found, feature
+
+
+# -- as text -----------------------------------------------------------------------------------
+
+HEAD = ("platform", "level", "on", "ran", "valid until", "form", "versions", "failed", "report")
+NOTHING = "-"
+SHOWN = ("vllm-di", "torch", "commit")
+"""Versions that the table names; the report has all."""
+
+
+def cell_text(cell: Cell | None) -> str:
+    """A tick only for what ran on hardware; else the level in one word."""
+    if cell is None or cell.outcome == "not-declared":
+        return NOTHING
+    if cell.outcome in ("fail", "not-run", "waived", "declared"):
+        return {"fail": "FAILS", "not-run": "not run"}.get(cell.outcome, cell.outcome)
+    word = "✓" if cell.level == LEVELS[-1] else cell.level.partition("-")[0]
+    return f"({word}, expired)" if cell.expired else word
+
+
+def evidence_rows(matrix: Matrix) -> list[list[str]]:
+    """One for each run, and one for a platform without any."""
+    rows = []
+    for column in matrix.platforms:
+        for run in column.evidence:
+            device = f"{run.device} (simulated)" if run.simulated else run.device
+            level = f"{run.counts_as} (expired: was {run.level})" if run.expired else run.level
+            versions = ", ".join(f"{n} {run.versions[n]}" for n in SHOWN if n in run.versions)
+            until = run.expires.isoformat()
+            row = [column.name, level, device, run.ran.isoformat(), until, run.form, versions]
+            rows.append([*row, str(run.failed), Path(run.file).name])
+        if not column.evidence:
+            rows.append([column.name, "declared", *[NOTHING] * 6, "none"])
+    return rows
+
+
+def feature_rows(matrix: Matrix) -> list[list[str]]:
+    return [
+        [feature, *(cell_text(column.cells.get(feature)) for column in matrix.platforms)]
+        for feature in matrix.features
+    ]
+
+
+def markdown(matrix: Matrix, page: Path) -> str:
+    """The tables with links to the evidence, for a page at ``page``."""
+    names = [column.name for column in matrix.platforms]
+    files = {Path(run.file).name: run.file for c in matrix.platforms for run in c.evidence}
+    levels = [[*row[:-1], _link(row[-1], files, page)] for row in evidence_rows(matrix)]
+    features = [
+        [feature, *(_linked_cell(c.cells.get(feature), page) for c in matrix.platforms)]
+        for feature in matrix.features
+    ]
+    return "\n".join([*_table(HEAD, levels), "", *_table(["feature", *names], features), ""])
+
+
+def _link(name: str, files: Mapping[str, str], page: Path) -> str:
+    return f"[{name}]({os.path.relpath(files[name], page.parent)})" if name in files else name
+
+
+def _linked_cell(cell: Cell | None, page: Path) -> str:
+    text = cell_text(cell)
+    if cell is None or cell.evidence is None or text == NOTHING:
+        return text
+    text = f"~~{text.strip('()')}~~" if cell.expired else text
+    return f"[{text}]({os.path.relpath(cell.evidence, page.parent)})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+# -- the page ----------------------------------------------------------------------------------
+
+INTRODUCTION = """\
+# Support matrix
+
+Generated by `make matrix` from the reports in `conformance/reports`: each row and cell links to
+its evidence. The page shows the day of the newest report; `vllm-di matrix` shows today, where a
+report older than 180 days or two minors has lost its level.
+
+A cell says how far the feature was shown to work: `contract` on a simulated device, `runtime` on
+the platform's real software, a tick on the hardware alone. `declared` is a claim of the manifest
+that no report bears out.
+"""
+
+
+def page(tree: ConfigFiles, path: Path) -> str:
+    """The page as it should stand at ``path``, of the project's own platforms."""
+    files = report_files(tree)
+    days = [Report.read(file).started.date() for file in files]
+    day = max(days, default=datetime.date.min)
+    return f"{INTRODUCTION}\n{markdown(build(tree, files, __version__, day), path)}"
+
+
+def main(path: Path) -> None:
+    path.write_text(page(ConfigFiles([conf_of_project()]), path), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())

@@ -1,0 +1,173 @@
+"""The support matrix says what reports show, and for how long."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from vllm_di import cli
+from vllm_di.conformance import matrix
+from vllm_di.conformance.report import Case, CheckResult, Outcome, Report, ReportError
+from vllm_di.containers.manifest import LEVELS
+from vllm_di.containers.ports import conf_of_project
+from vllm_di.containers.tree import ConfigFiles
+
+TODAY = datetime.date(2026, 11, 24)
+PAGE = Path(__file__).parents[2] / "docs" / "support-matrix.md"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> ConfigFiles:
+    """One platform, ``chip``."""
+    conf = tmp_path / "conf"
+    (conf / "platform").mkdir(parents=True)
+    (conf / "platform" / "chip.yaml").write_text(
+        "# @package _global_\nplatform:\n  name: chip\n  level: declared\n"
+        "  capabilities:\n    dtypes: [float32, float16]\n    sliding_window: true\n"
+    )
+    return ConfigFiles([conf])
+
+
+def write(folder: Path, name: str = "chip", days: int = 0, **fields: Any) -> Path:
+    """A report of a run ``days`` ago that passed float32 and failed float16."""
+    outcomes: dict[str, Outcome] = {"float32": "pass", "float16": "fail"}
+    cases = [
+        Case(id=f"ops/test[{f}]", outcome=o, seconds=1.0, features=[f]) for f, o in outcomes.items()
+    ]
+    check = CheckResult(
+        number=8, name="ops", title="Ops", required="contract", outcome="fail", cases=cases
+    )
+    report = Report(
+        platform="chip",
+        level="contract-tested",
+        partial=False,
+        form="short",
+        simulated=True,
+        started=datetime.datetime.combine(TODAY, datetime.time(), datetime.UTC)
+        - datetime.timedelta(days=days),
+        seconds=1.0,
+        overrides=[],
+        config_hash="0",
+        interface_version="1.1",
+        port_interface="1.1",
+        seed=0,
+        device="chip:0",
+        versions={"vllm-di": "0.1.0", "torch": "2.13.0"},
+        capabilities={},
+        components={},
+        waivers=[],
+        checks=[check],
+    )
+    path = folder / f"{name}.json"
+    msgspec.structs.replace(report, **fields).write(path)
+    return path
+
+
+def column(tree: ConfigFiles, *files: Path, version: str = "0.1.0") -> matrix.Column:
+    (found,) = matrix.build(tree, files, version, TODAY).platforms
+    return found
+
+
+def test_without_a_report_all_is_declared(tree: ConfigFiles) -> None:
+    found = column(tree)
+    assert (found.level, found.evidence) == ("declared", [])
+    assert {f: c.outcome for f, c in found.cells.items()} == dict.fromkeys(
+        ["float32", "float16", "sliding window"], "declared"
+    )
+
+
+def test_a_report_gives_level_and_cells(tree: ConfigFiles, tmp_path: Path) -> None:
+    file = write(tmp_path)
+    found = column(tree, file)
+    assert found.level == "contract-tested"
+    assert found.cells["float32"] == matrix.Cell(
+        outcome="pass", level="contract-tested", evidence=str(file)
+    )
+    texts = {feature: matrix.cell_text(cell) for feature, cell in found.cells.items()}
+    assert texts == {"float32": "contract", "float16": "FAILS", "sliding window": "declared"}
+
+
+def test_only_hardware_gets_a_tick(tree: ConfigFiles, tmp_path: Path) -> None:
+    for level in LEVELS:
+        found = column(tree, write(tmp_path, level=level))
+        assert (matrix.cell_text(found.cells["float32"]) == "✓") == (level == "hardware-tested")
+
+
+@pytest.mark.parametrize(
+    ("level", "days", "version", "wanted"),
+    [
+        ("runtime-tested", 180, "0.1.0", "runtime-tested"),
+        ("runtime-tested", 181, "0.1.0", "declared"),
+        ("contract-tested", 400, "0.1.0", "declared"),
+        ("hardware-tested", 181, "0.1.0", "runtime-tested"),
+        ("hardware-tested", 361, "0.1.0", "declared"),
+        ("runtime-tested", 1, "0.3.9", "runtime-tested"),
+        ("runtime-tested", 1, "0.4.0", "declared"),
+        ("runtime-tested", 1, "1.0.0", "declared"),
+        ("none", 400, "0.1.0", "none"),
+    ],
+)
+def test_a_report_that_is_old_loses_its_level(
+    tree: ConfigFiles, tmp_path: Path, level: str, days: int, version: str, wanted: str
+) -> None:
+    found = column(tree, write(tmp_path, level=level, days=days), version=version)
+    assert found.level == wanted
+    expired = wanted != level or level == "none"
+    assert found.evidence[0].expired == expired
+    assert ("expired" in matrix.cell_text(found.cells["float32"])) == expired
+
+
+def test_the_newest_run_of_a_device_counts(tree: ConfigFiles, tmp_path: Path) -> None:
+    old = write(tmp_path, "old", days=9, level="runtime-tested")
+    new = write(tmp_path, "new", days=1, level="contract-tested")
+    other = write(tmp_path, "other", days=9, level="declared", device="chip:1")
+    found = column(tree, old, new, other)
+    assert [run.file for run in found.evidence] == [str(new), str(other)]
+    assert found.level == "contract-tested"
+
+
+def test_a_part_of_a_run_gives_nothing(tree: ConfigFiles, tmp_path: Path) -> None:
+    assert column(tree, write(tmp_path, partial=True)).evidence == []
+
+
+def test_a_platform_that_is_not_installed_shows_its_report(
+    tree: ConfigFiles, tmp_path: Path
+) -> None:
+    found = matrix.build(tree, [write(tmp_path, platform="other")], "0.1.0", TODAY)
+    assert [(c.name, c.level) for c in found.platforms] == [
+        ("chip", "declared"),
+        ("other", "contract-tested"),
+    ]
+
+
+def test_a_broken_report_is_named(tree: ConfigFiles, tmp_path: Path) -> None:
+    file = tmp_path / "broken.json"
+    file.write_text("{")
+    with pytest.raises(ReportError, match="broken"):
+        column(tree, file)
+
+
+def test_markdown_links_the_evidence(tree: ConfigFiles, tmp_path: Path) -> None:
+    files = [write(tmp_path / "reports", days=200)]
+    text = matrix.markdown(matrix.build(tree, files, "0.1.0", TODAY), tmp_path / "docs" / "page.md")
+    assert "| float32 | [~~declared, expired~~](../reports/chip.json) |" in text
+    assert "declared (expired: was contract-tested)" in text
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write(tmp_path, platform="cpu", started=datetime.datetime.now(datetime.UTC))
+    assert cli.run(["matrix", "--json", "--reports", str(tmp_path)]) == 0
+    found = msgspec.json.decode(capsys.readouterr().out, type=matrix.Matrix)
+    cpu = next(c for c in found.platforms if c.name == "cpu")
+    assert str(tmp_path / "chip.json") in [run.file for run in cpu.evidence]
+    assert cli.run(["matrix"]) == 0
+    assert "sliding window" in capsys.readouterr().out
+
+
+def test_the_page_is_that_of_the_reports() -> None:
+    tree = ConfigFiles([conf_of_project()])
+    assert PAGE.read_text(encoding="utf-8") == matrix.page(tree, PAGE), "run make matrix"
