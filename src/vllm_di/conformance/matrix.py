@@ -85,7 +85,8 @@ def build(tree: ConfigFiles, files: Iterable[Path], version: str, on: datetime.d
 
     Raises ReportError for a file that is no report, ConfigError for a wrong manifest.
     """
-    manifests = _manifests(tree)
+    options = tree.options("platform").items()
+    manifests = {option: _manifest(tree, option, path) for option, path in options}
     runs: dict[str, list[Evidence]] = {name: [] for name in manifests}
     for file in sorted(files):
         report = Report.read(file)
@@ -119,18 +120,15 @@ def declared(capabilities: Capabilities) -> list[str]:
     return found + [f"quantization {option}" for option in capabilities.quantization]
 
 
-def _manifests(tree: ConfigFiles) -> dict[str, Manifest]:
-    found = {}
-    for option, path in tree.options("platform").items():
-        lines = tree.read(path).lines
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        found[option] = read_manifest(
-            values.get("platform"),
-            option,
-            lambda key, path=path, lines=lines: f"{shown(path)}:{lines.get(key, 1)}",
-            out_of_tree=tree.port_of(path) is not None,
-        )
-    return found
+def _manifest(tree: ConfigFiles, option: str, path: Path) -> Manifest:
+    lines = tree.read(path).lines
+    node = yaml.safe_load(path.read_text(encoding="utf-8")).get("platform")
+    foreign = tree.port_of(path) is not None
+
+    def place(key: str) -> str:
+        return f"{shown(path)}:{lines.get(key, 1)}"
+
+    return read_manifest(node, option, place, out_of_tree=foreign)
 
 
 def _evidence(file: Path, report: Report, version: str, on: datetime.date) -> Evidence:
