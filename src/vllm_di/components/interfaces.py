@@ -612,8 +612,14 @@ class GraphPolicy(ABC):
         """The function that runs in place of ``step``. Called once."""
 
     def capture(self, sizes: Sequence[int], run: Callable[[int], object]) -> None:
-        """Capture a graph for each token count by calling ``run(size)``. Eager policies do
-        nothing."""
+        """Capture a graph for each token count by calling ``run(size)``, a decode step of that many
+        sequences. Eager policies do nothing."""
+
+    def place(self, plan: BatchPlan) -> tuple[BatchPlan, Any | None]:
+        """Called before each step -> the plan that the step sees, and the metadata to build into
+        (``AttentionBackend.build``). Where a graph is captured for it, the plan is copied to the
+        addresses that the graph reads."""
+        return plan, None
 
     def before_replay(self, metadata: Any) -> None:
         """Called before each step: a vendor's graph updates its task arguments here."""

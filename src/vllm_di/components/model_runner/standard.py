@@ -72,7 +72,7 @@ class StandardModelRunner(ModelRunner):
             max_num_tokens=max_num_tokens,
             max_model_len=model.max_model_len,
             block_size=kv_layout.block_size,
-            device=device.torch_device,
+            device=device,
         )
         self._hidden = (
             None
@@ -87,7 +87,7 @@ class StandardModelRunner(ModelRunner):
     def warm_up(self) -> None:
         for size in self._warm_up_sizes:
             self._blank_step(size)
-        self._graph.capture(self._warm_up_sizes, self._blank_step)
+        self._graph.capture(self._warm_up_sizes, self._blank_decodes)
         self._device.synchronize()
 
     def _blank_step(self, num_tokens: int) -> Tensor:
@@ -95,6 +95,9 @@ class StandardModelRunner(ModelRunner):
         if self._hidden is not None:
             batch.hidden = self._hidden.blank(num_tokens)
         return self._run(batch, self._caches)
+
+    def _blank_decodes(self, num_tokens: int) -> Tensor:
+        return self._run(self._batch.blank_decodes(num_tokens), self._caches)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:

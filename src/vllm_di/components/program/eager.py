@@ -28,7 +28,8 @@ class EagerProgram(ModelProgram):
 
     @torch.inference_mode()
     def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:
-        metadata: Any = self._build(plan)
+        plan, out = self._graph.place(plan)
+        metadata: Any = self._build(plan, out)
         self._graph.before_replay(metadata)
         hidden = self._forward(plan.token_ids, plan.positions, caches, metadata, plan.hidden)
         if not self._last:

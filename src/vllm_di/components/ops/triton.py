@@ -1,0 +1,328 @@
+"""Ops as Triton kernels, for the GPUs that Triton compiles for. Products are torch's, which takes
+the vendor's library (cuBLAS, hipBLASLt, oneDNN)."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Annotated, Any
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_di.components.interfaces import OpLibrary
+from vllm_di.components.ops.torch import TorchOps
+from vllm_di.errors import ConfigError, PortError
+
+Launch = Callable[..., None]
+"""(kernel, grid, arguments, constants, num_warps, num_stages)"""
+KERNELS = ("attention", "elementwise", "norms", "sampling", "runtime")
+OPS = frozenset(
+    {
+        "rms_norm",
+        "add_rms_norm",
+        "rotary_embedding",
+        "silu_and_mul",
+        "gelu_tanh_and_mul",
+        "linear",
+        "write_kv",
+        "paged_attention",
+        "greedy_sample",
+        "top_k_top_p_sample",
+    }
+)
+LARGEST_HEAD = 256
+LEAST_SPLIT = 128
+"""Keys that are worth a program of their own."""
+MOST_SPLITS = 64
+
+
+class TritonOps(OpLibrary):
+    """fp32, fp16 and bf16. Kernels are compiled at their first launch and kept in Triton's cache.
+
+    ``programs`` is how many programs of a kernel keep the device busy; null: four for each of its
+    multiprocessors. Attention cuts long contexts until it has that many. ``num_stages`` is how many
+    of attention's loads are in flight; each takes shared memory.
+    """
+
+    implements = OPS
+    quantized_linear = TorchOps.quantized_linear
+    gated_linear = TorchOps.gated_linear
+    gated_quantized_linear = TorchOps.gated_quantized_linear
+    embedding = TorchOps.embedding
+    fused_experts = TorchOps.fused_experts
+    launch: Launch
+    """A test puts its own in this place: to compile for another target, or to record."""
+
+    def __init__(
+        self,
+        *,
+        programs: Annotated[int, msgspec.Meta(ge=1)] | None,
+        num_stages: Annotated[int, msgspec.Meta(ge=1, le=8)],
+    ) -> None:
+        try:
+            found = [importlib.import_module(f"vllm_di.kernels.triton.{name}") for name in KERNELS]
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            raise PortError(
+                "ops=triton: the package triton is not installed; pip install 'vllm-di[cuda]'"
+            ) from error
+        self._attention, self._elementwise, self._norms, self._sampling, runtime = found
+        self.launch = runtime.launch
+        self._power: Callable[[int], int] = runtime.power_of_2
+        self._interpreted: bool = runtime.is_interpreted()
+        self._num_multiprocessors: Callable[[], int] = runtime.num_multiprocessors
+        self._programs, self._num_stages = programs, num_stages
+        self._reference = TorchOps()
+        self._where = f"triton ({runtime.VERSION})"
+
+    def describe(self) -> dict[str, str]:
+        """For an op that it does not implement: why."""
+        rows = {op: self._where if op in OPS else "no Triton kernel" for op in self.OPS}
+        return rows | {"linear": "torch (the vendor's library of products)"}
+
+    # -- norms, rotary, gates -------------------------------------------------------------------
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        shape, strides, size = x.shape, x.stride(), x.shape[-1]
+        if x.dim() > 3 or strides[-1] != 1:
+            x = x.contiguous()
+            rows, inner, stride, inner_stride = x.numel() // max(size, 1), 1, size, 0
+        elif x.dim() == 3:  # heads within tokens
+            rows, inner, stride, inner_stride = shape[0] * shape[1], shape[1], *strides[:2]
+        else:
+            rows, inner, inner_stride = x.numel() // max(size, 1), 1, 0
+            stride = strides[0] if x.dim() == 2 else 0
+        out = torch.empty(shape, dtype=x.dtype, device=x.device)
+        block = self._power(size)
+        at_once = max(1, 2048 // block) if rows > 64 else 1
+        if rows:
+            self.launch(
+                self._norms.rms_norm_kernel,
+                (-(-rows // at_once),),
+                (out, x, weight, rows, inner, stride, inner_stride, size, eps),
+                {"ROWS": at_once, "BLOCK": block},
+                num_warps=_warps(block * at_once),
+            )
+        return out
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """In place: the sum takes the memory of ``residual``, its norm that of ``x``."""
+        if x.dim() != 2 or x.stride(1) != 1 or residual.stride(1) != 1 or x.dtype != residual.dtype:
+            total = x + residual
+            return self.rms_norm(total, weight, eps), total
+        size = x.shape[1]
+        block = self._power(size)
+        if len(x):
+            self.launch(
+                self._norms.add_rms_norm_kernel,
+                (len(x),),
+                (x, residual, weight, x.stride(0), residual.stride(0), size, eps),
+                {"BLOCK": block},
+                num_warps=_warps(block),
+            )
+        return x, residual
+
+    def rotary_embedding(
+        self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
+        """In place."""
+        half = cos_sin.shape[1] // 2
+        if len(q):
+            self.launch(
+                self._elementwise.rotary_kernel,
+                (len(q),),
+                (
+                    *(positions, q, k, cos_sin, *q.stride()[:2], *k.stride()[:2]),
+                    *(q.shape[1], k.shape[1], half),
+                ),
+                {
+                    "HEADS": self._power(q.shape[1]),
+                    "KV_HEADS": self._power(k.shape[1]),
+                    "HALF": self._power(half),
+                    "INTERLEAVED": interleaved,
+                },
+            )
+        return q, k
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        return self._gate(x, gelu=False)
+
+    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
+        return self._gate(x, gelu=True)
+
+    def _gate(self, x: Tensor, *, gelu: bool) -> Tensor:
+        size = x.shape[-1] // 2
+        rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        out = torch.empty(*x.shape[:-1], size, dtype=x.dtype, device=x.device)
+        block = min(1024, self._power(size))
+        if out.numel():
+            self.launch(
+                self._elementwise.gate_kernel,
+                (len(rows), -(-size // block)),
+                (out, rows, rows.stride(0), size),
+                {"GELU": gelu, "BLOCK": block},
+            )
+        return out
+
+    # -- products -------------------------------------------------------------------------------
+
+    def pack_linear(self, weight: Tensor) -> Tensor:
+        if weight.is_cpu and not self._interpreted:
+            raise ConfigError(
+                "ops=triton runs on an accelerator, and the weights are on the host; "
+                "choose a platform that has one, or ops=cpu"
+            )
+        return weight
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        if out_dtype is None or out_dtype == x.dtype:
+            return F.linear(x, weight, bias)
+        if out_dtype != torch.float32 or x.is_cpu:  # torch has it for accelerators alone
+            return self._reference.linear(x, weight, bias, out_dtype)
+        out = torch.mm(x, weight.t(), out_dtype=out_dtype)  # summed in fp32 and left there
+        return out if bias is None else out + bias
+
+    # -- attention ------------------------------------------------------------------------------
+
+    def write_kv(
+        self, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        num_kv_heads, block_size, head_size = key_cache.shape[1:]
+        if len(k):
+            self.launch(
+                self._elementwise.write_kv_kernel,
+                (len(k),),
+                (
+                    *(k, v, key_cache, value_cache, slot_mapping),
+                    *(*k.stride()[:2], *v.stride()[:2], *key_cache.stride()[:3]),
+                    *(block_size, num_kv_heads, head_size),
+                ),
+                {"HEADS": self._power(num_kv_heads), "SIZE": self._power(head_size)},
+            )
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        block_table: Tensor,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        tokens, heads, head_size = q.shape
+        num_kv_heads, block_size = key_cache.shape[1:3]
+        num_seqs = len(seq_lens)
+        if head_size > LARGEST_HEAD:
+            raise ConfigError(
+                f"ops.paged_attention=triton has head sizes up to {LARGEST_HEAD}, not {head_size}; "
+                "choose ops.paged_attention=torch"
+            )
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        if not tokens or not num_seqs:
+            return out
+        group = heads // num_kv_heads
+        rows = -(-tokens // num_seqs) * group
+        tile = self._attention.choose_tile(head_size, group, rows, q.itemsize)
+        blocks = tokens // (tile.rows // group) + num_seqs
+        splits = self._splits(blocks * num_kv_heads, block_table.shape[1] * block_size)
+        partial = stats = out
+        if splits > 1:
+            shape = (tokens, heads, splits, head_size)
+            partial = torch.empty(shape, dtype=torch.float32, device=q.device)
+            stats = torch.empty((*shape[:3], 2), dtype=torch.float32, device=q.device)
+        size = max(16, self._power(head_size))  # the least that a product of tiles takes
+        sizes = {"HEAD_SIZE": head_size, "SIZE": size, "SPLITS": splits}
+        self.launch(
+            self._attention.attention_kernel,
+            (blocks, num_kv_heads, splits),
+            (
+                *(out, partial, stats, q, key_cache, value_cache),
+                *(query_start, seq_lens, block_table),
+                *(scale, soft_cap or 0.0, window or 0, num_seqs, heads, *q.stride()[:2]),
+                *(*key_cache.stride()[:3], *value_cache.stride()[:3], block_table.stride(0)),
+            ),
+            {
+                **sizes,
+                "GROUP": group,
+                "PAGE": block_size,
+                "ROWS": tile.rows,
+                "COLUMNS": tile.columns,
+                "WINDOW": window is not None,
+                "SOFT_CAP": soft_cap is not None,
+                "UPCAST": q.dtype == torch.float32 or self._interpreted,
+            },
+            num_warps=tile.num_warps,
+            num_stages=self._num_stages,
+        )
+        if splits > 1:
+            self.launch(
+                self._attention.merge_kernel,
+                (tokens, heads),
+                (out, partial, stats, query_start, num_seqs),
+                sizes,
+            )
+        return out
+
+    def _splits(self, programs: int, context: int) -> int:
+        """Into how many parts contexts are cut, so that the device is full: a power of two."""
+        wanted = min(-(-self._wanted_programs // programs), context // LEAST_SPLIT, MOST_SPLITS)
+        return self._power(max(1, wanted))
+
+    @cached_property
+    def _wanted_programs(self) -> int:
+        return self._programs or 4 * self._num_multiprocessors()
+
+    # -- sampling -------------------------------------------------------------------------------
+
+    def greedy_sample(self, logits: Tensor) -> Tensor:
+        rows, vocab = logits.shape
+        out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+        if rows:
+            self.launch(
+                self._sampling.greedy_kernel,
+                (rows,),
+                (out, logits, logits.stride(0), vocab),
+                {"BLOCK": self._sampling_block(vocab)},
+                num_warps=8,
+            )
+        return out
+
+    def top_k_top_p_sample(
+        self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+    ) -> Tensor:
+        rows, vocab = logits.shape
+        out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+        if rows:
+            self.launch(
+                self._sampling.top_k_top_p_kernel,
+                (rows,),
+                (out, logits, top_k, top_p, min_p, uniform, logits.stride(0), vocab),
+                {"BLOCK": self._sampling_block(vocab)},
+                num_warps=16,
+            )
+        return out
+
+    def _sampling_block(self, vocab: int) -> int:
+        return min(8192, self._power(vocab))
+
+
+def _warps(elements: int) -> int:
+    """Warps for a program of so many elements: about eight for each thread."""
+    return min(16, 1 << round(math.log2(max(elements, 256) / 256)))

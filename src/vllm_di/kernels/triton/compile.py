@@ -1,0 +1,88 @@
+"""Compiles launches ahead of time, for a target that need not be here.
+
+In place of ``TritonOps.launch``: ops are called on host tensors of the wanted shapes and dtypes,
+nothing runs, and each kernel is compiled with the signature, constants and alignments that the
+launch would have had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_MEMORY = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+"""KiB that one program may have."""
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What a target's compiler made of one launch."""
+
+    kernel: str
+    target: str
+    shared_bytes: int
+    code: dict[str, Any]
+    """Stage (``ptx``, ``cubin``, ``amdgcn``, ``hsaco`` ...) to its text or bytes."""
+
+
+class Compiler:
+    """Called as ``TritonOps.launch`` is; keeps what was compiled in ``made``."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.made: list[Compiled] = []
+
+    def __call__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        num_warps: int = 4,
+        num_stages: int = 2,
+    ) -> None:
+        names = kernel.arg_names
+        given = dict(zip(names, arguments, strict=False)) | constants
+        signature, values, attrs = {}, {}, {}
+        for place, name in enumerate(names):
+            value = given[name]
+            if name in constants or (type(value) is int and value == 1):
+                signature[name], values[name] = "constexpr", value
+                continue
+            signature[name] = _type(value)
+            if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+                attrs[(place,)] = [["tt.divisibility", 16]]
+        built = triton.compile(
+            ASTSource(kernel, signature, values, attrs),
+            target=TARGETS[self.target],
+            options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
+        )
+        made = Compiled(kernel.__name__, self.target, built.metadata.shared, dict(built.asm))
+        self.made.append(made)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -1,0 +1,40 @@
+"""What the launching side asks of Triton itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.runtime import driver
+
+VERSION: str = triton.__version__
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> None:
+    """Run a kernel on the current device's stream."""
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    kernel[grid](*arguments, **constants, **options)
+
+
+def power_of_2(size: int) -> int:
+    """The next one, ``size`` itself included."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def num_multiprocessors() -> int:
+    """Of the current device."""
+    device = driver.active.get_current_device()
+    return int(driver.active.utils.get_device_properties(device)["multiprocessor_count"])
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter on the host, which has no products of bf16."""
+    return bool(knobs.runtime.interpret)
