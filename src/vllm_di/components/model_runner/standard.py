@@ -111,14 +111,13 @@ class StandardModelRunner(ModelRunner):
         if self._hidden is not None:
             assert hidden is not None, "a stage that is not the first was given no hidden states"
             built.hidden = self._hidden.fill(hidden, len(built.token_ids))
-        logits = self._run(built, self._caches)
-        if not self._model.last:  # these are hidden states
-            return StepResult(plan.step, [], hidden=pack(logits[:total]))
+        out = self._run(built, self._caches)
+        if not self._model.last:
+            return StepResult(plan.step, [], hidden=pack(out[:total]))
         if not self._samples:
             return StepResult(plan.step, [])
-        prompts, failed = self._score(scored, logits)
-        if len(sampled) != len(rows):
-            logits = logits[[i for i, _ in sampled]]
+        prompts, failed = self._score(scored, out)
+        logits = out if len(sampled) == len(rows) else out[[i for i, _ in sampled]]
         try:
             tokens, others = self._sampler.sample(logits, [state for _, state in sampled])
         except Exception as error:  # the logits may be half edited: the step's requests end, not us
