@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test test-slow sanitize check format venv interfaces matrix bench bench-peers clean help
+.PHONY: serve test vendor-schemas test-slow sanitize check format venv interfaces matrix bench bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -12,8 +12,12 @@ help:  ## this list
 serve: venv  ## set up, then serve the demo model on http://127.0.0.1:8000
 	$(BIN)/vllm-di serve $(ARGS)
 
-test: venv  ## set up, then run the tests
+test: venv vendor-schemas  ## set up, then run the tests
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# a failed download fails the tests that need the file, not the others
+vendor-schemas: venv  ## fetch the vendors' wheels that tests read schemas from
+	-$(BIN)/python -m tests.ports.ascend.wheel
 
 test-slow: venv  ## the suites that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -61,4 +65,4 @@ venv: .venv/.done  ## set up .venv alone
 	touch $@
 
 clean:  ## remove .venv and caches
-	rm -rf .venv .peers .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf .venv .vendor .peers .mypy_cache .ruff_cache .pytest_cache build dist

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from vllm_di.components.communicator.torch_distributed import TorchDistributedCommunicator
-from vllm_di.components.device.simulated import Simulation
+from vllm_di.components.device.simulated import HostSimulation
 from vllm_di.components.device.torch_device import TorchDevice
 from vllm_di.components.interfaces import Placement
 from vllm_di.errors import ConfigError
@@ -43,7 +43,7 @@ def device(
         dtype_capability={},
         default_dtype="auto",
         simulated=True,
-        simulation=Simulation(
+        simulation=HostSimulation(
             memory=memory,
             devices=4,
             communication="chipccl",

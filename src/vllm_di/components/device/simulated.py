@@ -6,7 +6,8 @@ says nothing of the vendor's kernels themselves.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from abc import ABC, abstractmethod
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -16,9 +17,18 @@ from vllm_di.kernels.build import BuildError
 from vllm_di.kernels.simulated.module import SimulatedModule, install
 
 
-class Simulation:
-    """How a port's device is simulated. A port subclasses it to bring stand-ins of its vendor's
-    kernels."""
+class Simulation(ABC):
+    """How a port's device is simulated: a node of the port's device."""
+
+    @abstractmethod
+    def start(self, name: str) -> Any:
+        """Make ``torch.<name>`` a working module, with fresh limits and faults, and return it.
+        Raises ConfigError where that cannot be."""
+
+
+class HostSimulation(Simulation):
+    """PrivateUse1 on the host's memory (``kernels/simulated``). A port subclasses it to bring
+    stand-ins of its vendor's kernels."""
 
     def __init__(
         self,
@@ -34,8 +44,6 @@ class Simulation:
         self._fault, self._after = fault, fault_after
 
     def start(self, name: str) -> SimulatedModule:
-        """Make ``torch.<name>`` the simulated device's module, with fresh limits and faults. Raises
-        ConfigError where it cannot be built."""
         try:
             module = install(name, self._communication)
         except (BuildError, ValueError) as error:
