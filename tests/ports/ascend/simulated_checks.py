@@ -69,11 +69,11 @@ def check_ops_equal_the_reference() -> None:
             close(ops.gelu_tanh_and_mul(ours[0]), reference.gelu_tanh_and_mul(x))
             qkv = random(9, 6 * 32, dtype=dtype)  # views, as the model makes them
             q, k = (part.view(9, -1, 32) for part in qkv.split([4 * 32, 2 * 32], -1))
-            positions, table = torch.arange(9), torch.randn(16, 16)  # half of a head turns
+            at, table = torch.arange(9), torch.randn(16, 16)  # half of a head turns
+            npu_at, npu_table, npu_q, npu_k = (t.to("npu") for t in (at, table, q, k))
             for interleaved in (False, True):
-                operands = (positions, q, k, table)
-                mine = ops.rotary_embedding(*(t.to("npu") for t in operands), interleaved)
-                other = reference.rotary_embedding(*operands, interleaved)
+                other = reference.rotary_embedding(at, q, k, table, interleaved)
+                mine = ops.rotary_embedding(npu_at, npu_q, npu_k, npu_table, interleaved)
                 close(mine[0], other[0])
                 close(mine[1], other[1])
 
