@@ -120,7 +120,7 @@ def test_explain_as_data_and_as_a_table(capsys: pytest.CaptureFixture[str]) -> N
     rows = {row["slot"]: row for row in json.loads(out)["rows"]}
     assert rows["attention"]["target"].endswith("sdpa.SdpaAttention")
     assert rows["attention"]["chosen_by"] == "command line"
-    assert rows["attention"]["alternatives"] == ["paged"]
+    assert "paged" in rows["attention"]["alternatives"]
     assert rows["loader"]["place"] == "conf/model/tiny.yaml:4"
     status, out, _ = call(capsys, "explain", *TINY, "attention=sdpa")
     assert status == 0
@@ -183,7 +183,7 @@ def test_points_of_a_sweep() -> None:
 def test_completion_candidates() -> None:
     assert candidates(["se"]) == ["serve"]
     assert candidates(["serve", "atten"]) == ["attention=", "attention."]
-    assert candidates(["serve", "attention="]) == ["attention=paged", "attention=sdpa"]
+    assert {"attention=paged", "attention=sdpa"} <= {*candidates(["serve", "attention="])}
     assert "scheduler.max_num_seqs=" in candidates(["serve", "scheduler.max"])
     assert "--port" in candidates(["serve", "--p"])
 
