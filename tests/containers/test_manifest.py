@@ -95,3 +95,13 @@ def test_the_assembly_carries_it_whole() -> None:
 def test_a_wrong_override_is_named() -> None:
     with pytest.raises(ConfigError, match=r"command line: '?platform.level=good.*Invalid enum"):
         assemble(["platform=cpu", "model=tiny", "loader=dummy", "platform.level=good"])
+
+
+def test_a_simulated_device_is_contract_tested_at_most() -> None:
+    asked = ["platform=cpu", "model=tiny", "loader=dummy", "platform.level=hardware-tested"]
+    assert assemble(asked).platform.level == "hardware-tested"
+    simulated = assemble([*asked, "+device.simulated=true"])
+    assert simulated.platform.level == "contract-tested"
+    assert simulated.server["server"]["level"] == "contract-tested"
+    lower = assemble([*asked, "+device.simulated=true", "platform.level=declared"])
+    assert lower.platform.level == "declared"

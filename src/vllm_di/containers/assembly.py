@@ -22,7 +22,7 @@ from vllm_di.containers.engine import (
     WorkerContainer,
     slots,
 )
-from vllm_di.containers.manifest import Manifest, read_manifest
+from vllm_di.containers.manifest import LEVELS, Manifest, read_manifest
 from vllm_di.containers.origins import Origin, place_of
 from vllm_di.containers.stages import KEY, Stage, check_layers, split
 from vllm_di.containers.tree import shown
@@ -151,6 +151,7 @@ def _resolved(tree: ConfigTree, composition: Composition) -> dict[str, Any]:
     _resolve_checkpoint(tree, composition)
     _resolve_ops(tree, composition)
     _resolve_halves(tree, composition)
+    _lower_level(composition)
     values = _plain(composition)
     known = [*SLOTS, *SETTINGS, KEY]
     for key in values:
@@ -169,6 +170,16 @@ def _resolved(tree: ConfigTree, composition: Composition) -> dict[str, Any]:
 
 def _ports(tree: ConfigTree) -> list[str]:
     return [p.package.split(".")[0] for p in tree.ports if not p.problem]
+
+
+def _lower_level(composition: Composition) -> None:
+    """What runs on a simulated device is contract-tested at most, whatever the platform is."""
+    values = composition.values
+    level, most = OmegaConf.select(values, "platform.level"), "contract-tested"
+    above = level in LEVELS and LEVELS.index(level) > LEVELS.index(most)
+    if above and OmegaConf.select(values, "device.simulated") is True:
+        values.platform.level = most
+        composition.origins["platform.level"] = Origin("auto", text="the device is simulated")
 
 
 def _checked_manifest(tree: ConfigTree, composition: Composition, node: Any) -> dict[str, Any]:
