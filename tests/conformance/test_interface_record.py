@@ -78,6 +78,7 @@ def recorded(folder: Path, source: str) -> Record:
         ('"a", "b"]', '"a", "b", "c"]', "extended", "Kind", False),
         ('"a", "b"]', '"a"]', "changed", "Kind", True),
         ("def close", "def shut", "removed", "Device.close", True),
+        ("    def cl", "    @deprecated('a b')\n    def cl", "deprecated", "Device.close", False),
         ("def _own", "def _other", "", "", False),
         ("# nothing", "", "", "", False),
     ],

@@ -53,6 +53,14 @@ class StructShapes(ShapePolicy):
         return self.config.number
 
 
+class WarmShapes(ShapePolicy):
+    def padded_tokens(self, num_tokens: int) -> int:
+        return num_tokens
+
+    def warm_up_sizes(self, max_num_tokens: int) -> list[int]:
+        return [max_num_tokens]
+
+
 class CompositeShapes(ShapePolicy):
     def __init__(self, *, inner: ShapePolicy | Literal["none"]) -> None:
         self.inner = inner

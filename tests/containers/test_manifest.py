@@ -28,6 +28,8 @@ def test_defaults() -> None:
     assert manifest.capabilities.dtypes == ("float32",)
     assert manifest.detect.modules == ()
     assert manifest.announcement == "platform chip: declared (not hardware-tested)"
+    old = read(interface=served_versions()[0]).announcement
+    assert f"which the minor after {INTERFACE_VERSION} will not serve" in old
     assert read(level="hardware-tested").announcement == "platform chip: hardware-tested"
 
 

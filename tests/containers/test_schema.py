@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.containers import fakes
 from tests.containers.fakes import assembly, node
+from typing_extensions import deprecated
 
+from vllm_di.components.interfaces import ShapePolicy
 from vllm_di.containers.engine import WorkerContainer, slots
 from vllm_di.containers.schema import Plan, check
 from vllm_di.errors import ConfigError
@@ -131,3 +133,17 @@ def test_no_generated_path_imports_anything(parts: list[str]) -> None:
     with pytest.raises(ConfigError):
         checked(shapes={"_target_": ".".join(parts)})
     assert set(sys.modules) == before
+
+
+def test_a_deprecated_method_is_named_with_what_takes_its_place(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = ShapePolicy.warm_up_sizes
+    checked(shapes=node(fakes.WarmShapes))
+    assert caplog.text == ""
+    monkeypatch.setattr(ShapePolicy, "warm_up_sizes", deprecated("use sizes")(plain))
+    checked(shapes=node(fakes.GoodShapes, size=1))  # does not implement it
+    assert caplog.text == ""
+    checked(shapes=node(fakes.WarmShapes))
+    message = "conf/shapes/fake.yaml:2: shapes: WarmShapes.warm_up_sizes is deprecated: use sizes"
+    assert message in caplog.text

@@ -33,6 +33,8 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     """Bases of a class, parameters and result of a method, type and default of the others."""
     required: bool = False
     """An abstract method, or a value without a default."""
+    deprecated: str = ""
+    """What takes its place, of a name that will go."""
     text: str = ""
     """Hash of its docstring, which holds the shapes, dtypes and units."""
 
@@ -52,7 +54,7 @@ class Change(msgspec.Struct, frozen=True):
     """One difference between two versions."""
 
     name: str
-    what: Literal["added", "removed", "changed", "extended", "described differently"]
+    what: Literal["added", "removed", "changed", "extended", "deprecated", "described differently"]
     detail: str
     breaks: bool
     """Whether a component written for the version before may no longer do."""
@@ -84,6 +86,8 @@ def changes(old: Record, new: Record) -> list[Change]:
 
 
 def _difference(name: str, before: Entry, after: Entry) -> Change:
+    if after.deprecated and not before.deprecated:
+        return Change(name, "deprecated", after.deprecated, breaks=False)
     if (before.kind, before.form, before.required) == (after.kind, after.form, after.required):
         return Change(name, "described differently", after.form, breaks=False)
     detail = f"{before.form} → {after.form}"
@@ -141,19 +145,27 @@ def _entries(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Entry]]:
             if statement.value is not None:
                 form = f"{form} = {ast.unparse(statement.value)}"
             name, required = statement.target.id, statement.value is None
-            yield f"{prefix}{name}", Entry("attribute", form, required, text)
+            yield f"{prefix}{name}", Entry("attribute", form, required, text=text)
         elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             name = statement.targets[0].id
             yield f"{prefix}{name}", Entry("constant", ast.unparse(statement.value), text=text)
 
 
 def _method(node: ast.FunctionDef) -> Entry:
-    decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+    calls = [d for d in node.decorator_list if isinstance(d, ast.Call)]
+    texts = [ast.literal_eval(d.args[0]) for d in calls if ast.unparse(d.func) == "deprecated"]
+    decorators = {ast.unparse(d) for d in node.decorator_list if d not in calls}
     result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     form = f"({ast.unparse(node.args)}){result}"
     kinds = sorted(decorators - {"abstractmethod"})
     form = " ".join([*(f"@{kind}" for kind in kinds), form])
-    return Entry("method", form, "abstractmethod" in decorators, _hashed(ast.get_docstring(node)))
+    return Entry(
+        "method",
+        form,
+        required="abstractmethod" in decorators,
+        deprecated="".join(texts),
+        text=_hashed(ast.get_docstring(node)),
+    )
 
 
 def _text_behind(statement: ast.stmt | None) -> str:

@@ -79,7 +79,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def announcement(self) -> str:
         """What a start says of it, in one line."""
         caution = "" if self.level == LEVELS[-1] else f" (not {LEVELS[-1]})"
-        return f"platform {self.name}: {self.level}{caution}"
+        old = self.interface not in (None, INTERFACE_VERSION)
+        ending = (
+            f"; written for interfaces {self.interface}, which the minor after {INTERFACE_VERSION} "
+            "will not serve"
+            if old
+            else ""
+        )
+        return f"platform {self.name}: {self.level}{caution}{ending}"
 
 
 def read_manifest(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import graphlib
 import importlib
 import inspect
+import logging
 import sys
 import typing
 from typing import Any
@@ -21,6 +22,8 @@ from dependency_injector.containers import DeclarativeContainer
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.engine import DERIVED, GIVEN, SLOTS, slots
 from vllm_di.errors import ConfigError, PortError, nearest
+
+log = logging.getLogger(__name__)
 
 
 class Part(msgspec.Struct):
@@ -175,6 +178,12 @@ class _Inspector:
                 f"{kind.__name__} only in part; "
                 f"it lacks {', '.join(lacks)}"
             )
+        for name, member in vars(kind).items():
+            instead = getattr(member, "__deprecated__", None)
+            if instead and getattr(cls, name) is not member:
+                log.warning(
+                    "%s: %s: %s.%s is deprecated: %s", place, path, cls.__qualname__, name, instead
+                )
 
     def _arguments(self, path: str, node: dict[str, Any], cls: type) -> Part:
         part = Part(cls, [], {}, {})
