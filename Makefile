@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test vendor-schemas test-slow sanitize check format venv interfaces matrix bench bench-peers clean help
+.PHONY: serve test vendor-schemas test-slow sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ bench: venv  ## start time, assembly time, step overhead, communicators
 bench-peers: venv  ## beside vLLM, llama.cpp, OpenVINO and transformers (installs them)
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+bench-gpu: venv  ## on a machine with an NVIDIA GPU: its tests, then shares of what it can do
+	$(BIN)/python -m benchmarks.gpu --json gpu.json $(ARGS)
 
 venv: .venv/.done  ## set up .venv alone
 

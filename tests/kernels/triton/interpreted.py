@@ -1,24 +1,65 @@
-"""The Triton kernels against the reference, in Triton's interpreter, on the host.
+"""The Triton kernels against the reference: in Triton's interpreter on the host, or on a GPU.
 
-Run by ``test_numerics.py`` in a process of its own: whether a kernel is interpreted is decided when
-it is defined. Shapes are tiny, as each program takes milliseconds.
+``test_numerics.py`` runs them interpreted, in a process of its own: whether a kernel is interpreted
+is decided when it is defined. Shapes are tiny, as each program then takes milliseconds. Run as they
+are, on a machine with a GPU, the same tests hold for the compiled kernels.
 """
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from tests.components.ops.libraries import close, random
 from torch import Tensor
 
+from vllm_di import LLM, SamplingParams
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.components.ops.triton import TritonOps
 
 # the interpreter computes with numpy, which warns where a GPU gives infinity
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 REFERENCE = TorchOps()
-TRITON = TritonOps(programs=1, num_stages=2)
-SPLITTING = TritonOps(programs=1000, num_stages=2)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class There:
+    """Runs the ops of a library where its kernels run, on host tensors: they go there with their
+    strides, and what was changed in place comes back."""
+
+    def __init__(self, programs: int) -> None:
+        self._ops = TritonOps(programs=programs, num_stages=2)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        op: Callable[..., Any] = getattr(self._ops, name)
+        if INTERPRETED:
+            return op
+
+        def run(*arguments: Any) -> Any:
+            moved = [_there(a) if isinstance(a, Tensor) else a for a in arguments]
+            result = op(*moved)
+            back = {}
+            for mine, there in zip(arguments, moved, strict=True):
+                if isinstance(mine, Tensor):
+                    mine.copy_(there)
+                    back[id(there)] = mine
+            if isinstance(result, tuple):
+                return tuple(back.get(id(part), part.cpu()) for part in result)
+            return None if result is None else back.get(id(result), result.cpu())
+
+        return run
+
+
+def _there(tensor: Tensor) -> Tensor:
+    there = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+    return there.copy_(tensor)
+
+
+TRITON = There(programs=1)
+SPLITTING = There(programs=1000)
 """Cuts contexts into as many parts as they have."""
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 some_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
@@ -98,7 +139,7 @@ def test_write_kv_changes_the_addressed_slots_alone(cache_dtype: torch.dtype) ->
 
 
 def attend(
-    ops: TritonOps,
+    ops: There,
     sequences: list[tuple[int, int]],
     *,
     heads: tuple[int, int] = (6, 3),
@@ -142,16 +183,14 @@ both = pytest.mark.parametrize("ops", [TRITON, SPLITTING], ids=["whole", "split"
 
 @both
 @some_dtypes
-def test_attention_of_mixed_batches(ops: TritonOps, dtype: torch.dtype) -> None:
+def test_attention_of_mixed_batches(ops: There, dtype: torch.dtype) -> None:
     attend(ops, MIXED, dtype=dtype)
 
 
 @both
 @pytest.mark.parametrize("window", [1, 5, 100])
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
-def test_attention_windows_and_soft_caps(
-    ops: TritonOps, window: int, soft_cap: float | None
-) -> None:
+def test_attention_windows_and_soft_caps(ops: There, window: int, soft_cap: float | None) -> None:
     attend(ops, [(1, 300), (5, 40)], window=window, soft_cap=soft_cap)
 
 
@@ -176,12 +215,12 @@ def test_attention_cache_of_another_dtype() -> None:
 
 
 @both
-def test_attention_padding_rows_are_zero(ops: TritonOps) -> None:
+def test_attention_padding_rows_are_zero(ops: There) -> None:
     attend(ops, [(1, 300), (1, 2)], padding=6)
 
 
 @both
-def test_attention_of_sequences_without_a_context(ops: TritonOps) -> None:
+def test_attention_of_sequences_without_a_context(ops: There) -> None:
     """What a captured graph pads a batch with: a query each, and no token to see."""
     keys = torch.full((20, 1, 16, 16), float("nan"))
     starts = torch.arange(4, dtype=torch.int32)
@@ -237,6 +276,27 @@ def test_products_are_torchs() -> None:
     half = x.half(), weight.half()
     got = TRITON.linear(*half, None, torch.float32)
     close(got, REFERENCE.linear(*half, None, torch.float32))
+
+
+def test_a_model_says_what_it_says_on_the_reference() -> None:
+    """Prefill, chunks and decode through the engine; sizes padded as for graphs."""
+    there = "cpu" if INTERPRETED else "cuda"
+    common = ["model=tiny", "model.dtype=float32", "model.max_model_len=64", "worker.num_blocks=8"]
+    common += ["kv_layout.block_size=16", "graph=eager"]
+    common += ["scheduler.max_num_seqs=4", "scheduler.max_num_batched_tokens=16"]
+    ours = [f"platform={there}", "ops=triton", "ops.library.programs=100", "attention=triton"]
+    ours += ["shapes=capture_sizes"]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    drawn = SamplingParams(
+        temperature=1, top_k=30, top_p=0.9, seed=1, max_tokens=3, ignore_eos=True
+    )
+    said = []
+    for overrides in (["platform=cpu", "ops=torch"], ours):
+        with LLM(overrides=[*common, *overrides]) as llm:
+            prompts = [list(range(20, 43)), [7, 8, 9]]
+            answers = llm.generate(prompts, params) + llm.generate(prompts[1:], drawn)
+            said.append([answer.outputs[0].token_ids for answer in answers])
+    assert said[0] == said[1]
 
 
 @pytest.mark.slow
