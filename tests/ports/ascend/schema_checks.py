@@ -124,9 +124,9 @@ def check_ops_give_the_vendors_shapes() -> None:
         same(ops.silu_and_mul(x), reference.silu_and_mul(x))
         same(ops.gelu_tanh_and_mul(x), reference.gelu_tanh_and_mul(x))
         q, k = meta(tokens, 4, 16), meta(tokens, 2, 16)
-        table = meta(32, 16, dtype=torch.float32)
         positions = meta(tokens, dtype=torch.int64)
-        for interleaved in (False, True):
+        for size, interleaved in ((16, False), (16, True), (12, False), (12, True)):
+            table = meta(32, size, dtype=torch.float32)
             new_q, new_k = ops.rotary_embedding(positions, q, k, table, interleaved)
             same(new_q, q)
             same(new_k, k)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -69,9 +70,9 @@ def check_ops_equal_the_reference() -> None:
             close(ops.gelu_tanh_and_mul(ours[0]), reference.gelu_tanh_and_mul(x))
             qkv = random(9, 6 * 32, dtype=dtype)  # views, as the model makes them
             q, k = (part.view(9, -1, 32) for part in qkv.split([4 * 32, 2 * 32], -1))
-            at, table = torch.arange(9), torch.randn(16, 16)  # half of a head turns
-            npu_at, npu_table, npu_q, npu_k = (t.to("npu") for t in (at, table, q, k))
-            for interleaved in (False, True):
+            for size, interleaved in product((16, 20, 32), (False, True)):
+                at, table = torch.arange(9), torch.randn(16, size)  # a part of a head turns
+                npu_at, npu_table, npu_q, npu_k = (t.to("npu") for t in (at, table, q, k))
                 other = reference.rotary_embedding(at, q, k, table, interleaved)
                 mine = ops.rotary_embedding(npu_at, npu_q, npu_k, npu_table, interleaved)
                 close(mine[0], other[0])
@@ -165,7 +166,6 @@ def check_bad_config_is_refused() -> None:
     for overrides, words in (
         (["kv_layout=hnd"], ("kv_layout=nhd", "attention")),
         (["kv_layout.block_size=64"], ("multiples of 128",)),
-        (["kv_layout.dtype=float16"], ("leave it auto",)),
         (["model.dtype=float32"], ("float32", "bfloat16, float16")),
         (["graph=ascend"], ("limits.null_block=true",)),
         (["graph=ascend", "limits.null_block=true"], ("NPUGraph", "graph=eager")),
@@ -178,6 +178,8 @@ def check_bad_config_is_refused() -> None:
                 pass
 
         refused(run, *words)
+    other = ["loader=dummy", "model.max_model_len=512", "kv_layout.dtype=float16"]
+    refused(lambda: answers(*SIMULATED, *other), "kv_layout.dtype", "leave it auto")
 
 
 def answers(*overrides: str, model: str = "tiny") -> list[list[int]]:
@@ -211,7 +213,7 @@ def check_choices_are_honoured() -> None:
         assert isinstance(container.attention(), SdpaAttention)
         ops = container.ops()
         assert ops.describe()["rms_norm"] == "torch"
-        assert ops.describe()["silu_and_mul"] == "torch-npu"
+        assert ops.describe()["silu_and_mul"] == "npu (torch-npu)"
         assert "add_rms_norm" not in ops.fusions
 
 

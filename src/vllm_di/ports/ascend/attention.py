@@ -75,11 +75,6 @@ class AscendAttention(AttentionBackend):
                 f"kv_layout.block_size {size}: the kernels take multiples of {BLOCK_MULTIPLE} up "
                 f"to {LARGEST_BLOCK}"
             )
-        if kv_layout.dtype_name != "auto":
-            raise ConfigError(
-                f"kv_layout.dtype {kv_layout.dtype_name}: the kernels take a cache of the model's "
-                "dtype; leave it auto"
-            )
         require(
             device,
             "npu::npu_scatter_pa_kv_cache",
@@ -135,6 +130,11 @@ class AscendAttention(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, metadata: Any, spec: AttentionSpec
     ) -> Tensor:
         m: Metadata = metadata
+        if cache.key.dtype is not q.dtype:
+            raise ConfigError(
+                f"kv_layout.dtype: the kernels of attention=ascend take a cache of the model's "
+                f"dtype, {q.dtype}, and it is {cache.key.dtype}; leave it auto"
+            )
         if m.written is not None:
             k, v = k[m.written], v[m.written]
         if len(m.slots):

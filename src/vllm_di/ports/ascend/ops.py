@@ -7,11 +7,10 @@ from torch import Tensor
 
 from vllm_di.components.interfaces import Device
 from vllm_di.components.ops.torch import TorchOps
-from vllm_di.errors import ConfigError
 from vllm_di.ports.ascend.vendor import require
 
 ROTARY_MULTIPLE = 16
-"""What the rotary dimension must be a multiple of, in float32."""
+"""What npu_mrope's rotary dimension must be a multiple of, in float32."""
 
 
 class AscendOps(TorchOps):
@@ -28,6 +27,7 @@ class AscendOps(TorchOps):
             "npu::npu_rms_norm",
             "npu::npu_add_rms_norm",
             "npu::npu_mrope",
+            "npu::npu_rotary_mul",
             "npu::npu_swiglu",
             "npu::npu_geglu",
         )
@@ -50,13 +50,14 @@ class AscendOps(TorchOps):
     def rotary_embedding(
         self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool
     ) -> tuple[Tensor, Tensor]:
-        """In float32: the kernel takes queries, keys and table in one dtype, and a table rounded to
-        bfloat16 would turn by the wrong angles."""
-        if cos_sin.shape[-1] % ROTARY_MULTIPLE:
-            raise ConfigError(
-                f"npu_mrope turns a multiple of {ROTARY_MULTIPLE} elements of a head, not "
-                f"{cos_sin.shape[-1]}; take ops.rotary_embedding=torch"
-            )
+        """In float32: the kernels take all operands in one dtype, and a table rounded to bfloat16
+        would turn by the wrong angles."""
+        mode = "interleave" if interleaved else "half"
+        size = cos_sin.shape[-1]
+        if size % ROTARY_MULTIPLE:
+            cos, sin = cos_sin[positions].chunk(2, -1)  # [tokens, size / 2] each
+            cos, sin = _spread(cos, interleaved), _spread(sin, interleaved)
+            return self._turn(q, cos, sin, mode), self._turn(k, cos, sin, mode)
         turned = self._npu.npu_mrope(
             positions,
             q.flatten(1).float(),
@@ -64,12 +65,18 @@ class AscendOps(TorchOps):
             cos_sin,
             q.shape[-1],
             mrope_section=[0, 0, 0],
-            rotary_mode="interleave" if interleaved else "half",
+            rotary_mode=mode,
         )
         new_q, new_k = (
             t.view(old.shape).to(old.dtype) for t, old in zip(turned, (q, k), strict=True)
         )
         return new_q, new_k
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
+        """x [tokens, heads, head_size]; cos and sin [1, tokens, 1, rotary_dim]."""
+        turning, rest = x[None, ..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        turned = self._npu.npu_rotary_mul(turning.float().contiguous(), cos, sin, mode)
+        return torch.cat([turned[0].to(x.dtype), rest], -1)
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         out: Tensor = self._npu.npu_swiglu(x.contiguous(), -1)
@@ -79,3 +86,9 @@ class AscendOps(TorchOps):
         # approximate=1 is the tanh form; activate_left: the gate is the first half
         out: Tensor = self._npu.npu_geglu(x.contiguous(), -1, approximate=1, activate_left=True)[0]
         return out
+
+
+def _spread(half: Tensor, interleaved: bool) -> Tensor:
+    """A number for each pair [tokens, n] -> one for each element [1, tokens, 1, 2 n]."""
+    whole = half.repeat_interleave(2, -1) if interleaved else torch.cat([half, half], -1)
+    return whole[None, :, None]

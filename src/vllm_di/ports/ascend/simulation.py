@@ -82,6 +82,22 @@ def mrope(
     return q.flatten(1), k.flatten(1)
 
 
+def rotary_mul(
+    x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Tensor | None = None
+) -> Tensor:
+    need(x.dim() == r1.dim() == r2.dim() == 4 and rotate is None, "operands must have 4 dimensions")
+    need(x.dtype == r1.dtype == r2.dtype, "operands must be of one dtype")
+    need(tuple(r1.shape) == (1, x.shape[1], 1, x.shape[3]), "r1 must be [1, S, 1, D]")
+    need(x.shape[-1] % 2 == 0 and x.shape[-1] < 896, "D must be even and below 896")
+    if rotary_mode == "half":
+        a, b = x.chunk(2, -1)
+        other = torch.cat([-b, a], -1)
+    else:
+        need(rotary_mode == "interleave", "unknown mode")
+        other = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return x * r1 + other * r2
+
+
 def swiglu(x: Tensor, dim: int = -1) -> Tensor:
     need(x.is_contiguous() and x.shape[dim] % 2 == 0, "self must be contiguous and even along dim")
     gate, up = x.chunk(2, dim)
@@ -232,6 +248,7 @@ KERNELS = {
     "npu::npu_rms_norm": rms_norm,
     "npu::npu_add_rms_norm": add_rms_norm,
     "npu::npu_mrope": mrope,
+    "npu::npu_rotary_mul": rotary_mul,
     "npu::npu_swiglu": swiglu,
     "npu::npu_geglu": geglu,
     "npu::npu_scatter_pa_kv_cache": scatter_pa_kv_cache,

@@ -30,6 +30,9 @@ SCHEMAS: dict[str, str] = {
         "int[]? mrope_section=None, str? rotary_mode='half', str? cache_mode='default') -> "
         "(Tensor, Tensor)"
     ),
+    "npu::npu_rotary_mul": (
+        "(Tensor self, Tensor r1, Tensor r2, str rotary_mode='half', Tensor? rotate=None) -> Tensor"
+    ),
     "npu::npu_swiglu": "(Tensor self, int dim=-1) -> Tensor",
     "npu::npu_geglu": (
         "(Tensor self, int dim=-1, int approximate=1, bool activate_left=False) -> (Tensor, Tensor)"
