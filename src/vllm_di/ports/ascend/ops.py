@@ -34,7 +34,7 @@ class AscendOps(TorchOps):
         self._npu = torch.ops.npu
 
     def describe(self) -> dict[str, str]:
-        return dict.fromkeys(self.implements, "torch-npu")
+        return dict.fromkeys(self.implements, "npu (torch-npu)")
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out: Tensor = self._npu.npu_rms_norm(x.contiguous(), weight, eps)[0]
