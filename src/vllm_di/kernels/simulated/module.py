@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from types import ModuleType
 from typing import Any, Literal
 
@@ -16,6 +17,10 @@ from vllm_di.kernels.simulated import build, process_group
 
 Fault = Literal["out_of_memory", "hang", "nan", "death"]
 FAULTS: tuple[Fault, ...] = ("out_of_memory", "hang", "nan", "death")
+
+ONEDNN_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Compiled products that oneDNN and torch's binding of it keep, by shape: 1024 each, unless told
+otherwise before their first use. Batches come in ever new shapes, and each costs megabytes."""
 
 _installed: list[SimulatedModule] = []
 """At most one: torch gives PrivateUse1 one name in a process."""
@@ -155,6 +160,8 @@ def install(name: str, communication: str) -> SimulatedModule:
                 f"one such device; simulate {name!r} in another"
             )
     else:
+        for variable in ONEDNN_CACHES:
+            os.environ.setdefault(variable, "64")
         library = build.load()
         library.simulated_register()
         found = SimulatedModule(name, library)
