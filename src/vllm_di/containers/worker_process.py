@@ -46,7 +46,9 @@ def serve(worker: Worker, connection: Connection[rpc.Command]) -> None:
     while True:
         command = connection.receive()
         if isinstance(command, rpc.Execute):
-            connection.send(rpc.Result(worker.execute(command.plan, command.hidden)))
+            # a worker written for interfaces 1.0 knows of no hidden states
+            handed = () if command.hidden is None else (command.hidden,)
+            connection.send(rpc.Result(worker.execute(command.plan, *handed)))
         elif isinstance(command, rpc.Load):
             connection.send(rpc.Report(worker.load()))
         elif isinstance(command, rpc.Allocate):

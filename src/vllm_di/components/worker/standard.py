@@ -105,6 +105,8 @@ class StandardWorker(Worker):
         self._runner.warm_up()
 
     def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
+        if hidden is None:  # a runner written for interfaces 1.0 knows of no hidden states
+            return self._runner.execute(plan)
         return self._runner.execute(plan, hidden)
 
     def _blocks(self, block_bytes: int, free: int) -> int:
