@@ -20,6 +20,7 @@ from benchmarks.peers.environments import SetupError
 from benchmarks.peers.roofline import Roofline, measure
 from benchmarks.peers.works import (
     SMOLLM2,
+    WEIGHTS,
     WORKS,
     Figure,
     Work,
@@ -29,7 +30,6 @@ from benchmarks.peers.works import (
 from vllm_di.commands.bench import prompts
 
 RESULTS = Path(__file__).parent / "results.json"
-WEIGHTS = ["bf16", "int8", "4-bit"]
 ROWS = [*(work.name for work in WORKS), "server", "start"]
 QUICK = 20.0
 """Seconds: a start that takes longer is not repeated."""
@@ -90,12 +90,13 @@ def start(weights: str, rounds: int, only: set[str]) -> list[Figure]:
             seconds = Figure("start", weights, engine.name, "s")
             memory = Figure("memory", weights, engine.name, "MB")
             try:
-                engine.first_token(prompt)  # fills caches: of files, of compiled code
-                for _ in range(rounds):
+                warm_up = engine.first_token(prompt)  # fills caches: of files, of compiled code
+                repeats = range(rounds) if warm_up < QUICK else ()
+                seconds.values = [] if repeats else [warm_up]
+                memory.values = [] if repeats else [engine.memory() / 1e6]
+                for _ in repeats:
                     seconds.values.append(engine.first_token(prompt))
                     memory.values.append(engine.memory() / 1e6)
-                    if seconds.values[0] > QUICK:
-                        break
             except SetupError as error:
                 seconds.failed = memory.failed = str(error)
             engine.close()

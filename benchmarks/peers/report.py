@@ -10,11 +10,10 @@ import msgspec
 from benchmarks.peers.chart import draw
 from benchmarks.peers.environments import ROOT
 from benchmarks.peers.roofline import Roofline
-from benchmarks.peers.works import TITLES, Figure, Results
+from benchmarks.peers.works import ENGINES, TITLES, Figure, Results
 from vllm_di.commands.table import print_table
 
-OURS = "vllm-di"
-ENGINES = [OURS, "llama.cpp", "OpenVINO", "vLLM", "transformers"]
+OURS = ENGINES[0]
 HEAD = ["work", "weights", "engine", "median", "lowest to highest", "ours is", "of the limit"]
 BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
 

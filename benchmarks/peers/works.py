@@ -72,15 +72,20 @@ WORKS = [
     Work("prefill-1x1024", "prefill, 1 x 1,024", 1, 1024, 1),
     Work("decode-1-1b", "decode, batch 1, Llama-3.2-1B shapes", 1, 128, 65, LLAMA_1B),
 ]
-TITLES = {work.name: work.title for work in WORKS} | {
-    "server": "server, 64 requests of 128 to 64 tokens, 16 at once",
-    "server-ttft-p50": "the same, time to first token, p50",
-    "server-ttft-p99": "the same, time to first token, p99",
-    "server-start": "command to first token, server",
+TITLES = {work.name: work.title for work in WORKS if work.model is SMOLLM2} | {
     "start": "command to first token, library",
     "memory": "memory beside the KV cache",
+    "server-start": "command to first token, server",
+    "decode-1-1b": "decode, batch 1, Llama-3.2-1B shapes",
+    "server": "server, 64 requests, 128 to 64 tokens, 16 at once",
+    "server-ttft-p50": "server, time to first token, p50",
+    "server-ttft-p99": "server, time to first token, p99",
 }
 """All rows in the order of the report."""
+
+
+WEIGHTS = ["bf16", "int8", "4-bit"]
+ENGINES = ["vllm-di", "llama.cpp", "OpenVINO", "vLLM", "transformers"]
 
 
 class Figure(msgspec.Struct):
@@ -121,10 +126,18 @@ class Results(msgspec.Struct):
     def replace(self, figures: list[Figure], roofline: Roofline | None = None) -> None:
         new = {figure.key: figure for figure in figures}
         kept = [f for f in self.figures if f.key not in new]
-        order = list(TITLES)
-        self.figures = sorted([*kept, *figures], key=lambda f: order.index(f.row))
+        self.figures = sorted([*kept, *figures], key=_place)
         if roofline is not None:
             self.rooflines |= {f"{f.row} {f.weights}": roofline for f in figures}
+
+
+def _place(figure: Figure) -> tuple[int, int, int]:
+    rows = list(TITLES)
+    return (
+        rows.index(figure.row),
+        WEIGHTS.index(figure.weights),
+        ENGINES.index(figure.engine),
+    )
 
 
 def limit(work: Work, weights: str, roofline: Roofline) -> float:
