@@ -24,7 +24,8 @@ test-slow: venv  ## the suites that take minutes
 
 sanitize: venv  ## tests of the kernels under the address sanitizer
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-	  $(BIN)/python -m pytest --sanitize tests/components/ops -k "not avx2 and not generic" $(ARGS)
+	  $(BIN)/python -m pytest --sanitize tests/components/ops tests/components/communicator \
+	  -k "not avx2 and not generic and not processes and not serves and not dead" $(ARGS)
 
 check: venv  ## lint, format, types, layers
 	$(BIN)/ruff check .
