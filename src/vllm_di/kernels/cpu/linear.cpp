@@ -13,12 +13,13 @@ struct Linear {
   int64_t work() const { return rows * to.pairs() * kPair * steps; }
   void run(const Team& team) const {
     const int64_t size = steps * kPair;
-    over_pairs(team, rows, to.pairs(), weights, size * sizeof(S), [&](auto count, int64_t row, int64_t pair, Ahead ahead) {
+    const auto tile = [&](auto count, int64_t row, int64_t pair, Ahead ahead) {
       const int ROWS = decltype(count)::value;
       floats sums[ROWS][2] = {};
       multiply<S, ROWS>(sums, x + row * x_stride, x_stride, weights + pair * size, steps, ahead);
       for (int r = 0; r < ROWS; r++) to.put(sums[r][0], sums[r][1], row + r, pair);
-    });
+    };
+    over_pairs<kTileRows>(team, rows, to.pairs(), weights, size * sizeof(S), tile);
   }
 };
 

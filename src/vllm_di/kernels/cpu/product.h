@@ -101,16 +101,16 @@ static inline void share_out(const Team& team, int64_t rows, int64_t units, cons
 // The same for tiles of pairs of panels, `size` bytes of `weights` each: calls tile(ROWS as a constant, row, pair, ahead). With
 // few rows memory sets the pace, and is asked for what lies a little further on. With many it is asked for the next pair, a
 // part of it by each tile.
-template <typename Tile>
+template <int MOST, typename Tile>
 static inline void over_pairs(const Team& team, int64_t rows, int64_t pairs, const void* weights, int64_t size,
                               const Tile& tile) {
   share_out(team, rows, pairs, [&](int64_t pair, int64_t last, int64_t row, int64_t end) {
     for (; pair < last; pair++)
-      over_rows<kTileRows>(row, end, [&](auto count, int64_t r) {
+      over_rows<MOST>(row, end, [&](auto count, int64_t r) {
         const char* at = (const char*)weights + pair * size;
         const int64_t part = (r - row) * size / (end - row) / kLine * kLine;
         const Ahead next{at + size + part, pair + 1 < last}, soon{at + kSoon, 2};
-        tile(count, r, pair, end - row > kTileRows ? next : soon);
+        tile(count, r, pair, end - row > MOST ? next : soon);
       });
   });
 }

@@ -8,7 +8,7 @@
 
 static const int64_t kGroup = 32;       // weights of a group along k
 static const int64_t kSteps = kGroup / 4;
-static const int kGroupRows = 6;        // rows of a tile of groups
+static const int kGroupRows = kTileRows > 6 ? 6 : kTileRows;  // of a tile of groups
 static const float kBytes = 127.f;      // activations lie in [-127, 127]
 
 static inline floats half_to_float(const uint16_t* p) {
@@ -94,7 +94,7 @@ struct ByChannel {
   void run(const Team& team) const {
     const Bytes in = Bytes::make(team, x, rows, k, x_stride, k);
     const int64_t steps = k / 4, size = steps * kPair;
-    over_pairs(team, rows, to.pairs(), weights, 4 * size, [&](auto count, int64_t row, int64_t pair, Ahead ahead) {
+    over_pairs<kTileRows>(team, rows, to.pairs(), weights, 4 * size, [&](auto count, int64_t row, int64_t pair, Ahead ahead) {
       const int ROWS = decltype(count)::value;
       ints sums[ROWS][2] = {};
       multiply<bytes4, ROWS>(sums, (const bytes4*)in.x + row * steps, steps, weights + pair * size, steps, ahead);
@@ -111,70 +111,68 @@ struct ByChannel {
 // ---- by group -----------------------------------------------------------------------------------
 
 // A group of a panel: bytes [steps][16][4], or nibbles of them (step i in the low half of step i + 4's byte), then 16 scales
-// and 16 offsets in fp16.
+// and 16 offsets in fp16. Those of a pair of panels lie side by side.
 template <int BITS>
 struct Group {
   static const int64_t kBytesOfQ = kGroup * kLanes * BITS / 8, kSize = kBytesOfQ + 4 * kLanes;
-  words q[kSteps];
-  floats scale, offset;
 
-  explicit Group(const uint8_t* p) {
-    if (BITS == 8) {
-      std::memcpy(q, p, sizeof(q));
-    } else {
-#pragma GCC unroll 4
-      for (int i = 0; i < kSteps / 2; i++) {
-        words both;
-        std::memcpy(&both, p + 64 * i, 64);
-        q[i] = both & 0x0f0f0f0fu;
-        q[i + kSteps / 2] = (both >> 4) & 0x0f0f0f0fu;
-      }
-    }
-    scale = half_to_float((const uint16_t*)(p + kBytesOfQ));
-    offset = half_to_float((const uint16_t*)(p + kBytesOfQ) + kLanes);
+  static inline words q(const uint8_t* group, int step) {
+    words w;
+    std::memcpy(&w, group + 64 * (BITS == 8 ? step : step % 4), 64);
+    return BITS == 8 ? w : (step < 4 ? w : w >> 4) & 0x0f0f0f0fu;
   }
+  static inline floats scale(const uint8_t* group) { return half_to_float((const uint16_t*)(group + kBytesOfQ)); }
+  static inline floats offset(const uint8_t* group) { return half_to_float((const uint16_t*)(group + kBytesOfQ) + kLanes); }
 };
 
 template <typename T, int BITS>
 struct ByGroup {
+  typedef Group<BITS> G;
   const T* x;
-  const uint8_t* weights;  // panels [k / 32] of groups
+  const uint8_t* weights;  // pairs of panels [k / 32][2] of groups
   int64_t rows, k, x_stride;
   Output to;
 
   int64_t work() const { return rows * to.pairs() * kPair * k / 4; }
   void run(const Team& team) const {
     const Bytes in = Bytes::make(team, x, rows, k, x_stride, kGroup);
-    const bool single = !to.gate;  // a gate needs both panels of a pair
-    const int64_t units = single ? (to.n + kLanes - 1) / kLanes : to.pairs();
-    share_out(team, rows, units, [&](int64_t unit, int64_t last, int64_t row, int64_t end) {
-      for (; unit < last; unit++)
-        over_rows<kGroupRows>(row, end, [&](auto count, int64_t r) {
-          const int ROWS = decltype(count)::value;
-          floats one[ROWS] = {}, other[ROWS] = {};
-          add<ROWS>(in, r, single ? unit : 2 * unit, one);
-          if (!single) add<ROWS>(in, r, 2 * unit + 1, other);
-          for (int i = 0; i < ROWS; i++) single ? to.put_panel(one[i], r + i, unit) : to.put(one[i], other[i], r + i, unit);
-        });
+    const int64_t size = 2 * G::kSize * k / kGroup;
+    over_pairs<kGroupRows>(team, rows, to.pairs(), weights, size, [&](auto count, int64_t row, int64_t pair, Ahead ahead) {
+      const int ROWS = decltype(count)::value;
+      floats sums[ROWS][2] = {};
+      add<ROWS>(in, row, weights + pair * size, ahead, sums);
+      for (int r = 0; r < ROWS; r++) to.put(sums[r][0], sums[r][1], row + r, pair);
     });
   }
 
-  // One panel at a time: it is read as one stream.
   template <int ROWS>
-  void add(const Bytes& in, int64_t row, int64_t panel, floats (&sums)[ROWS]) const {
-    const int64_t groups = k / kGroup;
-    const uint8_t* at = weights + panel * groups * Group<BITS>::kSize;
+  inline __attribute__((always_inline)) void add(const Bytes& in, int64_t row, const uint8_t* at, Ahead ahead,
+                                                 floats (&sums)[ROWS][2]) const {
+    const int64_t groups = k / kGroup, width = k / 4;
     const uint32_t* x_at = (const uint32_t*)(in.x + row * k);
     const float *scale_at = in.scales + row * groups, *sum_at = in.sums + row * groups;
-    for (int64_t g = 0; g < groups; g++) {
-      const Group<BITS> group(at + g * Group<BITS>::kSize);
+    for (int64_t g = 0; g < groups; g++, at += 2 * G::kSize) {
+      const int64_t share = ahead.lines * G::kSize;  // of the two that a pair's group takes
+      for (int64_t i = 0; i < share; i += kLine) __builtin_prefetch(ahead.at + g * share + i, 0, 2);
+      ints dots[ROWS][2] = {};
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; r++) {
-        ints dot{};
+      for (int i = 0; i < kSteps; i++) {
+        const words one = G::q(at, i / 2 + i % 2 * 4), other = G::q(at + G::kSize, i / 2 + i % 2 * 4);
 #pragma GCC unroll 8
-        for (int i = 0; i < kSteps; i++) dot = multiply_bytes(dot, x_at[r * k / 4 + g * kSteps + i], group.q[i]);
-        sums[r] += __builtin_convertvector(dot, floats) * (group.scale * scale_at[r * groups + g]);
-        sums[r] += group.offset * sum_at[r * groups + g];
+        for (int r = 0; r < ROWS; r++) {
+          const uint32_t bytes = x_at[r * width + g * kSteps + i / 2 + i % 2 * 4];
+          dots[r][0] = multiply_bytes(dots[r][0], bytes, one);
+          dots[r][1] = multiply_bytes(dots[r][1], bytes, other);
+        }
+      }
+#pragma GCC unroll 2
+      for (int c = 0; c < 2; c++) {
+        const floats scale = G::scale(at + c * G::kSize), offset = G::offset(at + c * G::kSize);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+          sums[r][c] += __builtin_convertvector(dots[r][c], floats) * (scale * scale_at[r * groups + g]);
+          sums[r][c] += offset * sum_at[r * groups + g];
+        }
       }
     }
   }
@@ -214,7 +212,7 @@ EXPORT void pack_channels(const uint8_t* q, uint8_t* out, int64_t n, int64_t k, 
       }
 }
 
-// q: [n, k] bytes (below 16 for 4 bits); scales, offsets: [n, k / 32] fp16 -> panels of groups; missing outputs are 0.
+// q: [n, k] bytes (below 16 for 4 bits); scales, offsets: [n, k / 32] fp16 -> pairs of panels of groups; missing outputs are 0.
 EXPORT void pack_groups(int bits, const uint8_t* q, const uint16_t* scales, const uint16_t* offsets, uint8_t* out,
                         int64_t n, int64_t k, int threads) {
   const int64_t panels = (n + kLanes - 1) / kLanes, groups = k / kGroup;
@@ -222,7 +220,7 @@ EXPORT void pack_groups(int bits, const uint8_t* q, const uint16_t* scales, cons
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t panel = 0; panel < panels; panel++)
     for (int64_t g = 0; g < groups; g++) {
-      uint8_t* to = out + (panel * groups + g) * size;
+      uint8_t* to = out + ((panel / 2 * groups + g) * 2 + panel % 2) * size;
       std::memset(to, 0, size_t(size));
       for (int64_t lane = 0; lane < kLanes && panel * kLanes + lane < n; lane++) {
         const int64_t row = panel * kLanes + lane;
