@@ -154,8 +154,9 @@ def test_complete_and_chat_answer(
     assert status == 0
     assert out.strip()
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/new\nagain\n/quit\n"))
-    status, out, _ = call(capsys, "chat", *TINY, "--max-tokens", "4")
+    status, out, err = call(capsys, "chat", *TINY, "--max-tokens", "4", "platform.level=declared")
     assert status == 0
+    assert "platform cpu: declared (not hardware-tested)" in err
     assert len(out.splitlines()) >= 2
 
 
