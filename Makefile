@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test vendor-schemas test-slow sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
+.PHONY: serve test vendor-schemas test-slow test-mutants sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -13,7 +13,7 @@ serve: venv  ## set up, then serve the demo model on http://127.0.0.1:8000
 	$(BIN)/vllm-di serve $(ARGS)
 
 test: venv vendor-schemas  ## set up, then run the tests
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not mutants" $(ARGS)
 
 # a failed download fails the tests that need the file, not the others
 vendor-schemas: venv  ## fetch the vendors' wheels that tests read schemas from
@@ -21,6 +21,9 @@ vendor-schemas: venv  ## fetch the vendors' wheels that tests read schemas from
 
 test-slow: venv  ## the suites that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-mutants: venv  ## every mutant against every check that needs no process of its own
+	$(BIN)/python -m pytest -m mutants tests/conformance $(ARGS)
 
 sanitize: venv  ## tests of the kernels under the address sanitizer
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \

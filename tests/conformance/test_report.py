@@ -11,8 +11,8 @@ import pytest
 from vllm_di.conformance.report import (
     Case,
     CheckResult,
-    Level,
     Outcome,
+    Reached,
     Report,
     ReportError,
     Required,
@@ -77,7 +77,7 @@ def test_a_check_is_as_good_as_its_worst_case() -> None:
     ],
 )
 def test_the_level_is_that_of_the_checks_that_hold(
-    outcomes: tuple[Outcome, Outcome, Outcome], level: Level
+    outcomes: tuple[Outcome, Outcome, Outcome], level: Reached
 ) -> None:
     required: tuple[Required, ...] = ("declared", "contract", "runtime")
     checks = [check(r, o) for r, o in zip(required, outcomes, strict=True)]

@@ -12,6 +12,7 @@ VERBS = {
     "chat": "talk to the model in the terminal",
     "complete": "continue a text",
     "bench": "measure latency, throughput or a server: bench latency|throughput|serve",
+    "conform": "run the conformance suite on a platform",
     "explain": "which class fills each slot, and who chose it",
     "matrix": "which platform can do what, by recorded conformance reports",
     "new-port": "a package of its own for new hardware: new-port NAME",
@@ -62,11 +63,20 @@ OPTIONS = {"--config-dir": "a folder of your own config groups; may be repeated"
 VERB_SWITCHES: dict[str, dict[str, str]] = {
     "explain": {"--json": "as data", "--no-ops": "do not build the op table"},
     "matrix": {"--json": "as data", "--markdown": "as tables for a page in this folder"},
+    "conform": {"--full": "the long forms of the long checks"},
     "config": {"--origins": "say where each value came from"},
     "bench": {"-m": "sweep: a value with commas is tried one by one"},
 }
 VERB_OPTIONS: dict[str, dict[str, str]] = {
     "matrix": {"--reports": "a folder of more reports"},
+    "conform": {
+        "--level": "contract or runtime (default): up to which checks",
+        "--only": "names of checks or ids of cases, between spaces; gives no level",
+        "--json": "file for the report",
+        "--junit": "file for the report in JUnit's form",
+        "--waivers": "YAML list of failures that somebody answers for",
+        "--seed": "of generated cases",
+    },
     "explain": {"--slot": "the alternatives for one slot"},
     "chat": {
         "--temperature": "0 is greedy",

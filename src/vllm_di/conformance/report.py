@@ -11,28 +11,15 @@ from xml.etree import ElementTree
 
 import msgspec
 
+from vllm_di.containers import manifest
 from vllm_di.errors import VllmDiError
 
 Outcome = Literal["pass", "fail", "waived", "not-declared", "not-run"]
 """``not-declared``: the port does not claim it. ``not-run``: a driver or download is absent, so
 that the level falls. There is no other: a crash is a fail."""
 
-Level = Literal[
-    "none",
-    "declared",
-    "contract-tested",
-    "compile-checked",
-    "runtime-tested",
-    "hardware-tested",
-]
-LEVELS: tuple[Level, ...] = (
-    "none",
-    "declared",
-    "contract-tested",
-    "compile-checked",
-    "runtime-tested",
-    "hardware-tested",
-)
+Reached = manifest.Level | Literal["none"]
+"""What one run shows; ``none`` when not even the first checks hold, or only some were run."""
 
 Required = Literal["declared", "contract", "runtime"]
 """The level from which on a check is asked for. ``declared`` are the checks 1 to 5."""
@@ -94,8 +81,7 @@ class Report(msgspec.Struct, kw_only=True):
 
     format: int = 1
     platform: str
-    level: Level
-    """Reached in this run; ``none`` when only a part of the suite ran."""
+    level: Reached
     partial: bool
     form: Literal["short", "full"]
     """Of the long checks (lifecycle, memory bound, soak, ...)."""
@@ -181,14 +167,14 @@ def together(outcomes: Iterable[Outcome]) -> Outcome:
     return next((outcome for outcome in WORST_FIRST if outcome in there), "not-run")
 
 
-def level_of(checks: Sequence[CheckResult], *, partial: bool, simulated: bool) -> Level:
+def level_of(checks: Sequence[CheckResult], *, partial: bool, simulated: bool) -> Reached:
     """The highest level whose checks all hold. ``compile-checked`` and ``hardware-tested`` need
     evidence beyond the suite, so that no run gives them."""
     if partial:
         return "none"
     holds = {"pass", "waived", "not-declared"}
-    reached: Level = "none"
-    steps: tuple[tuple[Required, Level], ...] = (
+    reached: Reached = "none"
+    steps: tuple[tuple[Required, manifest.Level], ...] = (
         ("declared", "declared"),
         ("contract", "contract-tested"),
         ("runtime", "runtime-tested"),

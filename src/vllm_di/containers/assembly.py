@@ -295,15 +295,24 @@ def _take(composition: Composition, key: str, value: Any) -> None:
 
 
 def _replace(tree: ConfigTree, composition: Composition, slot: str, option: str, why: str) -> None:
-    """Put another option's node into a slot whose choice was ``auto``."""
+    """Put another option's node into a slot whose choice was ``auto``. Keys that the command line
+    set stay as it set them."""
+    values, origins = composition.values, composition.origins
+    own = {k: o for k, o in origins.items() if k.startswith(f"{slot}.")}
+    kept = {
+        key: OmegaConf.select(values, key)
+        for key, origin in own.items()
+        if origin.chosen_by == "command line"
+    }
     path = tree.options(slot)[option]
-    composition.values[slot] = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
+    values[slot] = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
+    for key, value in kept.items():
+        OmegaConf.update(values, key, value, force_add=True)
     composition.choices[slot] = (option, Origin("auto", text=why))
-    for key in [k for k in composition.origins if k.startswith(f"{slot}.")]:
-        if composition.origins[key].chosen_by != "command line":
-            del composition.origins[key]
+    for key in own.keys() - kept.keys():
+        del origins[key]
     for key, line in tree.read(path).lines.items():
-        composition.origins.setdefault(f"{slot}.{key}", Origin("auto", shown(path), line))
+        origins.setdefault(f"{slot}.{key}", Origin("auto", shown(path), line))
 
 
 def _resolve_halves(tree: ConfigTree, composition: Composition) -> None:

@@ -1,0 +1,72 @@
+"""``vllm-di conform platform=X``: the conformance suite on a platform, and its report."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_di.commands.arguments import Arguments, UsageError, no_words
+from vllm_di.commands.table import print_table
+from vllm_di.errors import VllmDiError, nearest
+
+if TYPE_CHECKING:
+    from vllm_di.conformance.report import Report
+
+LEVELS = ("contract", "runtime")
+
+
+def run(arguments: Arguments) -> int:
+    """Exit status 1 when a check failed."""
+    no_words(arguments)
+    level = arguments.options.get("--level", "runtime")
+    if level not in LEVELS:
+        raise UsageError(f"--level {level}: choose {' or '.join(LEVELS)}{nearest(level, LEVELS)}")
+    try:
+        import pytest  # noqa: F401 - the suite needs it; it is no dependency of the engine
+    except ModuleNotFoundError:
+        raise VllmDiError(
+            "conform needs pytest, which is not installed: pip install 'vllm-di[conformance]'"
+        ) from None
+    from vllm_di.conformance import run as suite
+    from vllm_di.conformance.report import read_waivers
+    from vllm_di.conformance.subject import Subject
+
+    waivers = []
+    if file := arguments.options.get("--waivers"):
+        waivers = read_waivers(Path(file), datetime.datetime.now(datetime.UTC).date())
+    only = [name for name in arguments.options.get("--only", "").split(" ") if name]
+    subject = Subject(
+        arguments.overrides,
+        form="full" if "--full" in arguments.switches else "short",
+        seed=arguments.number("--seed", suite.SEED),
+        config_dirs=arguments.config_dirs,
+    )
+    try:
+        report = suite.run(subject, level=level, only=only, waivers=waivers)
+    finally:
+        subject.close()
+    for option, write in (("--json", report.write), ("--junit", report.write_junit)):
+        if path := arguments.options.get(option):
+            write(Path(path))
+    _print(report)
+    return 1 if report.failed else 0
+
+
+def _print(report: Report) -> None:
+    rows = []
+    for check in report.checks:
+        reasons = {case.message for case in check.cases if case.outcome == check.outcome}
+        why = "" if check.outcome in ("pass", "fail") else "; ".join(sorted(reasons))
+        count = f"{len(check.cases)} cases, {check.seconds:.1f} s"
+        rows.append([str(check.number), check.title, check.outcome, count, why[:90]])
+    print()
+    print_table(["#", "check", "outcome", "", "why"], rows)
+    for case in report.failed:
+        print(f"\nFAILED {case.id}: {case.message.splitlines()[0]}\n  replay: {case.replay}")
+    simulated = ", on a simulated device" if report.simulated else ""
+    part = " (a part of the suite gives no level)" if report.partial else ""
+    print(
+        f"\n{report.platform}: level {report.level}{part}, {report.form} form{simulated}, "
+        f"{report.seconds:.0f} s, interfaces {report.interface_version}, seed {report.seed}"
+    )

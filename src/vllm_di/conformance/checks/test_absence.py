@@ -1,0 +1,38 @@
+"""Without its driver the port says what is missing, and nothing else runs in its place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from vllm_di.conformance.outcomes import NotDeclared
+from vllm_di.conformance.subject import Subject
+
+BLOCKED = """
+import importlib.abc, sys
+blocked = sys.argv.pop(1).split(",")
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+from vllm_di.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_the_error_says_what_is_missing(subject: Subject) -> None:
+    modules = [m.split(".")[0] for m in subject.manifest.detect.modules]
+    modules = [m for m in modules if m not in ("torch", "vllm_di")]
+    if not modules:
+        raise NotDeclared("it needs no package beside torch")
+    real = [o for o in subject.overrides if not o.startswith(("device.simulated", "+device.sim"))]
+    command = [sys.executable, "-c", BLOCKED, ",".join(modules)]
+    command += ["complete", *real, "model=tiny", "--max-tokens", "3", "hello"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0, f"it answered all the same: {done.stdout[-500:]}"
+    assert not done.stdout.strip(), f"it printed {done.stdout[-500:]}"
+    said = done.stderr
+    assert "Traceback" not in said, said[-2000:]
+    assert any(module in said for module in modules), f"names none of {modules}: {said[-500:]}"
+    assert "install" in said, f"does not say how to install it: {said[-500:]}"

@@ -1,0 +1,60 @@
+"""A prompt in pieces, and beside others, is the same prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_di.conformance.compare import assert_same
+from vllm_di.conformance.driving import Answer, ask, run
+from vllm_di.conformance.outcomes import NotDeclared
+from vllm_di.conformance.subject import Subject
+from vllm_di.conformance.tiny import CONTEXT
+
+LENGTHS = (1, 2, 31, 32, 33, 64, 65, 100, 150)
+
+
+def asks(subject: Subject) -> list[Any]:
+    return [
+        ask([(7 * i + 3 * length) % 251 for i in range(length)], 6, logprobs=5, prompt_logprobs=0)
+        for length in LENGTHS
+    ]
+
+
+def alone(subject: Subject) -> list[Answer]:
+    """Each prompt whole and by itself."""
+    with subject.engine(*exact(subject)) as engine:
+        return [run(engine, [one])[0] for one in asks(subject)]
+
+
+def exact(subject: Subject) -> list[str]:
+    more = [f"model.dtype={subject.exact_dtype}", "kv_cache_manager.prefix_caching=false"]
+    return [*more, f"scheduler.max_num_batched_tokens={CONTEXT}"]
+
+
+@pytest.mark.parametrize("budget", [8, 13, 32, 50])
+def test_any_split_of_a_prompt(subject: Subject, budget: int) -> None:
+    """Chunks of ``budget`` tokens, shared by whoever runs."""
+    if not limits(subject).chunked_prefill:
+        raise NotDeclared("chunked_prefill")
+    more = [*exact(subject), f"scheduler.max_num_batched_tokens={budget}"]
+    wanted = alone(subject)
+    with subject.engine(*more) as engine:
+        each = [run(engine, [one])[0] for one in asks(subject)]
+        together = run(engine, asks(subject))
+    assert_same(each, wanted, subject.slack, f"in chunks of {budget}")
+    assert_same(together, wanted, subject.slack, f"in chunks of {budget}, together")
+
+
+def test_mixed_batches(subject: Subject) -> None:
+    """Prompts that arrive while others decode."""
+    wanted = alone(subject)
+    with subject.engine(*exact(subject)) as engine:
+        found = run(engine, asks(subject), start=lambda index: 2 * index)
+    assert_same(found, wanted, subject.slack, "beside decodes")
+
+
+def limits(subject: Subject) -> Any:
+    with subject.parts("limits") as container:
+        return container.limits().report()

@@ -1,0 +1,90 @@
+"""Every slot resolves, can be overridden on the command line, and the override is what runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_di.conformance import probes
+from vllm_di.conformance.driving import ask, run, tokens
+from vllm_di.conformance.golden import goldens, prompts
+from vllm_di.conformance.subject import Subject
+from vllm_di.containers.engine import (
+    GIVEN,
+    SLOTS,
+    EngineContainer,
+    ServerContainer,
+    WorkerContainer,
+    slots,
+)
+from vllm_di.containers.fill import opened
+from vllm_di.containers.schema import check
+
+UNUSED = ("graph", "ops", "quantization", "kv_layout", "communicator")
+"""Slots that a step may pass by: a compiled program has ops, graphs and layouts of its own, and one
+rank has nothing to say to others."""
+
+
+def test_every_slot_meets_its_interface(subject: Subject) -> None:
+    assembly = subject.assembly()
+    for container, given in GIVEN.items():
+        check(container, assembly, replaced=given)
+    with subject.parts() as worker:
+        for slot, kind in slots(WorkerContainer).items():
+            assert isinstance(worker.providers[slot](), kind), slot
+
+
+def override(subject: Subject, slot: str, kind: str) -> list[str]:
+    """What a user would write to put the probe of the chosen class into its slot."""
+    assembly = subject.assembly()
+    choice = assembly.choices.get(slot)
+    given = any(text.startswith(f"{slot}=") for text in subject.overrides)
+    option = [f"{slot}={choice.option}"] if choice and slot == "model_runner" and not given else []
+    return [*option, f"{slot}._target_={probes.name_of(kind, subject.target(slot))}"]
+
+
+@pytest.mark.parametrize("slot", [*slots(EngineContainer), *slots(WorkerContainer)])
+def test_an_override_runs(subject: Subject, slot: str) -> None:
+    probes.CALLS.clear()
+    more = override(subject, slot, "Counting")
+    assembly = subject.assembly(*more)
+    assert assembly.place(f"{slot}._target_").startswith("command line"), "not the last word"
+    with subject.engine(*more) as engine:
+        run(engine, [ask(prompts(1)[0], 3)])
+    used = slot in UNUSED or probes.CALLS[slot] > 0
+    assert used, f"{slot} was overridden, and the override was never called"
+
+
+@pytest.mark.parametrize("slot", [s for s in slots(ServerContainer) if s != "server"])
+def test_a_server_override_is_built(subject: Subject, slot: str) -> None:
+    assembly = subject.assembly(*override(subject, slot, "Counting"))
+    with opened(ServerContainer, assembly, only=[slot]) as server:
+        assert type(server.providers[slot]()).__name__.startswith("Counting")
+
+
+def test_every_slot_is_tried() -> None:
+    tried = {s for c in (ServerContainer, EngineContainer, WorkerContainer) for s in slots(c)}
+    assert tried == set(SLOTS)
+
+
+def test_sdpa_is_honoured(subject: Subject) -> None:
+    """The reference attention in place of the platform's: the same tokens, from that class."""
+    dtype = subject.exact_dtype
+    wanted = goldens("gqa", subject.head_size, 4, 8)
+    more = ("attention=sdpa", f"model.dtype={dtype}")
+    chosen = subject.assembly(*more).workers[0]["attention"]["_target_"]
+    assert chosen.endswith(".SdpaAttention"), f"attention=sdpa gave {chosen}"
+    with subject.engine(*more) as engine:
+        found = run(engine, [ask(prompt, 8) for prompt in prompts(4)])
+    if dtype == "float32":
+        assert tokens(found) == tokens(wanted)
+
+
+def test_same_config_same_hash(subject: Subject) -> None:
+    again = Subject(subject.overrides, config_dirs=subject.config_dirs)
+    try:
+        assert again.config_hash == subject.config_hash
+        other = Subject([*subject.overrides, "scheduler.policy=priority"])
+        assert other.config_hash != subject.config_hash
+        other.close()
+    finally:
+        again.close()

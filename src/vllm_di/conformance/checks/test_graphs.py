@@ -1,0 +1,75 @@
+"""Captured graphs and padded shapes give what eager steps of any shape give."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_di.conformance.compare import assert_same
+from vllm_di.conformance.driving import Answer, Ask, ask, run
+from vllm_di.conformance.golden import prompts
+from vllm_di.conformance.outcomes import NotDeclared, Record
+from vllm_di.conformance.subject import Subject
+
+EAGER = ("graph=eager", "shapes=dynamic")
+
+
+def plain(subject: Subject) -> bool:
+    """Whether steps run eagerly and in any shape as it is."""
+    names = [subject.target(slot).rpartition(".")[2] for slot in ("graph", "shapes")]
+    return names == ["EagerGraph", "DynamicShapes"]
+
+
+def sizes(subject: Subject) -> list[int]:
+    """Rows around the sizes that the platform warms up, and all small ones."""
+    with subject.parts("shapes") as container:
+        warm = container.shapes().warm_up_sizes(64)
+    near = {n + d for n in warm for d in (-1, 0, 1)}
+    return sorted(n for n in {1, 2, 3, 5, 8, *near} if 1 <= n <= 40)
+
+
+def batches(subject: Subject) -> list[list[Ask]]:
+    """One prompt of each size, then decodes of one to eight rows, twice: the second time what was
+    captured is replayed."""
+    dtype_prompts = prompts(8)
+    single = [[ask([(3 * i + n) % 250 for i in range(n)], 3, logprobs=20)] for n in sizes(subject)]
+    together = [
+        [ask(prompt, 6, logprobs=20) for prompt in dtype_prompts[:n]] for n in (1, 2, 3, 5, 8)
+    ]
+    return [*single, *together, *together]
+
+
+def answers(subject: Subject, *more: str) -> list[Answer]:
+    dtype = f"model.dtype={subject.exact_dtype}"
+    with subject.engine(dtype, "kv_cache_manager.prefix_caching=false", *more) as engine:
+        return [answer for batch in batches(subject) for answer in run(engine, batch)]
+
+
+def test_replay_equals_eager(subject: Subject, record: Record) -> None:
+    if plain(subject):
+        raise NotDeclared("steps are eager and of any shape")
+    if subject.declared.graphs:
+        record.feature("graphs")
+    wanted = answers(subject, *EAGER)
+    assert_same(answers(subject), wanted, subject.slack, "with graphs")
+
+
+@pytest.mark.parametrize("model", ["window", "moe"])
+def test_other_models(subject: Subject, model: str) -> None:
+    if plain(subject):
+        raise NotDeclared("steps are eager and of any shape")
+    if model == "window" and not subject.declared.sliding_window:
+        raise NotDeclared("sliding_window")
+    dtype = f"model.dtype={subject.exact_dtype}"
+    asks = [ask(prompt, 24, logprobs=20) for prompt in prompts(5)]
+    with subject.engine(dtype, *EAGER, model=model) as engine:
+        wanted = run(engine, asks)
+    with subject.engine(dtype, model=model) as engine:
+        found = run(engine, asks)
+    assert_same(found, wanted, subject.slack, "with graphs")
+
+
+def test_declared_graphs_are_there(subject: Subject) -> None:
+    if not subject.declared.graphs:
+        raise NotDeclared("graphs")
+    name = subject.target("graph").rpartition(".")[2]
+    assert name != "EagerGraph", "graphs are declared, but the graph policy is eager"

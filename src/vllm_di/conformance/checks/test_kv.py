@@ -1,0 +1,140 @@
+"""What is written to the cache is there bit for bit, and nothing else changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_di.components.interfaces import KvLayout, LayerCache
+from vllm_di.components.messages import KvSpec
+from vllm_di.conformance.numbers import DTYPES
+from vllm_di.conformance.outcomes import NotDeclared, Record
+from vllm_di.conformance.paged import Load, attend_through, kv_spec, num_blocks, place, spec_of
+from vllm_di.conformance.subject import Subject
+
+BLOCKS = 7
+
+
+def everything(layout: KvLayout, cache: LayerCache, blocks: int) -> tuple[Tensor, Tensor]:
+    """All slots of a cache on the host: keys, values [slots, kv_heads, head_size]."""
+    device = cache.key.device
+    table = torch.arange(blocks, dtype=torch.int32, device=device)
+    found = layout.gather(cache, table, blocks * layout.block_size)
+    return found[0].cpu().clone(), found[1].cpu().clone()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", [16, 64, 128])
+def test_writes(subject: Subject, record: Record, dtype: str, head_size: int) -> None:
+    """In any order, some dropped, some overwritten: only addressed slots change."""
+    kind = subject.dtype(dtype)
+    _declared(subject, head_size)
+    record.feature(dtype)
+    spec = KvSpec(layer=0, num_kv_heads=3, head_size=head_size)
+    with subject.parts("kv_layout", "device") as container, torch.inference_mode():
+        layout, device = container.kv_layout(), container.device().torch_device
+        generator = torch.Generator().manual_seed(subject.seed)
+        slots_in_all = BLOCKS * layout.block_size
+        cache = layout.allocate([spec], BLOCKS, kind)[0]
+        if layout.dtype_name not in ("auto", dtype):
+            raise NotDeclared(f"the cache's dtype is {layout.dtype_name}")
+        if not cache.key.is_floating_point():
+            raise NotDeclared(f"the cache holds {cache.key.dtype}: not bit for bit")
+        keys, values = everything(layout, cache, BLOCKS)
+        assert not keys.any() and not values.any(), "a new cache is not all zeros"
+        for count in (0, 1, 2, layout.block_size, layout.block_size + 1, slots_in_all):
+            k, v = (torch.randn(count, 3, head_size, generator=generator).to(kind) for _ in "kv")
+            slots = torch.randperm(slots_in_all, generator=generator)[:count]
+            slots[1::3] = layout.pad_slot
+            layout.write(cache, k.to(device), v.to(device), slots.to(device))
+            keep = slots != layout.pad_slot
+            keys[slots[keep]], values[slots[keep]] = k[keep], v[keep]
+            found = everything(layout, cache, BLOCKS)
+            assert torch.equal(found[0], keys), f"keys differ after a write of {count}"
+            assert torch.equal(found[1], values), f"values differ after a write of {count}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_writes(subject: Subject, record: Record, dtype: str) -> None:
+    """What attention itself writes: the new tokens, at their slots, and nothing more."""
+    kind = subject.dtype(dtype)
+    record.feature(dtype)
+    size = 64 if subject.declared.head_sizes is None else subject.declared.head_sizes[0]
+    spec = spec_of(4, 2, size)
+    with (
+        subject.parts("attention", "kv_layout", "device") as container,
+        torch.inference_mode(),
+    ):
+        layout, device = container.kv_layout(), container.device().torch_device
+        backend = container.attention()
+        block = layout.block_size
+        loads = [Load(block - 1, 1), Load(0, block + 2), Load(3, 1), Load(block, 4)]
+        total = num_blocks(loads, block)
+        cache = layout.allocate([kv_spec(spec)], total, kind)[0]
+        if not cache.key.is_floating_point() or cache.key.dtype != kind:
+            raise NotDeclared(f"the cache holds {cache.key.dtype}: not bit for bit")
+        batch = place(
+            loads,
+            spec,
+            layout,
+            cache,
+            total_blocks=total,
+            dtype=kind,
+            device=device,
+            seed=subject.seed,
+        )
+        keys, values = everything(layout, cache, total)
+        attend_through(backend, batch, cache, spec)
+        slots = batch.plan.slot_mapping.cpu()
+        keys[slots], values[slots] = batch.k, batch.v
+        found = everything(layout, cache, total)
+        for name, now, wanted in (("keys", found[0], keys), ("values", found[1], values)):
+            assert torch.equal(now.isnan(), wanted.isnan()), f"{name}: the wrong slots changed"
+            assert torch.equal(now.nan_to_num(), wanted.nan_to_num()), f"{name} are not those given"
+
+
+def test_block_copies(subject: Subject) -> None:
+    kind = subject.dtype(subject.declared.dtypes[0])
+    size = 64 if subject.declared.head_sizes is None else subject.declared.head_sizes[0]
+    specs = [KvSpec(layer=i, num_kv_heads=2, head_size=size) for i in range(2)]
+    with subject.parts("kv_layout", "device") as container, torch.inference_mode():
+        layout, device = container.kv_layout(), container.device().torch_device
+        caches = layout.allocate(specs, BLOCKS, kind)
+        assert len(caches) == len(specs)
+        wanted = []
+        for i, cache in enumerate(caches):
+            count = BLOCKS * layout.block_size
+            k, v = (
+                torch.full((count, 2, size), float(i + j), dtype=kind, device=device)
+                + torch.arange(count, device=device)[:, None, None] % 64
+                for j in (1, 2)
+            )
+            layout.write(cache, k.to(kind), v.to(kind), torch.arange(count, device=device))
+            wanted.append(everything(layout, cache, BLOCKS))
+        layout.copy_blocks(caches, [1, 4], [6, 0])
+        for cache, before in zip(caches, wanted, strict=True):
+            found = everything(layout, cache, BLOCKS)
+            for now, then in zip(found, before, strict=True):
+                blocks = then.view(BLOCKS, layout.block_size, 2, size).clone()
+                blocks[[6, 0]] = blocks[[1, 4]]
+                assert torch.equal(now.view_as(blocks), blocks), "a copy is not what it should be"
+
+
+def test_bytes_per_block(subject: Subject) -> None:
+    """What the layout says a block takes is what it takes."""
+    kind = subject.dtype(subject.declared.dtypes[0])
+    size = 64 if subject.declared.head_sizes is None else subject.declared.head_sizes[0]
+    specs = [KvSpec(layer=i, num_kv_heads=2, head_size=size) for i in range(3)]
+    with subject.parts("kv_layout") as container:
+        layout = container.kv_layout()
+        caches = layout.allocate(specs, BLOCKS, kind)
+        taken = sum(c.key.nbytes + c.value.nbytes for c in caches)
+        said = BLOCKS * layout.bytes_per_block(specs, kind)
+        assert said == taken, f"the layout says {said} bytes for {BLOCKS} blocks, it takes {taken}"
+
+
+def _declared(subject: Subject, head_size: int) -> None:
+    sizes = subject.declared.head_sizes
+    if sizes is not None and head_size not in sizes:
+        raise NotDeclared(f"its head sizes are {', '.join(map(str, sizes))}")

@@ -1,0 +1,75 @@
+"""The manifest is valid, its interface version is served, and every claim has a check."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_di.components.interfaces import INTERFACE_VERSION
+from vllm_di.conformance.catalog import BY_NAME
+from vllm_di.conformance.outcomes import NotDeclared, Record
+from vllm_di.conformance.subject import Subject
+from vllm_di.containers.manifest import Capabilities, is_served, served_versions
+from vllm_di.errors import ConfigError
+
+CHECKED_BY = {
+    "dtypes": ("device", "ops", "golden"),
+    "kv_dtypes": ("cache",),
+    "head_sizes": ("prefill", "decode"),
+    "block_sizes": ("kv",),
+    "graphs": ("graphs",),
+    "tensor_parallel": ("communicator", "faults"),
+    "quantization": ("ops", "weights"),
+    "sliding_window": ("prefill", "decode", "golden"),
+    "soft_cap": ("prefill", "decode"),
+    "batch_invariant": ("batching",),
+    "ops": ("manifest", "ops"),
+}
+"""Capability to the checks that judge it."""
+
+
+def test_every_capability_has_a_check() -> None:
+    assert set(CHECKED_BY) == set(Capabilities.__struct_fields__)
+    assert all(name in BY_NAME for names in CHECKED_BY.values() for name in names)
+
+
+def test_interface_version(subject: Subject, record: Record) -> None:
+    version = subject.manifest.interface or INTERFACE_VERSION
+    record.figure(port=version, engine=INTERFACE_VERSION)
+    assert is_served(version), f"written for {version}; this engine serves {served_versions()}"
+
+
+def test_the_name_is_the_option(subject: Subject) -> None:
+    option = subject.assembly().choices["platform"].option
+    assert subject.manifest.name == option
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("+platform.no_such_key=1", "no_such_key"),
+        ("+platform.capabilities.dtype=[float32]", "dtype"),
+        ("++platform.capabilities.dtypes=[flaot32]", "float32"),
+        ("++platform.capabilities.graphs=perhaps", "bool"),
+        ("++platform.interface='99.0'", "99.0"),
+        ("++platform.level=splendid", "level"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(subject: Subject, override: str, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        subject.assembly(override)
+    assert words in str(error.value), error.value
+    assert "platform" in str(error.value), f"no place: {error.value}"
+
+
+def test_it_has_the_ops_that_it_claims(subject: Subject) -> None:
+    origin = subject.assembly().choices["ops"].origin.chosen_by
+    if origin == "command line":
+        raise NotDeclared("the op library was chosen on the command line")
+    with subject.parts("ops") as container:
+        described = container.ops().describe()
+    lacking = [
+        f"{op} runs on {described[op]}"
+        for op in subject.declared.ops
+        if described[op].startswith("torch") and "unfused" not in described[op]
+    ]
+    assert not lacking, f"claimed, but {'; '.join(lacking)}"

@@ -1,0 +1,81 @@
+"""Full to the last block, asked for too much, and out of memory in the middle of a step."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_di.components.interfaces import Sampler
+from vllm_di.conformance.driving import ask, run
+from vllm_di.conformance.golden import prompts
+from vllm_di.conformance.outcomes import Record
+from vllm_di.conformance.subject import Subject
+from vllm_di.errors import ConfigError
+
+SECONDS = {"short": 3.0, "full": 600.0}
+
+
+def test_full_cache(subject: Subject, record: Record) -> None:
+    """More requests than blocks, for 3 s (10 minutes in the full form): nothing fails."""
+    with subject.parts("kv_layout", "model") as container:
+        per_sequence = -(-container.model().max_model_len // container.kv_layout().block_size)
+    with subject.engine(f"worker.num_blocks={2 * per_sequence + 1}") as engine:
+        usage: list[float] = []
+        length = engine.report.max_model_len - 20
+        asks = [ask([(i + n) % 250 for i in range(length)], 16) for n in range(4)]
+        rounds, deadline = 0, time.monotonic() + SECONDS[subject.form]
+        while time.monotonic() < deadline or not rounds:
+            for answer in run(engine, asks, watch=lambda s: usage.append(s.kv_cache_usage)):
+                assert answer.error is None, answer.error
+            rounds += 1
+        left = engine.step().stats.kv_cache_usage
+    record.figure(rounds=rounds, peak_usage=max(usage))
+    assert max(usage) > 0.7, f"the cache was never full: {max(usage):.0%}"
+    assert left == 0, f"{left:.0%} of the blocks never came back"
+
+
+def test_too_much_is_refused_at_the_start(subject: Subject) -> None:
+    """With figures: how much was asked for, how much is there."""
+    more = [f"worker.num_blocks={2**40}"]
+    with pytest.raises(ConfigError) as error, subject.engine(*more):
+        pass
+    assert len(re.findall(r"\d+", str(error.value))) >= 2, f"no figures: {error.value}"
+    with pytest.raises(ConfigError) as error, subject.engine("worker.num_blocks=1"):
+        pass
+    assert "num_blocks" in str(error.value), f"does not name the key: {error.value}"
+
+
+class OutOfMemory(Sampler):
+    """Passes on to another sampler, but for one step."""
+
+    def __init__(self, inner: Sampler) -> None:
+        self._inner, self.fail = inner, False
+
+    def sample(self, logits: torch.Tensor, rows: Any) -> Any:
+        if self.fail:
+            self.fail = False
+            raise torch.OutOfMemoryError("injected")
+        return self._inner.sample(logits, rows)
+
+
+def test_out_of_memory_ends_one_step(subject: Subject) -> None:
+    """The requests of that step get an error, the engine runs on."""
+    with subject.parts("sampler") as container:
+        faulty = OutOfMemory(container.sampler())
+        asks = [ask(prompt, 6) for prompt in prompts(3)]
+        with subject.engine(worker={"sampler": faulty}) as engine:
+            wanted = run(engine, asks)
+
+            def fail_in(step: int) -> None:
+                faulty.fail = faulty.fail or step == 2
+
+            failed = run(engine, asks, each_step=fail_in)
+            again = run(engine, asks)
+            assert engine.step().stats.kv_cache_usage == 0
+    assert all(answer.finish_reason == "error" for answer in failed)
+    assert all("injected" in str(answer.error) for answer in failed), failed[0].error
+    assert [a.token_ids for a in again] == [a.token_ids for a in wanted]

@@ -1,0 +1,60 @@
+"""Mixed load for a while: no request is lost, and memory does not grow with their number."""
+
+from __future__ import annotations
+
+import random
+import time
+
+from vllm_di.components.messages import SamplingParams
+from vllm_di.conformance.driving import Ask, run
+from vllm_di.conformance.footprint import footprint, resident, settled
+from vllm_di.conformance.outcomes import Record
+from vllm_di.conformance.subject import Subject
+
+SECONDS = {"short": 6.0, "full": 600.0}
+BATCH = 24
+SLOPE = {"short": 16 * 1024, "full": 100}
+"""Resident bytes a request. In the short form an allocator's own pages weigh on few requests."""
+LEAST_ROUNDS = 6
+
+
+def mixed(chance: random.Random) -> Ask:
+    """Any length, greedy or drawn, with whatever a client may ask for."""
+    prompt = [chance.randrange(250) for _ in range(chance.randrange(1, 120))]
+    more: dict[str, object] = {}
+    if chance.random() < 0.5:
+        more |= {"temperature": 0}
+    else:
+        more |= {"top_k": chance.choice([0, 5]), "top_p": 0.9, "seed": chance.randrange(10**6)}
+    if chance.random() < 0.3:
+        more |= {"logprobs": 3}
+    if chance.random() < 0.3:
+        more |= {"presence_penalty": 0.5, "repetition_penalty": 1.1}
+    length = chance.randrange(1, 24)
+    return Ask(prompt=prompt, params=SamplingParams(max_tokens=length, **more))  # type: ignore[arg-type]
+
+
+def test_mixed_load(subject: Subject, record: Record) -> None:
+    chance = random.Random(subject.seed)
+    with subject.engine() as engine:
+        for _ in range(2):
+            run(engine, [mixed(chance) for _ in range(BATCH)])
+        base, memory = footprint(), resident()
+        requests = tokens = rounds = 0
+        begin = time.monotonic()
+        while time.monotonic() - begin < SECONDS[subject.form] or rounds < LEAST_ROUNDS:
+            asks = [mixed(chance) for _ in range(BATCH)]
+            for answer in run(engine, asks, start=lambda index: index // 2):
+                assert answer.error is None, answer.error
+                assert answer.finish_reason in ("stop", "length"), answer.finish_reason
+                tokens += len(answer.token_ids)
+            requests, rounds = requests + BATCH, rounds + 1
+        seconds = time.monotonic() - begin
+        slope = (resident() - memory) / requests
+        assert engine.step().stats.kv_cache_usage == 0, "blocks never came back"
+        more = settled(base)
+    record.figure(
+        requests=requests, tokens_per_second=round(tokens / seconds), bytes_per_request=round(slope)
+    )
+    assert not more, f"grew under load: {'; '.join(more)}"
+    assert slope < SLOPE[subject.form], f"{slope:.0f} resident bytes more with each request"

@@ -1,0 +1,121 @@
+"""Requests through an engine, as the frontend would send them; answers as plain data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from vllm_di.components.interfaces import Engine
+from vllm_di.components.messages import (
+    EngineRequest,
+    EngineStats,
+    SamplingParams,
+    TokenLogprobs,
+    TokenOutput,
+)
+
+PATIENCE = 120.0
+"""Seconds after which an engine that has work but gives no end counts as hung."""
+IDLE = 1.0
+"""Seconds that an engine with work may go without scheduling anything."""
+
+
+class Ask(msgspec.Struct, kw_only=True):
+    """One request."""
+
+    prompt: list[int]
+    params: SamplingParams
+    salt: str | None = None
+    priority: int = 0
+
+
+class Answer(msgspec.Struct, kw_only=True):
+    """What came of it."""
+
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
+    finish_reason: str | None = None
+    num_cached: int = 0
+    error: str | None = None
+
+    @property
+    def own_logprobs(self) -> list[float]:
+        """Of the tokens that were chosen."""
+        return [found.logprobs[0] for found in self.logprobs]
+
+
+def greedy(count: int, **more: Any) -> SamplingParams:
+    """``count`` tokens, whatever they are."""
+    return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **more)
+
+
+def ask(prompt: Sequence[int], count: int, **params: Any) -> Ask:
+    """A greedy request."""
+    return Ask(prompt=list(prompt), params=greedy(count, **params))
+
+
+def run(
+    engine: Engine,
+    asks: Iterable[Ask],
+    *,
+    each_step: Callable[[int], None] | None = None,
+    watch: Callable[[EngineStats], None] | None = None,
+    start: Callable[[int], int] = lambda index: 0,
+) -> list[Answer]:
+    """All answers, in order. Request i is added before step ``start(i)``; ``each_step`` is called
+    with the number of the step to come, ``watch`` with the gauges after each. Raises AssertionError
+    when the engine gets stuck."""
+    waiting = {f"ask-{i}": one for i, one in enumerate(asks)}
+    answers = {name: Answer() for name in waiting}
+    step, begin = 0, time.monotonic()
+    scheduled, moved = -1, begin
+    while waiting or engine.has_work():
+        for name in [n for n in waiting if start(int(n.split("-")[1])) <= step]:
+            add(engine, name, waiting.pop(name))
+        if each_step is not None:
+            each_step(step)
+        outputs = engine.step()
+        if watch is not None:
+            watch(outputs.stats)
+        for output in outputs.outputs:
+            if output.request_id in answers:
+                take(answers[output.request_id], output)
+        step, now = step + 1, time.monotonic()
+        if outputs.stats.num_steps != scheduled:
+            scheduled, moved = outputs.stats.num_steps, now
+        assert now - moved < IDLE, "the engine has work, but schedules none of it"
+        assert now - begin < PATIENCE, f"the engine still has work after {step} steps"
+    unfinished = [n for n, answer in answers.items() if answer.finish_reason is None]
+    assert not unfinished, f"requests without an end: {', '.join(unfinished)}"
+    return list(answers.values())
+
+
+def add(engine: Engine, name: str, one: Ask) -> None:
+    """Hand one request to the engine."""
+    engine.add(
+        EngineRequest(
+            request_id=name,
+            prompt_token_ids=one.prompt,
+            params=one.params,
+            cache_salt=one.salt,
+            priority=one.priority,
+        )
+    )
+
+
+def take(answer: Answer, output: TokenOutput) -> None:
+    """Add what a step brought."""
+    answer.token_ids += output.token_ids
+    answer.logprobs += output.logprobs or []
+    answer.prompt_logprobs += output.prompt_logprobs or []
+    answer.num_cached = max(answer.num_cached, output.num_cached_tokens)
+    answer.finish_reason = output.finish_reason or answer.finish_reason
+    answer.error = output.error or answer.error
+
+
+def tokens(answers: Sequence[Answer]) -> list[list[int]]:
+    return [answer.token_ids for answer in answers]

@@ -1,0 +1,83 @@
+"""What this process holds: threads, files, children, shared memory, resident bytes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+
+from vllm_di.components.device import system
+
+SELF = Path("/proc/self")
+SETTLE_SECONDS = 2.0
+
+
+class Footprint(msgspec.Struct, frozen=True):
+    """Counts at one moment; 0 where the system does not tell."""
+
+    threads: int
+    """Python's own and native ones."""
+    files: int
+    """Open file descriptors."""
+    children: int
+    shared: int
+    """Entries of /dev/shm."""
+
+    def beyond(self, base: Footprint) -> list[str]:
+        """What is more than in ``base``."""
+        names = self.__struct_fields__
+        return [
+            f"{name}: {getattr(base, name)} became {getattr(self, name)}"
+            for name in names
+            if getattr(self, name) > getattr(base, name)
+        ]
+
+
+def footprint() -> Footprint:
+    native = _entries(SELF / "task")
+    return Footprint(
+        threads=native or threading.active_count(),
+        files=_entries(SELF / "fd"),
+        children=_children(),
+        shared=_entries(Path("/dev/shm")),
+    )
+
+
+def settled(base: Footprint) -> list[str]:
+    """What is still more than in ``base`` after a moment: threads and children take one to end."""
+    gc.collect()
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while (more := footprint().beyond(base)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+        gc.collect()
+    return more
+
+
+def resident() -> int:
+    """Bytes, once what is garbage is gone."""
+    gc.collect()
+    return system.resident_bytes()
+
+
+def _entries(folder: Path) -> int:
+    try:
+        return len(os.listdir(folder))
+    except OSError:
+        return 0
+
+
+def _children() -> int:
+    """Child processes that are no zombies."""
+    own, count = str(os.getpid()), 0
+    for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            count += len(fields) > 1 and fields[1] == own and fields[0] != "Z"
+    return count

@@ -1,0 +1,67 @@
+"""Greedy tokens and log-probs of the tiny models on the reference, never on the port itself.
+
+The reference is plain torch in fp32 on the host, one sequence at a time. ``python -m
+vllm_di.conformance.golden`` computes all goldens and prints their hashes; ``goldens.json`` holds
+those hashes, so that a change of the reference is seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from vllm_di.conformance import tiny
+from vllm_di.conformance.driving import Answer, ask, run
+from vllm_di.conformance.subject import REFERENCE, Subject
+
+HASHES = Path(__file__).parent / "goldens.json"
+TOP = 20
+
+
+def prompts(count: int) -> list[list[int]]:
+    """``count`` prompts of 1 to 40 tokens; the same ones first, however many are asked for."""
+    generator = torch.Generator().manual_seed(41)
+    found = []
+    for _ in range(count):
+        length = int(torch.randint(1, 41, (1,), generator=generator))
+        found.append(torch.randint(0, 256, (length,), generator=generator).tolist())
+    return found
+
+
+@cache
+def goldens(model: str, head_size: int, count: int, length: int) -> list[Answer]:
+    """The reference's answers to ``count`` prompts: ``length`` tokens each, with the log-probs of
+    the prompt and of the likeliest tokens."""
+    subject = Subject(REFERENCE)
+    try:
+        folder = subject.model_folder(model, head_size=head_size)
+        with subject.engine(model=folder) as engine:
+            asks = [
+                ask(prompt, length, logprobs=TOP, prompt_logprobs=5) for prompt in prompts(count)
+            ]
+            return run(engine, asks)
+    finally:
+        subject.close()
+
+
+def digest(answers: list[Answer]) -> str:
+    """SHA-256 of the tokens."""
+    return hashlib.sha256(json.dumps([a.token_ids for a in answers]).encode()).hexdigest()
+
+
+def main() -> None:
+    """Write the hashes of all goldens at the usual head size."""
+    found = {}
+    for model in tiny.MODELS:
+        found[model] = digest(goldens(model, 32, 32, 128))
+        sys.stdout.write(f"{model}: {found[model]}\n")
+    HASHES.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Inputs for every op: at least 64 cases each, of 0 and 1 rows, odd sizes, views, NaN and
+infinities."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_di.components.quantized import by_channel, by_group
+from vllm_di.models.rope import cos_sin_table
+
+ROWS = (0, 1, 2, 3, 7, 17)
+WIDTHS = (1, 2, 8, 30, 64, 97, 128, 200)
+"""Of rows that are normalised or gated."""
+POISON = (float("nan"), float("inf"), float("-inf"))
+
+
+class OpCase(NamedTuple):
+    """One call, with tensors on the host."""
+
+    label: str
+    args: tuple[Any, ...]
+    pack: str = ""
+    """The method through which the second argument goes first."""
+    long: bool = False
+    """Whether many terms are added up."""
+    poisoned: bool = False
+    """Whether it holds NaN or infinities."""
+    slack: float | Tensor = 0.0
+    """What the result may be off beyond the tolerance, where the interface allows roundings."""
+
+
+class Maker:
+    """Random tensors of one dtype, from one seed."""
+
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        self.dtype = dtype
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def real(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, generator=self._generator).to(dtype or self.dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self._generator)
+
+    def whole(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.randint(high, shape, generator=self._generator, dtype=dtype)
+
+    def shuffled(self, count: int) -> Tensor:
+        return torch.randperm(count, generator=self._generator)
+
+    def view(self, *shape: int) -> Tensor:
+        """Rows of a wider tensor: stride 1 in the last dimension, gaps between rows."""
+        *rest, last = shape
+        return self.real(*rest, last + 3)[..., 1 : last + 1]
+
+
+def cases(op: str, dtype: torch.dtype, seed: int) -> Iterator[OpCase]:
+    """All cases of one op."""
+    return MAKERS[op](Maker(dtype, seed))
+
+
+def rms_norm(make: Maker) -> Iterator[OpCase]:
+    for rows, width, viewed in itertools.product(ROWS, WIDTHS, (False, True)):
+        x = make.view(rows, width) if viewed else make.real(rows, width)
+        eps = 1e-5 if rows % 2 else 1e-2
+        yield OpCase(f"{rows}x{width} view={viewed}", (x, make.real(width), eps))
+    # small rows, where eps decides
+    for width in WIDTHS:
+        yield OpCase(f"small {width}", (make.real(2, width) * 1e-3, make.real(width), 1e-5))
+    for poison in POISON:
+        x = make.real(3, 64)
+        x[1, 5] = poison
+        yield OpCase(f"{poison}", (x, make.real(64), 1e-5), poisoned=True)
+
+
+def add_rms_norm(make: Maker) -> Iterator[OpCase]:
+    for case in rms_norm(make):
+        x, weight, eps = case.args
+        yield case._replace(args=(x, make.real(*x.shape), weight, eps))
+
+
+def rotary_embedding(make: Maker) -> Iterator[OpCase]:
+    sizes = ((16, 16), (64, 64), (64, 32), (80, 80), (128, 128), (30, 20))
+    shapes = itertools.product((0, 1, 5), sizes, ((4, 4), (6, 2)), (False, True))
+    for tokens, (head, rotary), (heads, kv_heads), interleaved in shapes:
+        table = cos_sin_table(
+            theta=10000.0,
+            scaling=None,
+            rotary_dim=rotary,
+            num_positions=40,
+            max_position_embeddings=40,
+        )
+        q, k = make.real(tokens, heads, head), make.real(tokens, kv_heads, head)
+        label = f"{tokens}x{heads}/{kv_heads}x{head} rotary={rotary} interleaved={interleaved}"
+        yield OpCase(label, (make.whole(40, tokens), q, k, table, interleaved))
+
+
+def silu_and_mul(make: Maker) -> Iterator[OpCase]:
+    for rows, width, viewed in itertools.product(ROWS, WIDTHS, (False, True)):
+        x = make.view(rows, 2 * width) if viewed else make.real(rows, 2 * width)
+        yield OpCase(f"{rows}x{2 * width} view={viewed}", (x.mul_(3),))
+    x = make.real(3, 64)
+    x[1, 5] = x[1, 40] = float("nan")
+    yield OpCase("nan", (x,), poisoned=True)
+
+
+def linear(make: Maker) -> Iterator[OpCase]:
+    sizes = ((1, 1), (8, 5), (33, 17), (64, 64), (200, 96), (96, 130))
+    for rows, (inputs, outputs), biased in itertools.product(ROWS, sizes, (False, True)):
+        bias = make.real(outputs) if biased else None
+        x = make.view(rows, inputs) if rows % 2 else make.real(rows, inputs)
+        weight = make.real(outputs, inputs) / inputs**0.5
+        args = (x, weight, bias)
+        yield OpCase(f"{rows}x{inputs}->{outputs} bias={biased}", args, "pack_linear", inputs > 64)
+    for rows, (inputs, outputs) in itertools.product((1, 4), sizes):
+        wide = (make.real(rows, inputs), make.real(outputs, inputs), None, torch.float32)
+        yield OpCase(f"{rows}x{inputs}->{outputs} wide", wide, "pack_linear", True)
+    for poison in POISON:
+        x = make.real(3, 64)
+        x[1, 5] = poison
+        args = (x, make.real(8, 64), None)
+        yield OpCase(f"{poison}", args, "pack_linear", poisoned=True)
+
+
+def gated_linear(make: Maker) -> Iterator[OpCase]:
+    sizes = ((8, 5), (33, 17), (64, 64), (96, 33))
+    for rows, (inputs, width), biased, act in itertools.product(
+        ROWS, sizes, (False, True), ("silu", "gelu_tanh")
+    ):
+        bias = make.real(2 * width) if biased else None
+        weight = make.real(2 * width, inputs) / inputs**0.5
+        args = (make.real(rows, inputs), weight, bias, act)
+        label = f"{rows}x{inputs}->{width} bias={biased} {act}"
+        yield OpCase(label, args, "pack_gated_linear", True)
+
+
+def _rounding(x: Tensor, dense: Tensor) -> Tensor:
+    """What rounding x to signed bytes may move x @ dense.T: half a step of each input."""
+    peak = x.float().abs().amax(-1, keepdim=True) if len(x) else x.float()[:, :1]
+    return peak / 254 * dense.abs().sum(1)
+
+
+def quantized_linear(make: Maker) -> Iterator[OpCase]:
+    sizes = ((32, 1), (64, 16), (96, 33), (256, 24))
+    for rows, (inputs, outputs), kind, biased in itertools.product(
+        ROWS, sizes, ("int8", "group8", "group4"), (False, True)
+    ):
+        dense = make.real(outputs, inputs, dtype=torch.float32)
+        weight = by_channel(dense) if kind == "int8" else by_group(dense, int(kind[-1]))
+        x, bias = make.real(rows, inputs), make.real(outputs) if biased else None
+        slack = _rounding(x, weight.dequantize(torch.float32))
+        label = f"{rows}x{inputs}->{outputs} {kind} bias={biased}"
+        yield OpCase(label, (x, weight, bias), "pack_quantized", True, slack=slack)
+
+
+def gated_quantized_linear(make: Maker) -> Iterator[OpCase]:
+    sizes = ((32, 2), (64, 16), (96, 33))
+    for rows, (inputs, width), kind, act in itertools.product(
+        ROWS, sizes, ("int8", "group4"), ("silu", "gelu_tanh")
+    ):
+        dense = make.real(2 * width, inputs, dtype=torch.float32) / inputs**0.5
+        weight = by_channel(dense) if kind == "int8" else by_group(dense, int(kind[-1]))
+        x = make.real(rows, inputs)
+        wide = weight.dequantize(torch.float32)
+        off, y = _rounding(x, wide), x.float() @ wide.T
+        gate, up = y.abs().chunk(2, -1)
+        off_gate, off_up = off.chunk(2, -1)
+        # silu and gelu have slopes below 1.2, and stay below what they are given
+        slack = 1.2 * off_gate * (up + off_up) + off_up * gate
+        label = f"{rows}x{inputs}->{width} {kind} {act}"
+        args = (x, weight, None, act)
+        yield OpCase(label, args, "pack_gated_quantized", True, slack=slack)
+
+
+def embedding(make: Maker) -> Iterator[OpCase]:
+    for tokens, vocab, hidden in itertools.product(ROWS, (1, 5, 99), (1, 30, 64, 97)):
+        args = (make.whole(vocab, tokens), make.real(vocab, hidden))
+        yield OpCase(f"{tokens} of {vocab}x{hidden}", args)
+
+
+def fused_experts(make: Maker) -> Iterator[OpCase]:
+    shapes = itertools.product(ROWS[1:], ((2, 1), (4, 2), (8, 3)), ((16, 24), (64, 40)))
+    for (tokens, (experts, k), (hidden, inter)), act in itertools.product(
+        shapes, ("silu", "gelu_tanh")
+    ):
+        x = make.real(tokens, hidden)
+        gate_up = make.real(experts, 2 * inter, hidden) / hidden**0.5
+        down = make.real(experts, hidden, inter) / inter**0.5
+        weights, ids = make.uniform(tokens, experts).topk(k)
+        args = (x, gate_up, down, weights, ids, act)
+        yield OpCase(f"{tokens}x{hidden} {k} of {experts} {act}", args, long=True)
+    for hidden in (16, 64, 30, 8):
+        gate_up, down = make.real(4, 24, hidden), make.real(4, hidden, 12)
+        ids = torch.zeros(3, 1, dtype=torch.int64)
+        args = (make.real(3, hidden) / 8, gate_up / 8, down / 8, torch.ones(3, 1), ids, "silu")
+        yield OpCase(f"all to one expert, {hidden}", args, long=True)
+
+
+def greedy_sample(make: Maker) -> Iterator[OpCase]:
+    for rows, vocab in itertools.product(ROWS[1:], (1, 2, 15, 16, 17, 64, 99, 320, 1000)):
+        logits = make.real(rows, vocab, dtype=torch.float32)
+        yield OpCase(f"{rows}x{vocab}", (logits,))
+        # many equal maxima: the lowest id wins
+        yield OpCase(f"{rows}x{vocab} ties", ((logits * 1.5).round(),))
+    for vocab in (1, 17, 64, 320):
+        yield OpCase(f"all equal {vocab}", (torch.zeros(2, vocab),))
+        yield OpCase(f"all -inf {vocab}", (torch.full((2, vocab), float("-inf")),))
+
+
+def top_k_top_p_sample(make: Maker) -> Iterator[OpCase]:
+    settings = ((0, 1.0, 0.0), (1, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.6, 0.0), (0, 1.0, 0.2))
+    for vocab, rows, (k, p, least) in itertools.product(
+        (2, 16, 99, 320), (1, 3, 8), (*settings, (5, 0.7, 0.1))
+    ):
+        logits = 2 * make.real(rows, vocab, dtype=torch.float32)
+        args = (
+            logits,
+            torch.full((rows,), min(k or vocab, vocab)),
+            torch.full((rows,), p),
+            torch.full((rows,), least),
+            make.uniform(rows),
+        )
+        yield OpCase(f"{rows}x{vocab} k={k} p={p} min_p={least}", args)
+
+
+MAKERS: dict[str, Callable[[Maker], Iterator[OpCase]]] = {
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "rotary_embedding": rotary_embedding,
+    "silu_and_mul": silu_and_mul,
+    "gelu_tanh_and_mul": silu_and_mul,
+    "linear": linear,
+    "quantized_linear": quantized_linear,
+    "gated_linear": gated_linear,
+    "gated_quantized_linear": gated_quantized_linear,
+    "embedding": embedding,
+    "fused_experts": fused_experts,
+    "greedy_sample": greedy_sample,
+    "top_k_top_p_sample": top_k_top_p_sample,
+}
+"""``write_kv`` and ``paged_attention`` have checks of their own (kv, prefill, decode)."""

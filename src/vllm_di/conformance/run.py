@@ -1,0 +1,131 @@
+"""One run of the suite, from a subject to a report."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from vllm_di.components.interfaces import INTERFACE_VERSION
+from vllm_di.conformance.catalog import BY_NAME, CHECKS
+from vllm_di.conformance.plugin import Conformance
+from vllm_di.conformance.report import Report, ReportError, Required, Waiver, level_of
+from vllm_di.conformance.subject import Subject
+from vllm_di.errors import ConfigError, nearest
+from vllm_di.version import __version__
+
+FOLDER = Path(__file__).parent
+PACKAGES = ("torch", "transformers", "numpy", "safetensors", "hydra-core", "dependency-injector")
+"""Whose versions stand in every report; those of the platform's ``detect.modules`` come on top."""
+SEED = 20261124
+STEPS: dict[str, tuple[Required, ...]] = {
+    "contract": ("declared", "contract"),
+    "runtime": ("declared", "contract", "runtime"),
+}
+"""``--level`` to the checks that it runs."""
+
+
+def run(
+    subject: Subject,
+    *,
+    level: str = "runtime",
+    only: Sequence[str] = (),
+    waivers: Sequence[Waiver] = (),
+    quiet: bool = False,
+) -> Report:
+    """Run the checks up to a level, or ``only`` some checks or cases. Raises ConfigError for a
+    name that is none, ReportError when the suite itself cannot run."""
+    checks = [check.name for check in CHECKS if check.required in STEPS[level]]
+    for name in only:
+        if name.split("/")[0] not in BY_NAME:
+            raise ConfigError(f"--only {name}: no such check{nearest(name, BY_NAME)}")
+    if only:
+        asked = {name.split("/")[0] for name in only}
+        checks = [name for name in BY_NAME if name in asked]
+    started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
+    plugin = Conformance(subject, checks=checks, only=only, waivers=waivers)
+    files = [str(FOLDER / "checks" / f"test_{name}.py") for name in checks]
+    options = ["-c", str(FOLDER / "pytest.ini"), "--rootdir", str(FOLDER)]
+    options += ["-p", "no:terminal"] if quiet else ["--tb=short"]
+    status = pytest.ExitCode(pytest.main([*options, *files], plugins=[plugin]))
+    if plugin.errors or status in (
+        pytest.ExitCode.INTERNAL_ERROR,
+        pytest.ExitCode.USAGE_ERROR,
+        pytest.ExitCode.NO_TESTS_COLLECTED,
+    ):
+        raise ReportError("\n".join(plugin.errors) or f"the checks did not run: {status.name}")
+    if status == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
+    return report(subject, plugin, started, time.monotonic() - begin, partial=bool(only))
+
+
+def report(
+    subject: Subject,
+    plugin: Conformance,
+    started: datetime.datetime,
+    seconds: float,
+    *,
+    partial: bool,
+) -> Report:
+    """What a run found so far."""
+    checks, manifest = plugin.results(), subject.manifest
+    assembly = subject.assembly()
+    nodes = {**assembly.server, **assembly.engine, **assembly.workers[0]}
+    return Report(
+        platform=manifest.name,
+        level=level_of(checks, partial=partial, simulated=subject.simulated),
+        partial=partial,
+        form=subject.form,
+        simulated=subject.simulated,
+        started=started,
+        seconds=round(seconds, 1),
+        overrides=subject.overrides,
+        config_hash=subject.config_hash,
+        interface_version=INTERFACE_VERSION,
+        port_interface=manifest.interface or INTERFACE_VERSION,
+        seed=subject.seed,
+        device=platform.processor() or platform.machine(),
+        versions=versions(subject),
+        capabilities={k: getattr(manifest.capabilities, k) for k in _fields(manifest)},
+        components={slot: str(node["_target_"]) for slot, node in nodes.items()},
+        waivers=list(plugin.waivers),
+        checks=checks,
+    )
+
+
+def versions(subject: Subject) -> dict[str, str]:
+    """Of this project, its packages and the port's, of Python, the system and the source tree."""
+    found = {"vllm-di": __version__, "python": platform.python_version()}
+    found["system"] = f"{platform.system()} {platform.release()} {platform.machine()}"
+    distributions = metadata.packages_distributions()
+    names = [*PACKAGES]
+    for module in subject.manifest.detect.modules:
+        names += distributions.get(module.split(".")[0], [])
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    if commit := _commit():
+        found["commit"] = commit
+    return found
+
+
+def _fields(manifest: object) -> list[str]:
+    return list(manifest.capabilities.__struct_fields__)  # type: ignore[attr-defined]
+
+
+def _commit() -> str | None:
+    """The source tree's commit, with ``+`` where it was changed; None outside a checkout."""
+    words = ["git", "-C", str(FOLDER), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

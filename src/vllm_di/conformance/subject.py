@@ -1,0 +1,231 @@
+"""What is judged: an assembly, opened through the seams that every user has."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from importlib import util
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+
+from vllm_di.components.interfaces import Engine, Placement
+from vllm_di.conformance import tiny
+from vllm_di.conformance.outcomes import NotDeclared
+from vllm_di.containers.assembly import Assembly, assemble
+from vllm_di.containers.engine import EngineContainer, WorkerContainer
+from vllm_di.containers.fill import Launcher, opened
+from vllm_di.containers.manifest import Capabilities, Manifest
+from vllm_di.errors import ConfigError, PortError, nearest
+
+OWN = ("model", "model.path", "loader", "tokenizer", "chat_template")
+"""Keys that the suite sets itself: it brings its models."""
+BLOCKS = 96
+"""KV blocks of a worker: several full sequences of a tiny model."""
+USUAL_HEAD = 32
+NO_MODEL = ("model_name", "checkpoint")
+
+
+class Subject:
+    """A platform and overrides of the command line, under test.
+
+    ``form`` says how long the long checks are. Opened parts live as long as their ``with`` block.
+    """
+
+    def __init__(
+        self,
+        overrides: Sequence[str],
+        *,
+        form: Literal["short", "full"] = "short",
+        seed: int = 1,
+        config_dirs: Sequence[str] = (),
+    ) -> None:
+        for text in overrides:
+            if text.split("=")[0] in OWN:
+                raise ConfigError(f"{text}: the suite brings its own models; leave this key out")
+        self.overrides, self.form, self.seed = list(overrides), form, seed
+        self.config_dirs = list(config_dirs)
+        self._assemblies: dict[tuple[str, ...], Assembly] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="vllm-di-conform-")
+
+    def close(self) -> None:
+        """Remove the checkpoints that were written."""
+        self._folder.cleanup()
+
+    @property
+    def full(self) -> bool:
+        return self.form == "full"
+
+    # -- what it declares -----------------------------------------------------------------------
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The platform in its own words."""
+        folder = self.model_folder(head_size=USUAL_HEAD)  # before it is known what it declares
+        return self.assembly(model=folder).platform
+
+    @property
+    def platform(self) -> str:
+        return self.manifest.name
+
+    @property
+    def declared(self) -> Capabilities:
+        return self.manifest.capabilities
+
+    @property
+    def simulated(self) -> bool:
+        return any(node["device"].get("simulated") for node in self.assembly().workers)
+
+    @cached_property
+    def head_size(self) -> int:
+        """Of the tiny models: 32, or the smallest that the platform declares."""
+        sizes = self.declared.head_sizes or (USUAL_HEAD,)
+        return USUAL_HEAD if USUAL_HEAD in sizes else min(sizes)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises NotDeclared for one that the manifest does not name."""
+        if name not in self.declared.dtypes:
+            raise NotDeclared(f"its dtypes are {', '.join(self.declared.dtypes)}")
+        found: torch.dtype = getattr(torch, name)
+        return found
+
+    @cached_property
+    def lacks_driver(self) -> str:
+        """Why the platform cannot run here at all; empty where it can."""
+        modules = [m.split(".")[0] for m in self.manifest.detect.modules]
+        absent = [m for m in modules if util.find_spec(m) is None]
+        if absent and not self.simulated:
+            return f"not installed: {', '.join(absent)}"
+        try:
+            with self.parts("device"):
+                return ""
+        except PortError as error:
+            return str(error)
+
+    @property
+    def exact_dtype(self) -> str:
+        """For checks of whole models: float32 where it is declared, else the first that is."""
+        names = self.declared.dtypes
+        return "float32" if "float32" in names else names[0]
+
+    @property
+    def slack(self) -> float:
+        """Nats that two log-probs of the same thing in ``exact_dtype`` may be apart."""
+        return {"float32": 2e-4, "float16": 2e-2, "bfloat16": 5e-2}[self.exact_dtype]
+
+    # -- opened parts -----------------------------------------------------------------------------
+
+    def model_folder(
+        self,
+        name: str = "gqa",
+        *,
+        head_size: int | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        num_files: int = 1,
+        variant: str = "",
+    ) -> Path:
+        """A tiny checkpoint; written once for each ``variant``."""
+        size = head_size or self.head_size
+        folder = Path(self._folder.name) / f"{name}-{size}{variant}"
+        if not folder.exists():
+            tiny.write(folder, name, size, weights=weights, num_files=num_files)
+        return folder
+
+    def overrides_of(self, model: str | Path) -> list[str]:
+        """What a user would write to run the subject on a tiny model."""
+        folder = self.model_folder(model) if isinstance(model, str) else model
+        return [*self.overrides, *_model(folder)]
+
+    def assembly(self, *more: str, model: str | Path = "gqa") -> Assembly:
+        """The subject's overrides on a tiny model, and ``more``."""
+        overrides = (*self.overrides_of(model), *more)
+        if overrides not in self._assemblies:
+            self._assemblies[overrides] = assemble(overrides, self.config_dirs)
+        return self._assemblies[overrides]
+
+    @contextmanager
+    def parts(
+        self,
+        *slots: str,
+        more: Collection[str] = (),
+        model: str = "gqa",
+        placement: Placement | None = None,
+        **objects: Any,
+    ) -> Iterator[WorkerContainer]:
+        """A worker container with some slots, or all when none is named."""
+        assembly = self.assembly(*more, model=model)
+        given = placement or Placement()
+        with opened(WorkerContainer, assembly, only=slots, placement=given, **objects) as found:
+            yield found
+
+    @contextmanager
+    def engine(
+        self,
+        *more: str,
+        model: str | Path = "gqa",
+        worker: Mapping[str, Any] | None = None,
+        **objects: Any,
+    ) -> Iterator[Engine]:
+        """A started engine. Objects stand in for its slots, those in ``worker`` for a worker's."""
+        assembly = self.assembly(*more, model=model)
+        launcher = Launcher(assembly, objects=worker)
+        with opened(EngineContainer, assembly, launcher=launcher, **objects) as container:
+            yield container.engine()
+
+    def has_key(self, key: str) -> bool:
+        """Whether a worker's node has a key, ``device.memory_budget``."""
+        slot, _, name = key.partition(".")
+        return all(name in node[slot] for node in self.assembly().workers)
+
+    def target(self, slot: str) -> str:
+        """The class that fills a slot, as its dotted name."""
+        a = self.assembly()
+        nodes = {**a.server, **a.engine, **a.workers[0]}
+        if slot not in nodes:
+            raise KeyError(f"{slot}{nearest(slot, nodes)}")
+        return str(nodes[slot]["_target_"])
+
+    @cached_property
+    def config_hash(self) -> str:
+        """SHA-256 of the composed config, but for where the suite's models lie."""
+        a = self.assembly()
+        workers = [
+            {**node, "model": {k: v for k, v in node["model"].items() if k != "path"}}
+            for node in a.workers
+        ]
+        loader = {k: v for k, v in a.workers[0]["loader"].items() if k == "_target_"}
+        plain = {
+            "server": {k: v for k, v in a.server.items() if k != "tokenizer"},
+            "engine": a.engine,
+            "workers": [{**node, "loader": loader} for node in workers],
+            "settings": {k: v for k, v in a.settings.items() if k not in NO_MODEL},
+        }
+        return hashlib.sha256(msgspec.json.encode(plain, order="deterministic")).hexdigest()
+
+
+def _model(folder: Path) -> list[str]:
+    return [
+        "model=local",
+        f"model.path={folder}",
+        "tokenizer=bytes",
+        "chat_template=plain",
+        f"worker.num_blocks={BLOCKS}",
+        "scheduler.max_num_seqs=8",
+        "scheduler.max_num_batched_tokens=256",
+    ]
+
+
+REFERENCE = (
+    "platform=cpu",
+    "ops=torch",
+    "attention=sdpa",
+    "graph=eager",
+    "model.dtype=float32",
+    "kv_cache_manager.prefix_caching=false",
+)
+"""What every platform is compared with: plain torch in fp32 on the host."""
