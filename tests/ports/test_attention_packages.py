@@ -148,8 +148,8 @@ def parts(block_size: int = 256) -> tuple[HostDevice, HndLayout]:
 def backend(name: str, block_size: int = 256) -> AttentionBackend:
     device, layout = parts(block_size)
     if name == "flash_attn":
-        return FlashAttention(layout)
-    return FlashInferAttention(device, layout, workspace="1MiB")
+        return FlashAttention(TorchOps(), layout)
+    return FlashInferAttention(device, TorchOps(), layout, workspace="1MiB")
 
 
 def batch(padding: int, block_size: int = 256) -> tuple[BatchPlan, LayerCache]:
@@ -215,7 +215,7 @@ def test_steps_are_not_captured() -> None:
 
 def test_limits_name_the_way_out() -> None:
     with pytest.raises(ConfigError, match=r"multiple of 256 tokens, not 32; .*block_size=256"):
-        FlashAttention(parts(32)[1])
+        FlashAttention(TorchOps(), parts(32)[1])
     odd: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 1, "scale": 1.0}
     with pytest.raises(ConfigError, match=r"up to 256, not 320; choose attention=triton"):
         backend("flash_attn").check(AttentionSpec(head_size=320, **odd))

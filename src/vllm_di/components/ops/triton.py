@@ -241,7 +241,8 @@ class TritonOps(OpLibrary):
         rows = -(-tokens // num_seqs) * group
         tile = self._attention.choose_tile(head_size, group, rows, q.itemsize)
         blocks = tokens // (tile.rows // group) + num_seqs
-        splits = self._splits(blocks * num_kv_heads, block_table.shape[1] * block_size)
+        at_work = min(blocks, tokens) * num_kv_heads  # the rest find nothing to do
+        splits = self._splits(at_work, block_table.shape[1] * block_size)
         partial = stats = out
         if splits > 1:
             shape = (tokens, heads, splits, head_size)

@@ -13,6 +13,7 @@ from vllm_di.components.interfaces import (
     BatchPlan,
     KvLayout,
     LayerCache,
+    OpTable,
 )
 from vllm_di.errors import ConfigError
 from vllm_di.ports.cuda.packages import needed
@@ -28,7 +29,7 @@ class FlashAttention(AttentionBackend):
 
     layouts = ("hnd",)
 
-    def __init__(self, kv_layout: KvLayout) -> None:
+    def __init__(self, ops: OpTable, kv_layout: KvLayout) -> None:
         if kv_layout.name not in self.layouts:
             raise ConfigError(f"attention=flash_attn reads the layout hnd, not {kv_layout.name!r}")
         if kv_layout.block_size % PAGE:
@@ -37,7 +38,7 @@ class FlashAttention(AttentionBackend):
                 f"{kv_layout.block_size}; set kv_layout.block_size={PAGE}"
             )
         package = needed("flash_attn", "attention=flash_attn", "pip install flash-attn")
-        self._attend, self._write = package.flash_attn_varlen_func, kv_layout.write
+        self._attend, self._write = package.flash_attn_varlen_func, ops.write_kv
 
     def check(self, spec: AttentionSpec) -> None:
         check_spec(spec)
@@ -57,7 +58,7 @@ class FlashAttention(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, metadata: Any, spec: AttentionSpec
     ) -> Tensor:
         plan: BatchPlan = metadata[0]
-        self._write(cache, k, v, plan.slot_mapping)
+        self._write(k, v, cache.key, cache.value, plan.slot_mapping)
         total = sum(plan.query_lens_host)
         out = self._attend(
             q[:total],

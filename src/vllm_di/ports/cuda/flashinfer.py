@@ -17,6 +17,7 @@ from vllm_di.components.interfaces import (
     Device,
     KvLayout,
     LayerCache,
+    OpTable,
 )
 from vllm_di.errors import ConfigError
 from vllm_di.ports.cuda.packages import needed
@@ -41,16 +42,15 @@ class FlashInferAttention(AttentionBackend):
 
     layouts = ("hnd",)
 
-    def __init__(self, device: Device, kv_layout: KvLayout, *, workspace: str | int) -> None:
+    def __init__(
+        self, device: Device, ops: OpTable, kv_layout: KvLayout, *, workspace: str | int
+    ) -> None:
         if kv_layout.name not in self.layouts:
             raise ConfigError(f"attention=flashinfer reads the layout hnd, not {kv_layout.name!r}")
         size = parse_size(workspace, "workspace")
         package = needed("flashinfer", "attention=flashinfer", "pip install flashinfer-python")
-        self._wrapper, self._layout, self._device = (
-            package.BatchPrefillWithPagedKVCacheWrapper,
-            kv_layout,
-            device,
-        )
+        self._wrapper = package.BatchPrefillWithPagedKVCacheWrapper
+        self._write, self._block_size = ops.write_kv, kv_layout.block_size
         self._workspace = device.zeros((size,), torch.uint8)
         self._wrappers: dict[tuple[AttentionSpec, torch.dtype], Any] = {}
 
@@ -63,7 +63,7 @@ class FlashInferAttention(AttentionBackend):
             )
 
     def build(self, batch: BatchPlan, out: Any | None = None) -> Pages:
-        size = self._layout.block_size
+        size = self._block_size
         lengths = torch.tensor(batch.seq_lens_host, dtype=torch.int32)
         blocks = (lengths + size - 1) // size
         starts = torch.zeros(len(blocks) + 1, dtype=torch.int32)
@@ -81,7 +81,7 @@ class FlashInferAttention(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, metadata: Any, spec: AttentionSpec
     ) -> Tensor:
         pages: Pages = metadata
-        self._layout.write(cache, k, v, pages.plan.slot_mapping)
+        self._write(k, v, cache.key, cache.value, pages.plan.slot_mapping)
         key = spec, q.dtype
         if key not in pages.planned:
             pages.planned[key] = self._plan(pages, spec, q.dtype, cache.key.dtype)
@@ -113,7 +113,7 @@ class FlashInferAttention(AttentionBackend):
             num_qo_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim_qk=spec.head_size,
-            page_size=self._layout.block_size,
+            page_size=self._block_size,
             causal=True,
             sm_scale=spec.scale,
             window_left=-1 if spec.window is None else spec.window - 1,
