@@ -1,0 +1,114 @@
+"""``vllm-di new-port``: from an empty folder, with nothing but the built wheel, to a port that
+answers on a simulated device and passes its own tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from vllm_di.commands.arguments import UsageError
+from vllm_di.commands.new_port import check_name, write_port
+from vllm_di.conformance.matrix import Matrix
+from vllm_di.containers.ports import Port
+from vllm_di.containers.tree import ConfigFiles
+from vllm_di.errors import VllmDiError
+
+ROOT = Path(__file__).parents[2]
+PIP = ["-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+PIP += ["--no-index", "--no-build-isolation"]
+
+
+def python(folder: Path, *arguments: str, path: Path | None = None) -> str:
+    """Run it in ``folder`` with ``path`` alone before the installed packages."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder, then the scaffold ``acme`` and a ``site`` with it and the wheel."""
+    wheels, folder = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("empty")
+    site = tmp_path_factory.mktemp("site")
+    python(ROOT, "-m", "hatchling", "build", "-t", "wheel", "-d", str(wheels))
+    python(wheels, *PIP, "--target", str(site), *map(str, wheels.glob("*.whl")))
+    python(folder, "-m", "vllm_di.cli", "new-port", "acme", path=site)
+    python(folder, *PIP, "--target", str(site), "./vllm-di-acme")
+    (folder / "site").symlink_to(site)
+    return folder
+
+
+def test_its_own_tests_pass(folder: Path) -> None:
+    port, site = folder / "vllm-di-acme", folder / "site"
+    found = python(folder, "-c", "import vllm_di; print(vllm_di.__file__)", path=site)
+    assert found.startswith((str(site), str(site.resolve())))
+    python(port, "-m", "pytest", "-q", "-p", "no:cacheprovider", path=site)
+
+
+def test_it_answers_as_the_reference_does(folder: Path) -> None:
+    asked = ["-m", "vllm_di.cli", "complete", "hello", "model=tiny", "model.dtype=float32"]
+    site, more = folder / "site", ["--max-tokens", "8"]
+    simulated = python(folder, *asked, *more, "platform=acme", "device.simulated=true", path=site)
+    assert simulated == python(folder, *asked, *more, "platform=cpu", "ops=torch", path=site)
+
+
+def test_the_matrix_shows_it_beside_the_platforms_of_the_wheel(folder: Path) -> None:
+    text = python(folder, "-m", "vllm_di.cli", "matrix", "--json", path=folder / "site")
+    found = {c.name: c for c in msgspec.json.decode(text, type=Matrix).platforms}
+    assert (found["acme"].level, found["acme"].evidence) == ("declared", [])
+    assert [Path(run.file).name for run in found["cpu"].evidence] == ["cpu.json"]
+
+
+def test_without_its_driver_it_says_what_is_missing(folder: Path) -> None:
+    with pytest.raises(AssertionError, match="the package torch_acme is not installed; install"):
+        python(folder, "-m", "vllm_di.cli", "complete", "x", "platform=acme", path=folder / "site")
+
+
+def test_a_vendor_writes_less_than_300_lines(tmp_path: Path) -> None:
+    files = write_port("acme", tmp_path / "port")
+    own = [f for f in files if f.suffix in (".py", ".yaml", ".toml", ".yml")]
+    assert sum(len(f.read_text().splitlines()) for f in own) < 300
+    left = [f for f in files if "NAME" in str(f) or "$name" in f.read_text()]
+    assert left == []
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="exists already"):
+        write_port("acme", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("Acme", "expected a name for a Python package"),
+        ("my-chip", "expected a name for a Python package"),
+        ("class", "expected a name for a Python package"),
+        ("../x", "expected a name for a Python package"),
+        ("", "expected a name for a Python package"),
+        ("json", "a module of Python's own library"),
+        ("mps", "torch has a device of this name"),
+        ("auto", "a meaning of its own"),
+        ("tests", "a meaning of its own"),
+        ("host", "there is device=host already"),
+        ("torch", "there is ops=torch already"),
+        ("msgspec", "a package of this name is installed"),
+        ("vllm_di", "a package of this name is installed"),
+        ("chip", "taken by the installed port chip-port"),
+    ],
+)
+def test_a_name_that_cannot_be(name: str, why: str) -> None:
+    tree = ConfigFiles.find()
+    tree.ports.append(Port("chip", "chip_package", "chip-port", None, "broken"))
+    with pytest.raises(VllmDiError, match=why):
+        check_name(name, tree)
