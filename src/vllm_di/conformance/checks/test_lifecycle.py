@@ -54,7 +54,7 @@ def device_free(subject: Subject) -> int:
     """Free device memory; a host's is everybody's and tells nothing."""
     with subject.parts("device") as container:
         device = container.device()
-        return 0 if device.torch_device.type == "cpu" else device.memory().free
+        return 0 if device.on_host else device.memory().free
 
 
 def with_probes(plain: Assembly, failing: str, kind: str) -> Assembly:

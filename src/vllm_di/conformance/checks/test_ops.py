@@ -99,7 +99,7 @@ def _compare_rounded(found: Tensor, wanted: Tensor, slack: Tensor) -> None:
 
 def _moved(value: Any, device: torch.device) -> Any:
     """On the device, with the strides that it has on the host."""
-    if not isinstance(value, Tensor) or device.type == "cpu":
+    if not isinstance(value, Tensor) or value.device == device:
         return value
     if value.is_contiguous():
         return value.to(device)
