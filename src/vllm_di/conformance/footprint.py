@@ -25,7 +25,7 @@ class Footprint(msgspec.Struct, frozen=True):
     """Open file descriptors."""
     children: int
     shared: int
-    """Entries of /dev/shm."""
+    """Entries of /dev/shm that no other process holds."""
 
     def beyond(self, base: Footprint) -> list[str]:
         """What is more than in ``base``."""
@@ -43,7 +43,7 @@ def footprint() -> Footprint:
         threads=native or threading.active_count(),
         files=_entries(SELF / "fd"),
         children=_children(),
-        shared=_entries(Path("/dev/shm")),
+        shared=len(_shared()),
     )
 
 
@@ -68,6 +68,23 @@ def _entries(folder: Path) -> int:
         return len(os.listdir(folder))
     except OSError:
         return 0
+
+
+def _shared() -> set[str]:
+    """Shared memory that may be ours: what others have mapped is theirs, and each process's OpenMP
+    registers itself by an entry with its process id."""
+    folder = Path("/dev/shm")
+    names = [f.name for f in folder.iterdir()] if folder.is_dir() else []
+    found = {name for name in names if not name.startswith("__KMP_REGISTERED_LIB")}
+    others = Path("/proc").glob("[0-9]*/maps") if found else ()
+    for maps in others:
+        if maps.parent.name != str(os.getpid()):
+            try:
+                text = maps.read_text(errors="replace")
+            except OSError:  # it ended, or is not for us to read
+                continue
+            found = {name for name in found if f"/dev/shm/{name}\n" not in text}
+    return found
 
 
 def _children() -> int:
