@@ -52,7 +52,7 @@ class SdpaAttention(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, metadata: Any, spec: AttentionSpec
     ) -> Tensor:
         if isinstance(metadata, PaddedBatch):
-            return _attend_padded(q, k, v, cache, metadata, spec)
+            return _attend_padded(q, k, v, cache, metadata, spec, self._layout.block_size)
         plan: BatchPlan = metadata
         self._layout.write(cache, k, v, plan.slot_mapping)
         out = torch.zeros_like(q)
@@ -100,19 +100,26 @@ class SdpaAttention(AttentionBackend):
 
 
 def _attend_padded(
-    q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, batch: PaddedBatch, spec: AttentionSpec
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: LayerCache,
+    batch: PaddedBatch,
+    spec: AttentionSpec,
+    size: int,
 ) -> Tensor:
-    """As ``forward``, in torch ops that can be traced; the cache after it is a new tensor."""
-    heads, size, width = cache.key.shape[1:]
+    """As ``forward``, in torch ops that can be traced; the cache after it is a new tensor. ``size``
+    is that of a block."""
+    heads, width = spec.num_kv_heads, spec.head_size
     # row of a slot in the cache seen as [blocks * kv_heads * block_size, head_size]
     block, offset = batch.slots // size, batch.slots % size
     head = torch.arange(heads, device=q.device)
     rows = ((block[:, None] * heads + head) * size + offset[:, None]).flatten()
 
     def written(cached: Tensor, new: Tensor) -> Tensor:
-        flat = cached.reshape(-1, width)
-        flat = flat.index_put((rows,), new.reshape(-1, width).to(cached.dtype))
-        return flat.reshape(cached.shape)
+        flat = cached.view(-1, width)
+        flat = flat.index_put((rows,), new.flatten(0, 1).to(cached.dtype))
+        return flat.view(-1, heads, size, width)
 
     cache.key, cache.value = written(cache.key, k), written(cache.value, v)
     column = torch.arange(batch.blocks.shape[1] * size, device=q.device)
@@ -135,4 +142,4 @@ def _attend_padded(
     # finite: a query beyond a sequence's last may see nothing
     weights = torch.where(seen[:, None, None], scores, -1e30).softmax(-1).to(q.dtype)
     mixed = (weights @ values).permute(0, 3, 1, 2, 4)
-    return mixed.reshape(-1, spec.num_heads, width)[batch.places]
+    return mixed.flatten(0, 1).flatten(1, 2)[batch.places]

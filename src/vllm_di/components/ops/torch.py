@@ -54,7 +54,8 @@ class TorchOps(OpLibrary):
         if out_dtype is None or out_dtype == x.dtype:
             return F.linear(x, weight, bias)
         # a wide copy of a slice of the weight at a time: the whole one would double the memory
-        parts = [F.linear(x.to(out_dtype), part.to(out_dtype)) for part in weight.split(8192)]
+        starts = range(0, weight.shape[0], 8192)
+        parts = [F.linear(x.to(out_dtype), weight[i : i + 8192].to(out_dtype)) for i in starts]
         out = torch.cat(parts, -1)
         return out if bias is None else out + bias
 

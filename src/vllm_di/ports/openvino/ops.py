@@ -1,0 +1,87 @@
+"""The ops as the compiler gets them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_di.components.interfaces import Activation
+from vllm_di.components.ops.torch import TorchOps
+from vllm_di.components.quantized import QuantizedWeight
+
+SAMPLER = "the sampler runs outside the compiled step"
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """(q - zero) * scale: the form that OpenVINO keeps compressed."""
+
+    q: Tensor  # [out, groups, group] uint8
+    scale: Tensor  # [out, groups, 1] fp32
+    zero: Tensor  # [out, groups, 1] fp32
+
+
+class OpenVinoOps(TorchOps):
+    """The torch reference, traced into the step and compiled by OpenVINO. What depends on values
+    there is written here without."""
+
+    implements = frozenset(TorchOps.OPS) - {
+        "write_kv",
+        "paged_attention",
+        "greedy_sample",
+        "top_k_top_p_sample",
+    }
+
+    def describe(self) -> dict[str, str]:
+        rows = dict.fromkeys(self.implements, "openvino compiler")
+        rows |= dict.fromkeys(("write_kv", "paged_attention"), "attention exports its own")
+        return rows | dict.fromkeys(("greedy_sample", "top_k_top_p_sample"), SAMPLER)
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        dtype = out_dtype or x.dtype
+        out = F.linear(x.to(dtype), weight.to(dtype))
+        return out if bias is None else out + bias
+
+    def pack_quantized(self, weight: QuantizedWeight) -> Compressed:
+        rows, groups = weight.scale.shape
+        scale, offset = weight.scale.float(), weight.offset.float()
+        flat = scale == 0  # a group of equal weights
+        scale = torch.where(flat, 1.0, scale)
+        q = weight.q.view(rows, groups, -1) * ~flat[..., None]
+        return Compressed(q, scale[..., None], (-offset / scale)[..., None])
+
+    def quantized_linear(
+        self,
+        x: Tensor,
+        weight: Compressed,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        wide = (weight.q.float() - weight.zero) * weight.scale
+        return self.linear(x, wide.flatten(1).to(x.dtype), bias, out_dtype)
+
+    def fused_experts(
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: Activation,
+    ) -> Tensor:
+        """Every expert on every token, weighted with zero where it was not chosen."""
+        act = self.silu_and_mul if activation == "silu" else self.gelu_tanh_and_mul
+        inner = act(x @ gate_up.transpose(1, 2))  # [experts, tokens, inter]
+        out = (inner @ down.transpose(1, 2)).float()  # [experts, tokens, hidden]
+        weights = x.new_zeros((x.shape[0], gate_up.shape[0]), dtype=torch.float32)
+        weights = weights.scatter_add(1, topk_ids, topk_weights.float())
+        return (out * weights.t()[..., None]).sum(0).to(x.dtype)
