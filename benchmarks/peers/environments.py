@@ -10,6 +10,8 @@ import venv
 from pathlib import Path
 from typing import Any
 
+from vllm_di.kernels.build import usable_isas
+
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / ".peers"
 DRIVERS = Path(__file__).parent / "drivers"
@@ -17,7 +19,8 @@ Q8_0 = 7
 """llama.cpp's number of the file type."""
 BF16 = 32
 VLLM_CACHE_GIB = 2
-FLAGS = "-DGGML_NATIVE=ON -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON"
+NATIVE = "-DGGML_NATIVE=ON"
+WIDE = f"{NATIVE} -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON"
 PACKAGES: dict[str, list[str]] = {
     "llamacpp": ["llama-cpp-python", "--no-binary", "llama-cpp-python"],
     "openvino": ["openvino-genai", "gguf"],
@@ -61,8 +64,9 @@ def python(name: str) -> Path:
     if not (folder / ".done").is_file():
         print(f"setting up {name} in {folder}", file=sys.stderr)
         venv.create(folder, with_pip=True)
+        flags = WIDE if "avx512_bf16" in usable_isas() else NATIVE
         for package in _steps(PACKAGES[name]):
-            _run([str(folder / "bin/pip"), "install", "--quiet", *package], CMAKE_ARGS=FLAGS)
+            _run([str(folder / "bin/pip"), "install", "--quiet", *package], CMAKE_ARGS=flags)
         (folder / ".done").touch()
     if name == "vllm" and not list(folder.glob(f"lib/python3*/site-packages/{VLLM_NAME}")):
         _mend_vllm(folder)
