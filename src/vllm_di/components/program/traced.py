@@ -42,9 +42,9 @@ class TracedStep:
 
 def step_inputs(model: Model, build: Build, plan: BatchPlan) -> dict[str, Tensor]:
     """What a step takes beside the cache, by name."""
-    found = {"token_ids": plan.token_ids, "positions": plan.positions}
-    if plan.hidden is not None:
-        found["hidden"] = plan.hidden
+    # a compiled model has no input that nothing reads: a later stage has no use for the tokens
+    first = {"token_ids": plan.token_ids} if plan.hidden is None else {"hidden": plan.hidden}
+    found = {**first, "positions": plan.positions}
     if model.last:
         found["rows"] = plan.logits_rows
     metadata = build(plan)
@@ -76,9 +76,9 @@ def trace_step(
         parts = {n.removeprefix("metadata."): t for n, t in found.items() if "metadata." in n}
         cells = list(flat[count:])
         caches = [LayerCache(*pair) for pair in zip(cells[::2], cells[1::2], strict=True)]
-        out = model.forward(
-            found["token_ids"], found["positions"], caches, kind(**parts), found.get("hidden")
-        )
+        hidden = found.get("hidden")
+        ids = found["token_ids"] if hidden is None else found["positions"]  # of the same shape
+        out = model.forward(ids, found["positions"], caches, kind(**parts), hidden)
         if model.last:
             out = model.logits(out[found["rows"]])
         after = [tensor for cache in caches for tensor in (cache.key, cache.value)]
