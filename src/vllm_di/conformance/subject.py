@@ -16,7 +16,7 @@ import torch
 
 from vllm_di.components.interfaces import Engine, Placement
 from vllm_di.conformance import tiny
-from vllm_di.conformance.outcomes import NotDeclared
+from vllm_di.conformance.outcomes import NotDeclared, NotRun
 from vllm_di.containers.assembly import Assembly, assemble
 from vllm_di.containers.engine import EngineContainer, WorkerContainer
 from vllm_di.containers.fill import Launcher, opened
@@ -106,6 +106,11 @@ class Subject:
                 return ""
         except PortError as error:
             return str(error)
+
+    def need_driver(self) -> None:
+        """Raises NotRun where the platform cannot run here."""
+        if self.lacks_driver:
+            raise NotRun(self.lacks_driver)
 
     @property
     def exact_dtype(self) -> str:

@@ -84,7 +84,7 @@ class TritonOps(OpLibrary):
     def describe(self) -> dict[str, str]:
         """For an op that it does not implement: why."""
         rows = {op: self._where if op in OPS else "no Triton kernel" for op in self.OPS}
-        return rows | {"linear": "torch (the vendor's library of products)"}
+        return rows | {"linear": "the vendor's library of products, through torch"}
 
     # -- norms, rotary, gates -------------------------------------------------------------------
 

@@ -66,6 +66,7 @@ def client(subject: Subject, running: dict[str, Any]) -> Client:
 
 
 def serve(subject: Subject) -> tuple[Client, subprocess.Popen[str]]:
+    subject.need_driver()
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]

@@ -40,6 +40,7 @@ def test_full_cache(subject: Subject, record: Record) -> None:
 
 def test_too_much_is_refused_at_the_start(subject: Subject) -> None:
     """With figures: how much was asked for, how much is there."""
+    subject.need_driver()
     more = [f"worker.num_blocks={2**40}"]
     with pytest.raises(ConfigError) as error, subject.engine(*more):
         pass
