@@ -13,7 +13,7 @@ import msgspec
 from vllm_di.components.device import system
 
 SELF = Path("/proc/self")
-SETTLE_SECONDS = 2.0
+SETTLE_SECONDS = 1.0
 
 
 class Footprint(msgspec.Struct, frozen=True):

@@ -16,7 +16,7 @@ from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.engine import WorkerContainer
 from vllm_di.containers.fill import opened
 
-SECONDS = 60.0
+SECONDS = 40.0
 """The longest that ranks may take together."""
 
 

@@ -38,9 +38,16 @@ def batches(subject: Subject) -> list[list[Ask]]:
     return [*single, *together, *together]
 
 
-def answers(subject: Subject, *more: str) -> list[Answer]:
+def eager(subject: Subject) -> Subject:
+    """The same platform without graphs and padding, whatever was asked of these."""
+    ours = ("graph", "shapes")
+    rest = [o for o in subject.overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in ours]
+    return Subject([*rest, *EAGER], config_dirs=subject.config_dirs)
+
+
+def answers(subject: Subject) -> list[Answer]:
     dtype = f"model.dtype={subject.exact_dtype}"
-    with subject.engine(dtype, "kv_cache_manager.prefix_caching=false", *more) as engine:
+    with subject.engine(dtype, "kv_cache_manager.prefix_caching=false") as engine:
         return [answer for batch in batches(subject) for answer in run(engine, batch)]
 
 
@@ -49,7 +56,7 @@ def test_replay_equals_eager(subject: Subject, record: Record) -> None:
         raise NotDeclared("steps are eager and of any shape")
     if subject.declared.graphs:
         record.feature("graphs")
-    wanted = answers(subject, *EAGER)
+    wanted = answers(eager(subject))
     assert_same(answers(subject), wanted, subject.slack, "with graphs")
 
 
@@ -61,7 +68,7 @@ def test_other_models(subject: Subject, model: str) -> None:
         raise NotDeclared("sliding_window")
     dtype = f"model.dtype={subject.exact_dtype}"
     asks = [ask(prompt, 24, logprobs=20) for prompt in prompts(5)]
-    with subject.engine(dtype, *EAGER, model=model) as engine:
+    with eager(subject).engine(dtype, model=model) as engine:
         wanted = run(engine, asks)
     with subject.engine(dtype, model=model) as engine:
         found = run(engine, asks)
@@ -71,5 +78,7 @@ def test_other_models(subject: Subject, model: str) -> None:
 def test_declared_graphs_are_there(subject: Subject) -> None:
     if not subject.declared.graphs:
         raise NotDeclared("graphs")
+    if subject.assembly().choices["graph"].origin.chosen_by == "command line":
+        raise NotDeclared("the graph policy was chosen on the command line")
     name = subject.target("graph").rpartition(".")[2]
     assert name != "EagerGraph", "graphs are declared, but the graph policy is eager"

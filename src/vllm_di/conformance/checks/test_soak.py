@@ -11,7 +11,7 @@ from vllm_di.conformance.footprint import footprint, resident, settled
 from vllm_di.conformance.outcomes import Record
 from vllm_di.conformance.subject import Subject
 
-SECONDS = {"short": 6.0, "full": 600.0}
+SECONDS = {"short": 4.0, "full": 600.0}
 BATCH = 24
 SLOPE = {"short": 16 * 1024, "full": 100}
 """Resident bytes a request. In the short form an allocator's own pages weigh on few requests."""

@@ -1,0 +1,1 @@
+"""Components with one flaw each, and the cases of the suite that must notice it."""
