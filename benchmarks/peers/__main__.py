@@ -9,6 +9,7 @@ chart from that file.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,6 +166,7 @@ def main() -> None:
     for option, values, known in (("--rows", rows, ROWS), ("--weights", kinds, WEIGHTS)):
         if unknown := set(values) - set(known):
             parser.error(f"{option}: {', '.join(unknown)} is none of {', '.join(known)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # engines are ended on the way out
     results = report.read(RESULTS)
     for weights in kinds:
         before = measure()

@@ -41,15 +41,15 @@ class Processes:
         return total
 
     def end(self, *, kindly: bool) -> None:
-        """Waits for a process that ends by itself; else asks it to, and after 20 s insists."""
+        """Waits for a process that ends by itself; else asks it to. What is left after 20 s, or of
+        its children, is killed."""
         self._signal(signal.SIGCONT)
         if not kindly:
             self.main.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.main.wait(20)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
-            self.main.wait()
+        self._signal(signal.SIGKILL)
+        self.main.wait()
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
