@@ -48,8 +48,7 @@ class OpenVinoOps(TorchOps):
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         dtype = out_dtype or x.dtype
-        out = F.linear(x.to(dtype), weight.to(dtype))
-        return out if bias is None else out + bias
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def pack_quantized(self, weight: QuantizedWeight) -> Compressed:
         rows, groups = weight.scale.shape
