@@ -84,7 +84,7 @@ def test_a_reset_forgets(subject: Subject) -> None:
 
 def test_preempted_equals_not_preempted(subject: Subject) -> None:
     """So few blocks that requests drive each other out and start again."""
-    texts = [[(5 * i + n) % 240 for i in range(40 + 9 * n)] for n in range(6)]
+    texts = [[(5 * i + n) % 240 for i in range(90 + 9 * n)] for n in range(6)]
     wanted = uncached(subject, texts, 48)
     few = exact(subject, f"worker.num_blocks={blocks_for(subject, 2)}")
     with recorded(subject, *few) as (engine, _):
