@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from vllm_di.components.messages import (
     EngineOutputs,
@@ -193,11 +193,13 @@ class OpTable(ABC):
         "paged_attention",
         "greedy_sample",
         "top_k_top_p_sample",
+        "rotary_write_kv",
     )
     FUSED: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "add_rms_norm": ("rms_norm",),
         "gated_linear": ("linear", "silu_and_mul", "gelu_tanh_and_mul"),
         "gated_quantized_linear": ("quantized_linear", "silu_and_mul", "gelu_tanh_and_mul"),
+        "rotary_write_kv": ("rotary_embedding", "write_kv"),
     }
     """Fused op to the ops that it stands for: it runs only where all of them come from its own
     library."""
@@ -309,6 +311,25 @@ class OpTable(ABC):
         """k, v [tokens, kv_heads, head_size]; caches [blocks, kv_heads, block_size, head_size],
         written in place. Token i goes to slot s = slot_mapping[i] (int64): block s // block_size,
         offset s % block_size. s < 0: dropped."""
+
+    def rotary_write_kv(
+        self,
+        positions: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_sin: Tensor,
+        interleaved: bool,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """q and k as in ``rotary_embedding``, the rest as in ``write_kv``: rotates q and k, writes
+        k and v. -> q [tokens, heads, head_size]; may rotate q and k in place. A library without
+        its own has this one, of its two ops."""
+        q, k = self.rotary_embedding(positions, q, k, cos_sin, interleaved)
+        self.write_kv(k, v, key_cache, value_cache, slot_mapping)
+        return q
 
     @abstractmethod
     def paged_attention(
@@ -459,6 +480,23 @@ class KvLayout(ABC):
         """Copy whole blocks in every layer."""
 
 
+class UnrotatedForward(Protocol):
+    """As ``AttentionBackend.forward``, with q and k before rotary: their pairs (i, i + rotary_dim /
+    2) are rotated as by ``OpTable.rotary_embedding``."""
+
+    def __call__(
+        self,
+        positions: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_sin: Tensor,
+        cache: LayerCache,
+        metadata: Any,
+        spec: AttentionSpec,
+    ) -> Tensor: ...
+
+
 class AttentionBackend(ABC):
     """(6) Attention over the KV cache. Workspaces belong to the backend."""
 
@@ -482,6 +520,11 @@ class AttentionBackend(ABC):
     ) -> Tensor:
         """q [tokens, heads, head_size], k and v [tokens, kv_heads, head_size], all after rotary.
         Writes k and v to the cache, then attends causally. -> [tokens, heads, head_size]."""
+
+    def unrotated(self) -> UnrotatedForward | None:
+        """What takes the place of ``forward`` in layers with rotary embedding; None where the two
+        are not to be fused."""
+        return None
 
     def check(self, spec: AttentionSpec) -> None:
         """Raise ConfigError for a head size, window or soft cap that it cannot do."""

@@ -32,6 +32,8 @@ class OpCase(NamedTuple):
     """Whether it holds NaN or infinities."""
     slack: float | Tensor = 0.0
     """What the result may be off beyond the tolerance, where the interface allows roundings."""
+    writes: tuple[int, ...] = ()
+    """Places of the arguments that it writes into, which are results too."""
 
 
 class Maker:
@@ -98,6 +100,19 @@ def rotary_embedding(make: Maker) -> Iterator[OpCase]:
         q, k = make.real(tokens, heads, head), make.real(tokens, kv_heads, head)
         label = f"{tokens}x{heads}/{kv_heads}x{head} rotary={rotary} interleaved={interleaved}"
         yield OpCase(label, (make.whole(40, tokens), q, k, table, interleaved))
+
+
+def rotary_write_kv(make: Maker) -> Iterator[OpCase]:
+    blocks, block_size = 4, 3
+    for case in rotary_embedding(make):
+        positions, q, k, table, interleaved = case.args
+        tokens, heads, size = k.shape
+        slots = make.shuffled(blocks * block_size)[:tokens]
+        if tokens > 1:
+            slots[1] = -1
+        caches = [make.real(blocks, heads, block_size, size) for _ in "kv"]
+        args = (positions, q, k, make.real(*k.shape), table, interleaved, *caches, slots)
+        yield case._replace(args=args, writes=(6, 7))
 
 
 def silu_and_mul(make: Maker) -> Iterator[OpCase]:
@@ -232,6 +247,7 @@ MAKERS: dict[str, Callable[[Maker], Iterator[OpCase]]] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "rotary_embedding": rotary_embedding,
+    "rotary_write_kv": rotary_write_kv,
     "silu_and_mul": silu_and_mul,
     "gelu_tanh_and_mul": silu_and_mul,
     "linear": linear,

@@ -29,6 +29,7 @@ class CpuKernels:
         self.rotary_embedding = bind("rotary_embedding", "ipppplllllllii")
         self.gate_and_mul = bind("gate_and_mul", "iippllli")
         self.write_kv = bind("write_kv", "lppppplllllli")
+        self.rotary_write_kv = bind("rotary_write_kv", "ipppppppplllllllllii")
         self.argmax = bind("argmax", "ppllli")
         self.pack_linear = bind("pack_linear", "ppllli")
         self.linear = bind("linear", "ippppilllliii")

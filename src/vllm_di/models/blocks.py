@@ -124,7 +124,9 @@ class Attention(nn.Module):
             soft_cap=c.attn_logit_softcapping,
         )
         self.eps = c.rms_norm_eps or 0.0
-        self.ops, self.attend, self.reduce = parts.ops, parts.attention.forward, parts.reduce
+        self.ops, self.reduce = parts.ops, parts.reduce
+        self.attend = parts.attention.forward
+        self.attend_unrotated = parts.attention.unrotated() if self.rotates else None
 
     def targets(self, prefix: str) -> dict[str, Target]:
         names = [f"{prefix}.{p}_proj" for p in "qkv"]
@@ -148,9 +150,12 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q = self.ops.rms_norm(q, self.q_norm.weight, self.eps)
             k = self.ops.rms_norm(k, self.k_norm.weight, self.eps)
-        if self.rotates:
-            q, k = self.ops.rotary_embedding(positions, q, k, cos_sin, False)
-        mixed = self.attend(q, k, v, cache, metadata, self.spec)
+        if self.attend_unrotated is not None:
+            mixed = self.attend_unrotated(positions, q, k, v, cos_sin, cache, metadata, self.spec)
+        else:
+            if self.rotates:
+                q, k = self.ops.rotary_embedding(positions, q, k, cos_sin, False)
+            mixed = self.attend(q, k, v, cache, metadata, self.spec)
         return self.reduce(self.out.run(mixed.flatten(1)))
 
 

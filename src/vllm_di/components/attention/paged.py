@@ -14,12 +14,17 @@ from vllm_di.components.interfaces import (
     KvLayout,
     LayerCache,
     OpTable,
+    UnrotatedForward,
 )
 from vllm_di.errors import ConfigError
 
 
 class PagedAttention(AttentionBackend):
-    """``ops.write_kv`` and ``ops.paged_attention``: no gathered copy of keys and values is made."""
+    """``ops.write_kv`` and ``ops.paged_attention``: no gathered copy of keys and values is made.
+
+    Where ``ops.rotary_write_kv`` is in force it rotates too, unless a subclass has a ``forward`` of
+    its own, which then runs.
+    """
 
     layouts = ("hnd",)
     replayable = True
@@ -31,6 +36,8 @@ class PagedAttention(AttentionBackend):
                 f"not {kv_layout.name!r}; attention=sdpa reads any"
             )
         self._write, self._attend = ops.write_kv, ops.paged_attention
+        self._rotary_write = ops.rotary_write_kv
+        self._fused = "rotary_write_kv" in ops.fusions
 
     def check(self, spec: AttentionSpec) -> None:
         check_spec(spec)
@@ -43,6 +50,32 @@ class PagedAttention(AttentionBackend):
     ) -> Tensor:
         plan: BatchPlan = metadata
         self._write(k, v, cache.key, cache.value, plan.slot_mapping)
+        return self._attention(q, cache, plan, spec)
+
+    def unrotated(self) -> UnrotatedForward | None:
+        own = type(self).forward is not PagedAttention.forward
+        return self._forward_unrotated if self._fused and not own else None
+
+    def _forward_unrotated(
+        self,
+        positions: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_sin: Tensor,
+        cache: LayerCache,
+        metadata: Any,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        plan: BatchPlan = metadata
+        q = self._rotary_write(
+            positions, q, k, v, cos_sin, False, cache.key, cache.value, plan.slot_mapping
+        )
+        return self._attention(q, cache, plan, spec)
+
+    def _attention(
+        self, q: Tensor, cache: LayerCache, plan: BatchPlan, spec: AttentionSpec
+    ) -> Tensor:
         return self._attend(
             q,
             cache.key,

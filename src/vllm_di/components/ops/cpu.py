@@ -45,6 +45,7 @@ OPS = frozenset(
         "gated_quantized_linear",
         "embedding",
         "write_kv",
+        "rotary_write_kv",
         "paged_attention",
         "greedy_sample",
         "top_k_top_p_sample",
@@ -101,6 +102,7 @@ class CpuOps(OpLibrary):
         self._gate = kernels.gate_and_mul
         self._linear = kernels.linear
         self._write = kernels.write_kv
+        self._rotary_write = kernels.rotary_write_kv
         self._attend = kernels.paged_attention
         self._argmax = kernels.argmax
         self._draw = kernels.top_k_top_p_sample
@@ -381,6 +383,56 @@ class CpuOps(OpLibrary):
             v.stride()[0],
             self.threads,
         )
+
+    def rotary_write_kv(
+        self,
+        positions: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_sin: Tensor,
+        interleaved: bool,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """q in place; k stays as it is."""
+        kind = TYPES.get(q.dtype)
+        if (
+            kind is None
+            or not (q.dtype is k.dtype is v.dtype is key_cache.dtype is value_cache.dtype)
+            or not all(map(_heads_side_by_side, (q, k, v)))
+            or not (key_cache.is_contiguous() and value_cache.is_contiguous())
+            or cos_sin.dtype is not torch.float32
+            or not cos_sin.is_contiguous()
+        ):
+            return super().rotary_write_kv(
+                positions, q, k, v, cos_sin, interleaved, key_cache, value_cache, slot_mapping
+            )
+        tokens, heads, size = q.shape
+        self._rotary_write(
+            kind,
+            positions.data_ptr(),
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            cos_sin.data_ptr(),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            slot_mapping.data_ptr(),
+            tokens,
+            heads,
+            k.shape[1],
+            q.stride()[0],
+            k.stride()[0],
+            v.stride()[0],
+            size,
+            cos_sin.shape[1] // 2,
+            key_cache.shape[2],
+            interleaved,
+            self.threads,
+        )
+        return q
 
     def paged_attention(
         self,

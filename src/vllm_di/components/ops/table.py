@@ -47,6 +47,7 @@ class SelectedOps(OpTable):
         paged_attention: OpLibrary | Literal["auto"] = "auto",
         greedy_sample: OpLibrary | Literal["auto"] = "auto",
         top_k_top_p_sample: OpLibrary | Literal["auto"] = "auto",
+        rotary_write_kv: OpLibrary | Literal["auto"] = "auto",
     ) -> None:
         chosen: dict[str, Choice] = {
             "rms_norm": rms_norm,
@@ -64,6 +65,7 @@ class SelectedOps(OpTable):
             "paged_attention": paged_attention,
             "greedy_sample": greedy_sample,
             "top_k_top_p_sample": top_k_top_p_sample,
+            "rotary_write_kv": rotary_write_kv,
         }
         reference = TorchOps()
         self._library = library

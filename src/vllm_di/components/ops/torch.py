@@ -113,6 +113,22 @@ class TorchOps(OpLibrary):
         key_cache[block, :, offset] = k[keep].to(key_cache.dtype)
         value_cache[block, :, offset] = v[keep].to(value_cache.dtype)
 
+    def rotary_write_kv(
+        self,
+        positions: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_sin: Tensor,
+        interleaved: bool,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        q, k = self.rotary_embedding(positions, q, k, cos_sin, interleaved)
+        self.write_kv(k, v, key_cache, value_cache, slot_mapping)
+        return q
+
     def paged_attention(
         self,
         q: Tensor,

@@ -50,11 +50,17 @@ def compare(ops: OpTable, op: str, case: OpCase, device: torch.device) -> None:
     packed = list(args)
     if case.pack:
         packed[1] = getattr(ops, case.pack)(args[1])
-    expected = getattr(REFERENCE, op)(*map(_wide, case.args))
+    wide = [_wide(a) for a in case.args]
+    for place in case.writes:
+        wide[place] = wide[place].clone()
+    expected = getattr(REFERENCE, op)(*wide)
     actual = getattr(ops, op)(*packed)
     pairs = (
-        zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]
+        list(zip(actual, expected, strict=True))
+        if isinstance(actual, tuple)
+        else [(actual, expected)]
     )
+    pairs += [(packed[place], wide[place]) for place in case.writes]
     for found, wanted in pairs:
         if op not in ALWAYS_FP32 and len(case.args) < 4:
             first = next(a for a in case.args if isinstance(a, Tensor) and a.is_floating_point())
@@ -75,7 +81,7 @@ def compare(ops: OpTable, op: str, case: OpCase, device: torch.device) -> None:
                 assert same, "it changed one of its inputs"
 
 
-MAY_REUSE = ("add_rms_norm", "rotary_embedding", "top_k_top_p_sample")
+MAY_REUSE = ("add_rms_norm", "rotary_embedding", "rotary_write_kv", "top_k_top_p_sample")
 """Ops that may write into what they are given."""
 
 

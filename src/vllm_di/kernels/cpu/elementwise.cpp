@@ -66,44 +66,59 @@ EXPORT void add_rms_norm(int dtype, const void* x, void* residual, const void* w
   })
 }
 
+// A head from one place to another, or to where it is. Of its `size` elements the first 2 half are rotated.
 template <typename T>
-static void rotate_head(T* head, const float* cos, const float* sin, int64_t half, bool interleaved) {
+static void rotate_head(const T* from, T* to, const float* cos, const float* sin, int64_t half, int64_t size,
+                        bool interleaved) {
+  if (from != to) std::memcpy(to + 2 * half, from + 2 * half, size_t(size - 2 * half) * sizeof(T));
   if (interleaved) {
     for (int64_t i = 0; i < half; i++) {
-      const float a = load(head + 2 * i), b = load(head + 2 * i + 1);
-      store(head + 2 * i, a * cos[i] - b * sin[i]);
-      store(head + 2 * i + 1, b * cos[i] + a * sin[i]);
+      const float a = load(from + 2 * i), b = load(from + 2 * i + 1);
+      store(to + 2 * i, a * cos[i] - b * sin[i]);
+      store(to + 2 * i + 1, b * cos[i] + a * sin[i]);
     }
     return;
   }
   int64_t i = 0;
   for (; i + kLanes <= half; i += kLanes) {
-    const floats a = load16(head + i), b = load16(head + half + i), c = load16(cos + i), s = load16(sin + i);
-    store16(head + i, a * c - b * s);
-    store16(head + half + i, b * c + a * s);
+    const floats a = load16(from + i), b = load16(from + half + i), c = load16(cos + i), s = load16(sin + i);
+    store16(to + i, a * c - b * s);
+    store16(to + half + i, b * c + a * s);
   }
   for (; i < half; i++) {
-    const float a = load(head + i), b = load(head + half + i);
-    store(head + i, a * cos[i] - b * sin[i]);
-    store(head + half + i, b * cos[i] + a * sin[i]);
+    const float a = load(from + i), b = load(from + half + i);
+    store(to + i, a * cos[i] - b * sin[i]);
+    store(to + half + i, b * cos[i] + a * sin[i]);
   }
 }
 
+struct Angles {
+  const int64_t* positions;
+  const float* cos_sin;
+  int64_t half;
+  bool interleaved;
+  // Token t's heads, which lie side by side.
+  template <typename T>
+  void rotate(T* heads, int64_t t, int64_t count, int64_t size) const {
+    for (int64_t h = 0; h < count; h++) rotate_to(heads + h * size, heads + h * size, t, size);
+  }
+  template <typename T>
+  void rotate_to(const T* from, T* to, int64_t t, int64_t size) const {
+    const float* cos = cos_sin + positions[t] * 2 * half;
+    rotate_head(from, to, cos, cos + half, half, size, interleaved);
+  }
+};
+
 template <typename T>
 struct Rotary {
-  const int64_t* positions;
+  Angles angles;
   T *q, *k;
-  const float* cos_sin;
-  int64_t tokens, q_heads, k_heads, q_stride, k_stride, head_size, half;
-  bool interleaved;
+  int64_t tokens, q_heads, k_heads, q_stride, k_stride, head_size;
   int64_t work() const { return tokens * (q_heads + k_heads) * head_size; }
   void run(const Team& team) const {
     for (int64_t t = team.first(tokens); t < team.last(tokens); t++) {
-      const float* cos = cos_sin + positions[t] * 2 * half;
-      for (int64_t h = 0; h < q_heads; h++)
-        rotate_head(q + t * q_stride + h * head_size, cos, cos + half, half, interleaved);
-      for (int64_t h = 0; h < k_heads; h++)
-        rotate_head(k + t * k_stride + h * head_size, cos, cos + half, half, interleaved);
+      angles.rotate(q + t * q_stride, t, q_heads, head_size);
+      angles.rotate(k + t * k_stride, t, k_heads, head_size);
     }
   }
 };
@@ -112,10 +127,9 @@ struct Rotary {
 EXPORT void rotary_embedding(int dtype, const int64_t* positions, void* q, void* k, const float* cos_sin,
                              int64_t tokens, int64_t q_heads, int64_t k_heads, int64_t q_stride, int64_t k_stride,
                              int64_t head_size, int64_t half, int interleaved, int threads) {
+  const Angles angles{positions, cos_sin, half, interleaved != 0};
   DISPATCH(dtype, T, {
-    submit(Rotary<T>{positions, (T*)q, (T*)k, cos_sin, tokens, q_heads, k_heads, q_stride, k_stride, head_size, half,
-                     interleaved != 0},
-           threads);
+    submit(Rotary<T>{angles, (T*)q, (T*)k, tokens, q_heads, k_heads, q_stride, k_stride, head_size}, threads);
   })
 }
 
@@ -152,18 +166,28 @@ EXPORT void gate_and_mul(int dtype, int gelu, const void* x, void* out, int64_t 
   DISPATCH(dtype, T, { submit(GateAndMul<T>{(const T*)x, (T*)out, rows, n, stride, gelu != 0}, threads); })
 }
 
+// Where a slot's heads lie in a cache [blocks, heads, block_size, head_size].
+struct Slots {
+  const int64_t* slots;
+  int64_t heads, block_size;
+  bool drops(int64_t t) const { return slots[t] < 0; }
+  // In head sizes from the start of the cache.
+  int64_t row(int64_t t, int64_t head) const {
+    return (slots[t] / block_size * heads + head) * block_size + slots[t] % block_size;
+  }
+};
+
 struct WriteKv {
+  Slots slots;
   const char *k, *v;
   char *key_cache, *value_cache;
-  const int64_t* slots;
-  int64_t tokens, heads, bytes, block_size, k_stride, v_stride;  // of a head; strides in bytes
-  int64_t work() const { return tokens * heads * bytes; }
+  int64_t tokens, bytes, k_stride, v_stride;  // of a head; strides in bytes
+  int64_t work() const { return tokens * slots.heads * bytes; }
   void run(const Team& team) const {
     for (int64_t t = team.first(tokens); t < team.last(tokens); t++) {
-      if (slots[t] < 0) continue;
-      const int64_t block = slots[t] / block_size, offset = slots[t] % block_size;
-      for (int64_t h = 0; h < heads; h++) {
-        const int64_t to = ((block * heads + h) * block_size + offset) * bytes;
+      if (slots.drops(t)) continue;
+      for (int64_t h = 0; h < slots.heads; h++) {
+        const int64_t to = slots.row(t, h) * bytes;
         std::memcpy(key_cache + to, k + t * k_stride + h * bytes, size_t(bytes));
         std::memcpy(value_cache + to, v + t * v_stride + h * bytes, size_t(bytes));
       }
@@ -175,9 +199,47 @@ struct WriteKv {
 EXPORT void write_kv(int64_t element, const char* k, const char* v, char* key_cache, char* value_cache,
                      const int64_t* slots, int64_t tokens, int64_t heads, int64_t head_size, int64_t block_size,
                      int64_t k_stride, int64_t v_stride, int threads) {
-  submit(WriteKv{k, v, key_cache, value_cache, slots, tokens, heads, head_size * element, block_size,
+  submit(WriteKv{Slots{slots, heads, block_size}, k, v, key_cache, value_cache, tokens, head_size * element,
                  k_stride * element, v_stride * element},
          threads);
+}
+
+// Rotary embedding whose keys go straight into the cache.
+template <typename T>
+struct RotaryWriteKv {
+  Angles angles;
+  Slots slots;
+  T* q;
+  const T *k, *v;
+  T *key_cache, *value_cache;
+  int64_t tokens, q_heads, q_stride, k_stride, v_stride, head_size;
+  int64_t work() const { return tokens * (q_heads + 2 * slots.heads) * head_size; }
+  void run(const Team& team) const {
+    for (int64_t t = team.first(tokens); t < team.last(tokens); t++) {
+      angles.rotate(q + t * q_stride, t, q_heads, head_size);
+      if (slots.drops(t)) continue;
+      for (int64_t h = 0; h < slots.heads; h++) {
+        const int64_t to = slots.row(t, h) * head_size, from = h * head_size;
+        angles.rotate_to(k + t * k_stride + from, key_cache + to, t, head_size);
+        std::memcpy(value_cache + to, v + t * v_stride + from, size_t(head_size) * sizeof(T));
+      }
+    }
+  }
+};
+
+// q in place; k stays as it is. The other arguments: as in rotary_embedding and write_kv.
+EXPORT void rotary_write_kv(int dtype, const int64_t* positions, void* q, const void* k, const void* v,
+                            const float* cos_sin, void* key_cache, void* value_cache, const int64_t* slots,
+                            int64_t tokens, int64_t q_heads, int64_t k_heads, int64_t q_stride, int64_t k_stride,
+                            int64_t v_stride, int64_t head_size, int64_t half, int64_t block_size, int interleaved,
+                            int threads) {
+  const Angles angles{positions, cos_sin, half, interleaved != 0};
+  const Slots to{slots, k_heads, block_size};
+  DISPATCH(dtype, T, {
+    submit(RotaryWriteKv<T>{angles, to, (T*)q, (const T*)k, (const T*)v, (T*)key_cache, (T*)value_cache, tokens,
+                            q_heads, q_stride, k_stride, v_stride, head_size},
+           threads);
+  })
 }
 
 // Rows of a table [rows, bytes].

@@ -30,6 +30,7 @@ class OpenVinoOps(TorchOps):
 
     implements = frozenset(TorchOps.OPS) - {
         "write_kv",
+        "rotary_write_kv",
         "paged_attention",
         "greedy_sample",
         "top_k_top_p_sample",
@@ -37,7 +38,8 @@ class OpenVinoOps(TorchOps):
 
     def describe(self) -> dict[str, str]:
         rows = dict.fromkeys(self.implements, "openvino compiler")
-        rows |= dict.fromkeys(("write_kv", "paged_attention"), "attention exports its own")
+        own = ("write_kv", "rotary_write_kv", "paged_attention")
+        rows |= dict.fromkeys(own, "attention exports its own")
         return rows | dict.fromkeys(("greedy_sample", "top_k_top_p_sample"), SAMPLER)
 
     def linear(
