@@ -88,7 +88,9 @@ def trace_step(
 
     try:
         tracer = make_fx(step, tracing_mode="symbolic", _allow_non_fake_inputs=True)
-        graph: GraphModule = tracer(*tensors)
+        # that cache holds symbols that hold the cache, by way of C++: it would never be freed
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+            graph: GraphModule = tracer(*tensors)
     except Exception as error:  # whatever torch raises over code that depends on values
         raise ConfigError(
             f"{type(model).__name__} cannot be compiled as one step: {type(error).__name__}: "
