@@ -36,7 +36,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_explain_needs_no_gpu(platform: str) -> None:
     explanation = explain(assemble([f"platform={platform}", "model=tiny"]))
-    assert (explanation.platform, explanation.level) == (platform, "compile-checked")
+    assert (explanation.platform, explanation.level) == (platform, "declared")
     classes = {row.slot: row.target.split(".")[-1] for row in explanation.rows}
     assert classes["device"] == "TorchDevice"
     assert classes["attention"] == "TritonAttention"
