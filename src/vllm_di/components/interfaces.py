@@ -291,6 +291,14 @@ class OpTable(ABC):
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """token_ids [tokens] int64, weight [vocab, hidden] -> [tokens, hidden]."""
 
+    def packed_embedding(
+        self, weight: Any, dtype: torch.dtype
+    ) -> Callable[[Tensor], Tensor] | None:
+        """For a ``weight`` [vocab, hidden] from ``pack_linear`` or ``pack_quantized``: token_ids
+        [tokens] int64 -> [tokens, hidden] in ``dtype``, what ``embedding`` gives of the plain
+        table. None where this library cannot read such a weight: then the table is kept."""
+        return None
+
     @abstractmethod
     def fused_experts(
         self,
@@ -566,6 +574,14 @@ class Quantization(ABC):
         """weight [out, in] of this rank, loaded -> a function x [tokens, in] -> [tokens, out] in
         ``out_dtype`` (x's by default). It must not keep ``weight`` alive beside a packed copy. A
         QuantizedWeight comes only where ``takes_quantized``."""
+
+    def tied_linear(
+        self, weight: Tensor | QuantizedWeight, dtype: torch.dtype, out_dtype: torch.dtype
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
+        """As linear, for a weight [vocab, hidden] that embeds tokens too -> (the product, token_ids
+        [tokens] -> rows [tokens, hidden] in ``dtype``). The second is None where packed rows cannot
+        be read, or were rounded: then the model keeps a table beside them."""
+        return self.linear(weight, None, out_dtype), None
 
     def gated_linear(
         self, weight: Tensor | QuantizedWeight, bias: Tensor | None, activation: Activation

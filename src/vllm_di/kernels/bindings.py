@@ -36,6 +36,8 @@ class CpuKernels:
         self.paged_attention = bind("paged_attention", "ipppppppllllllllffli")
         self.top_k_top_p_sample = bind("top_k_top_p_sample", "ppppppllli")
         self.embedding = bind("embedding", "ppplli")
+        self.packed_rows = bind("packed_rows", "ppplli")
+        self.group_rows = bind("group_rows", "iippplli")
         self.pack_channels = bind("pack_channels", "pplli")
         self.pack_groups = bind("pack_groups", "ipppplli")
         self.quantized_linear = bind("quantized_linear", "iipppppilllliii")

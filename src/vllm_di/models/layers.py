@@ -203,6 +203,8 @@ class VocabParallel(nn.Module):
         self.start = communicator.rank * self.rows
         self.weight: Tensor = torch.zeros(self.rows, hidden_size, dtype=dtype, device=device)
         self.run: Callable[[Tensor], Tensor] | None = None
+        self.packed_embed: Callable[[Tensor], Tensor] | None = None
+        """Reads rows of the packed head, where that replaces the table ``weight``."""
         self.num_bytes = self.weight.nbytes
         self._quantized: QuantizedWeight | None = None
 
@@ -221,19 +223,28 @@ class VocabParallel(nn.Module):
         return {f"{name}.weight": Target(shape, fill, quantized=True)}
 
     def finalize(self, quantization: Quantization, *, embeds: bool) -> None:
-        """Make it a head: ``logits`` can run. What embeds tokens too keeps its rows as they are."""
+        """Make it a head: ``logits`` can run. What embeds tokens too keeps its table where packed
+        rows cannot be read in its place."""
         weight = self.weight if self._quantized is None else self._quantized
-        self.run = quantization.linear(weight, None, torch.float32)
         self.num_bytes = quantization.num_bytes(weight)
         if embeds:
+            dtype = self.weight.dtype
+            self.run, self.packed_embed = quantization.tied_linear(weight, dtype, torch.float32)
+        else:
+            self.run = quantization.linear(weight, None, torch.float32)
+        if embeds and self.packed_embed is None:
             self.num_bytes += self.weight.nbytes
         else:
-            self.weight = self.weight[:0]
+            self._drop_table()
         self._quantized = None
 
     def release(self) -> None:
         """Drop the weight."""
-        self.weight, self.run = self.weight[:0].clone(), None
+        self._drop_table()
+        self.run = self.packed_embed = None
+
+    def _drop_table(self) -> None:
+        self.weight = self.weight[:0].clone()  # a view would hold the whole of it
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, vocab], whole on every rank."""
@@ -245,9 +256,10 @@ class VocabParallel(nn.Module):
 
     def embed(self, ops_embedding: Callable[[Tensor, Tensor], Tensor], token_ids: Tensor) -> Tensor:
         """token_ids [tokens] -> [tokens, hidden]."""
+        rows_of = self.packed_embed or (lambda ids: ops_embedding(ids, self.weight))
         if self._communicator.world_size == 1:
-            return ops_embedding(token_ids, self.weight)
+            return rows_of(token_ids)
         local = token_ids - self.start
         here = (local >= 0) & (local < self.rows)
-        rows = ops_embedding(local.clamp(0, self.rows - 1), self.weight) * here[:, None]
+        rows = rows_of(local.clamp(0, self.rows - 1)) * here[:, None]
         return self._communicator.all_reduce(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -107,6 +108,8 @@ class CpuOps(OpLibrary):
         self._argmax = kernels.argmax
         self._draw = kernels.top_k_top_p_sample
         self._embed = kernels.embedding
+        self._packed_rows = kernels.packed_rows
+        self._group_rows = kernels.group_rows
         self._quantized = kernels.quantized_linear
         self.kernels = kernels
 
@@ -349,6 +352,42 @@ class CpuOps(OpLibrary):
             out.data_ptr(),
             len(token_ids),
             weight.shape[1] * weight.element_size(),
+            self.threads,
+        )
+        return out
+
+    def packed_embedding(
+        self, weight: Any, dtype: torch.dtype
+    ) -> Callable[[Tensor], Tensor] | None:
+        """All formats but the one by channel."""
+        if isinstance(weight, PackedWeight) and weight.dtype is dtype and not weight.gated:
+            return partial(self._embed_packed, weight)
+        if isinstance(weight, PackedBytes) and weight.bits and dtype in TYPES and not weight.gated:
+            return partial(self._embed_groups, weight, dtype)
+        return None
+
+    def _embed_packed(self, weight: PackedWeight, token_ids: Tensor) -> Tensor:
+        out = self._empty((len(token_ids), weight.inputs), weight.dtype)
+        self._packed_rows(
+            token_ids.data_ptr(),
+            weight.data.data_ptr(),
+            out.data_ptr(),
+            len(token_ids),
+            weight.inputs * out.element_size() // 4,
+            self.threads,
+        )
+        return out
+
+    def _embed_groups(self, weight: PackedBytes, dtype: torch.dtype, token_ids: Tensor) -> Tensor:
+        out = self._empty((len(token_ids), weight.inputs), dtype)
+        self._group_rows(
+            TYPES[dtype],
+            weight.bits,
+            token_ids.data_ptr(),
+            weight.data.data_ptr(),
+            out.data_ptr(),
+            len(token_ids),
+            weight.inputs,
             self.threads,
         )
         return out

@@ -17,8 +17,9 @@ PACKS = {
     "quantized_linear": "pack_quantized",
     "gated_linear": "pack_gated_linear",
     "gated_quantized_linear": "pack_gated_quantized",
+    "embedding": "packed_embedding",
 }
-"""Op to the method that packs its weights."""
+"""Op to the method that packs its weights, or knows how to read packed ones."""
 
 
 class SelectedOps(OpTable):
@@ -152,6 +153,7 @@ class SelectedOps(OpTable):
     gated_linear = TorchOps.gated_linear
     gated_quantized_linear = TorchOps.gated_quantized_linear
     embedding = TorchOps.embedding
+    packed_embedding = TorchOps.packed_embedding
     fused_experts = TorchOps.fused_experts
     write_kv = TorchOps.write_kv
     paged_attention = TorchOps.paged_attention

@@ -33,6 +33,13 @@ class GgufQuantization(Quantization):
             return self._plain.linear(weight, bias, out_dtype)
         return self._products.linear(weight, bias, out_dtype)
 
+    def tied_linear(
+        self, weight: Tensor | QuantizedWeight, dtype: torch.dtype, out_dtype: torch.dtype
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
+        if not isinstance(weight, QuantizedWeight):
+            return self._plain.tied_linear(weight, dtype, out_dtype)
+        return self._products.tied_linear(weight, dtype, out_dtype)
+
     def gated_linear(
         self, weight: Tensor | QuantizedWeight, bias: Tensor | None, activation: Activation
     ) -> Callable[[Tensor], Tensor] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,27 @@ class NoQuantization(Quantization):
         out_dtype: torch.dtype | None = None,
     ) -> Callable[[Tensor], Tensor]:
         assert isinstance(weight, Tensor)
-        packed, product = self._ops.pack_linear(weight), self._ops.linear
+        return self._product(self._ops.pack_linear(weight), bias, out_dtype)
+
+    def _product(
+        self, packed: Any, bias: Tensor | None, out_dtype: torch.dtype | None
+    ) -> Callable[[Tensor], Tensor]:
+        product = self._ops.linear
 
         def run(x: Tensor) -> Tensor:
             return product(x, packed, bias, out_dtype)
 
         return run
+
+    def tied_linear(
+        self, weight: Tensor | QuantizedWeight, dtype: torch.dtype, out_dtype: torch.dtype
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
+        assert isinstance(weight, Tensor)
+        packed = self._ops.pack_linear(weight)
+        product, embedding = self._product(packed, None, out_dtype), self._ops.embedding
+        if packed is weight:  # it is the table as well
+            return product, lambda token_ids: embedding(token_ids, weight)
+        return product, self._ops.packed_embedding(packed, dtype)
 
     def gated_linear(
         self, weight: Tensor | QuantizedWeight, bias: Tensor | None, activation: Activation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,23 @@ class QuantizedProducts:
     def linear(
         self, weight: QuantizedWeight, bias: Tensor | None, out_dtype: torch.dtype | None
     ) -> Callable[[Tensor], Tensor]:
-        packed, product = self._ops.pack_quantized(weight), self._ops.quantized_linear
+        return self._product(self._ops.pack_quantized(weight), bias, out_dtype)
+
+    def _product(
+        self, packed: Any, bias: Tensor | None, out_dtype: torch.dtype | None
+    ) -> Callable[[Tensor], Tensor]:
+        product = self._ops.quantized_linear
 
         def run(x: Tensor) -> Tensor:
             return product(x, packed, bias, out_dtype)
 
         return run
+
+    def tied_linear(
+        self, weight: QuantizedWeight, dtype: torch.dtype, out_dtype: torch.dtype
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
+        packed = self._ops.pack_quantized(weight)
+        return self._product(packed, None, out_dtype), self._ops.packed_embedding(packed, dtype)
 
     def gated_linear(
         self, weight: QuantizedWeight, bias: Tensor | None, activation: Activation

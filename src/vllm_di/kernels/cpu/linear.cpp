@@ -33,6 +33,27 @@ EXPORT void linear(int dtype, const void* x, const void* weights, const void* bi
     submit(Linear<uint32_t>{(const uint32_t*)x, (const uint32_t*)weights, rows, k / 2, x_stride / 2, to}, threads);
 }
 
+// Rows of a packed weight: words of one lane, step after step.
+struct PackedRows {
+  const int64_t* ids;
+  const uint32_t* weights;
+  uint32_t* out;
+  int64_t tokens, steps;
+  int64_t work() const { return 8 * tokens * steps; }  // a cache line for each word
+  void run(const Team& team) const {
+    for (int64_t t = team.first(tokens); t < team.last(tokens); t++) {
+      const uint32_t* from = weights + ids[t] / kPair * steps * kPair + ids[t] % kPair;
+      for (int64_t k = 0; k < steps; k++) out[t * steps + k] = from[k * kPair];
+    }
+  }
+};
+
+// out: [tokens, steps] of words, as `pack_linear` took them.
+EXPORT void packed_rows(const int64_t* ids, const uint32_t* weights, uint32_t* out, int64_t tokens, int64_t steps,
+                        int threads) {
+  submit(PackedRows{ids, weights, out, tokens, steps}, threads);
+}
+
 // weight: [n, k] of words (`steps` of them a row) -> pairs of panels [steps][2][16]; missing outputs are zero.
 EXPORT void pack_linear(const uint32_t* weight, uint32_t* out, int64_t n, int64_t steps, int64_t stride, int threads) {
   const int64_t pairs = (n + kPair - 1) / kPair;

@@ -121,6 +121,14 @@ struct Group {
     std::memcpy(&w, group + 64 * (BITS == 8 ? step : step % 4), 64);
     return BITS == 8 ? w : (step < 4 ? w : w >> 4) & 0x0f0f0f0fu;
   }
+  // The bytes of one output.
+  static inline void row(const uint8_t* group, int64_t lane, uint8_t (&to)[kGroup]) {
+    for (int64_t i = 0; i < kGroup * BITS / 32; i++) std::memcpy(to + 4 * i, group + 64 * i + 4 * lane, 4);
+    for (int64_t i = 0; BITS == 4 && i < kGroup / 2; i++) {
+      to[kGroup / 2 + i] = to[i] >> 4;
+      to[i] &= 15;
+    }
+  }
   static inline floats scale(const uint8_t* group) { return half_to_float((const uint16_t*)(group + kBytesOfQ)); }
   static inline floats offset(const uint8_t* group) { return half_to_float((const uint16_t*)(group + kBytesOfQ) + kLanes); }
 };
@@ -193,6 +201,42 @@ EXPORT void quantized_linear(int x_dtype, int bits, const void* x, const void* w
       submit(ByGroup<T, 4>{in, (const uint8_t*)weights, rows, k, x_stride, to}, threads);
     else
       submit(ByGroup<T, 8>{in, (const uint8_t*)weights, rows, k, x_stride, to}, threads);
+  })
+}
+
+// Rows of a weight by group, as floats.
+template <typename T, int BITS>
+struct GroupRows {
+  typedef Group<BITS> G;
+  const int64_t* ids;
+  const uint8_t* weights;
+  T* out;
+  int64_t tokens, k;
+  int64_t work() const { return 8 * tokens * k; }
+  void run(const Team& team) const {
+    const int64_t groups = k / kGroup;
+    for (int64_t t = team.first(tokens); t < team.last(tokens); t++) {
+      const int64_t panel = ids[t] / kLanes, lane = ids[t] % kLanes;
+      const uint8_t* group = weights + (panel / 2 * groups * 2 + panel % 2) * G::kSize;
+      T* to = out + t * k;
+      for (int64_t g = 0; g < groups; g++, group += 2 * G::kSize, to += kGroup) {
+        uint8_t q[kGroup];
+        G::row(group, lane, q);
+        const float scale = G::scale(group)[lane], offset = G::offset(group)[lane];
+        for (int64_t i = 0; i < kGroup; i++) store(to + i, q[i] * scale + offset);
+      }
+    }
+  }
+};
+
+// out: [tokens, k] fp32 (out_dtype 0) or bf16 (1). bits: 4 or 8.
+EXPORT void group_rows(int out_dtype, int bits, const int64_t* ids, const uint8_t* weights, void* out, int64_t tokens,
+                       int64_t k, int threads) {
+  DISPATCH(out_dtype, T, {
+    if (bits == 4)
+      submit(GroupRows<T, 4>{ids, weights, (T*)out, tokens, k}, threads);
+    else
+      submit(GroupRows<T, 8>{ids, weights, (T*)out, tokens, k}, threads);
   })
 }
 
