@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import yaml
 
 from vllm_di import cli
 from vllm_di.conformance import matrix
@@ -15,6 +16,7 @@ from vllm_di.conformance.report import Case, CheckResult, Outcome, Report, Repor
 from vllm_di.containers.manifest import LEVELS
 from vllm_di.containers.ports import conf_of_project
 from vllm_di.containers.tree import ConfigFiles
+from vllm_di.version import __version__
 
 TODAY = datetime.date(2026, 11, 24)
 PAGE = Path(__file__).parents[2] / "docs" / "support-matrix.md"
@@ -171,3 +173,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
 def test_the_page_is_that_of_the_reports() -> None:
     tree = ConfigFiles([conf_of_project()])
     assert PAGE.read_text(encoding="utf-8") == matrix.page(tree, PAGE), "run make matrix"
+
+
+def test_every_platform_has_the_level_of_its_reports() -> None:
+    """What a start announces is what was shown, neither more nor less."""
+    tree = ConfigFiles([conf_of_project()])
+    found = matrix.build(tree, matrix.report_files(tree), __version__, TODAY)
+    for column in found.platforms:
+        text = tree.options("platform")[column.name].read_text(encoding="utf-8")
+        assert yaml.safe_load(text)["platform"]["level"] == column.level, column.name

@@ -22,7 +22,7 @@ from vllm_di.version import __version__
 
 FOLDER = Path(__file__).parent
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "hydra-core", "dependency-injector")
-"""Whose versions stand in every report; those of the platform's ``detect.modules`` come on top."""
+"""Whose versions stand in every report; those of the platform's ``packages`` come on top."""
 SEED = 20261124
 STEPS: dict[str, tuple[Required, ...]] = {
     "contract": ("declared", "contract"),
@@ -105,8 +105,8 @@ def versions(subject: Subject) -> dict[str, str]:
     found["system"] = f"{platform.system()} {platform.release()} {platform.machine()}"
     distributions = metadata.packages_distributions()
     names = [*PACKAGES]
-    for module in subject.manifest.detect.modules:
-        names += distributions.get(module.split(".")[0], [])
+    for package in subject.manifest.packages:
+        names += distributions.get(package, [])
     for name in names:
         try:
             found[name] = metadata.version(name)

@@ -97,8 +97,7 @@ class Subject:
     @cached_property
     def lacks_driver(self) -> str:
         """Why the platform cannot run here at all; empty where it can."""
-        modules = [m.split(".")[0] for m in self.manifest.detect.modules]
-        absent = [m for m in modules if util.find_spec(m) is None]
+        absent = [m for m in self.manifest.packages if util.find_spec(m) is None]
         if absent and not self.simulated:
             return f"not installed: {', '.join(absent)}"
         try:

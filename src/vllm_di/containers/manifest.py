@@ -57,6 +57,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     soft_cap: bool = False
     batch_invariant: bool = False
     """Whether a request's tokens and log-probs are bit-equal whatever shares its batch."""
+    clears_block_tail: bool = False
+    """Whether attention may set to zero what the last block of a sequence does not hold yet."""
     ops: tuple[str, ...] = ()
     """Ops that its own library implements; the others run on the torch reference."""
 
@@ -72,8 +74,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Version of the interfaces that it was written for; required of a port out of tree."""
     maintainer: str | None = None
     """Who answers for it: a name and an address."""
+    requires: tuple[str, ...] = ()
+    """Python packages beside torch that it runs on, as they are imported. Reports record their
+    versions; the suite takes them away to see what the port says."""
     detect: Detect = Detect()
     capabilities: Capabilities = Capabilities()
+
+    @property
+    def packages(self) -> list[str]:
+        """What it needs and what is looked for, each once, as top-level packages."""
+        names = (m.split(".")[0] for m in (*self.requires, *self.detect.modules))
+        return list(dict.fromkeys(names))
 
     @property
     def announcement(self) -> str:

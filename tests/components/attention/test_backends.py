@@ -13,6 +13,7 @@ from vllm_di.components.kv_layout.hnd import HndLayout
 from vllm_di.components.messages import KvSpec
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
+from vllm_di.components.program.traced_cache import TracedCache
 from vllm_di.errors import ConfigError
 
 
@@ -55,11 +56,13 @@ def test_all_give_one_answer(changes: dict[str, object]) -> None:
     )
     torch.testing.assert_close(paged, gathered)
     assert torch.equal(caches[0].key, caches[1].key)
-    # the form that a compiled program traces: the cache after it is a new tensor
-    before, backend = caches[2].key, SdpaAttention(on)
-    traced = backend.forward(q, k, v, caches[2], backend.export()(plan), kind)
+    # the form that a compiled program traces: it leaves the writing to the program
+    before, backend = caches[2].key.clone(), SdpaAttention(on)
+    cache = TracedCache(caches[2].key, caches[2].value)
+    traced = backend.forward(q, k, v, cache, backend.export()(plan), kind)
     torch.testing.assert_close(traced, gathered)
-    assert torch.equal(caches[2].key, caches[0].key) and not torch.equal(before, caches[2].key)
+    assert torch.equal(cache.key, before)
+    assert cache.new is not None and cache.new[0] is k and cache.new[1] is v
 
 
 def test_export_wants_a_layout_that_can_be_traced() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from tests.models.checkpoints import make
 from tests.ports.openvino.running import BLOCK, STEPS, running, tokens
 
 from vllm_di import LLM, SamplingParams
+from vllm_di.components.program.traced import TracedStep
 from vllm_di.containers.assembly import assemble
 from vllm_di.containers.explain import explain
 from vllm_di.errors import ConfigError, PortError
+from vllm_di.ports.openvino.convert import convert
+from vllm_di.ports.openvino.device import OpenVinoDevice
 
 REFERENCE = ("platform=cpu", "ops=torch", "attention=sdpa", "graph=eager")
 
@@ -125,6 +129,61 @@ def test_only_the_wanted_rows_and_only_their_slots(
         plan.slot_mapping = torch.full((37,), -1)
         one.program.run(plan, one.caches)
         assert torch.equal(old.nan_to_num(7.0), one.caches[0].key.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(("dtype", "shares"), [("float32", True), ("bfloat16", False)])
+def test_weights_of_the_compiled_model_are_alive(
+    dtype: str,
+    shares: bool,
+    llama: tuple[tuple[str, str], list[torch.Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The module's weights are dropped. Constants in fp32 hold those that they share; in bf16
+    OpenVINO's hold nothing, so none may share."""
+    found = []
+
+    def converted(step: TracedStep) -> Any:
+        model = convert(step)
+        tensors = [t for _, t in step.graph.named_buffers()]
+        spans = [range(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors]
+        constants = [op for op in model.get_ops() if op.get_type_name() == "Constant"]
+        kinds = {"float32": "f32", "bfloat16": "bf16"}
+        found.extend(
+            any(op.tensor_view.data.ctypes.data in span for span in spans)
+            for op in constants
+            if op.get_element_type().get_type_name() == kinds[dtype] and len(op.shape) == 2
+        )
+        return model
+
+    monkeypatch.setattr("vllm_di.ports.openvino.program.convert", converted)
+    with running("platform=openvino", *llama[0], f"model.dtype={dtype}"):
+        assert len(found) > 8 and any(found) == shares
+
+
+def test_rotary_is_one_node(
+    llama: tuple[tuple[str, str], list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cosines stay in fp32 there, whatever the precision of the rest."""
+    found: list[str] = []
+
+    def compiled(self: OpenVinoDevice, *given: Any) -> Any:
+        model = compile_model(self, *given)
+        nodes = model.get_runtime_model().get_ops()
+        found.extend(str(op.get_rt_info()["layerType"].value) for op in nodes)
+        return model
+
+    compile_model = OpenVinoDevice.compile
+    monkeypatch.setattr(OpenVinoDevice, "compile", compiled)
+    with running("platform=openvino", *llama[0], "model.dtype=bfloat16"):
+        assert found.count("RoPE") == 2 * 2, "queries and keys of two layers"
+
+
+def test_sizes_of_the_model_are_no_sizes_of_the_batch(tmp_path: Path) -> None:
+    """Three heads, as many as the smallest batch that could be traced."""
+    make("llama_gqa_tied", tmp_path, num_attention_heads=6, num_key_value_heads=3)
+    model = ("model=local", f"model.path={tmp_path}", "model.dtype=float32")
+    want = logits(*REFERENCE, *model)
+    assert differ(logits("platform=openvino", "attention=sdpa", *model), want) < 1e-5
 
 
 def test_padding_is_cut_off(llama: tuple[tuple[str, str], list[torch.Tensor]]) -> None:

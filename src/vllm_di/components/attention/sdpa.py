@@ -18,6 +18,7 @@ from vllm_di.components.interfaces import (
     LayerCache,
 )
 from vllm_di.components.ops.torch import attend
+from vllm_di.components.program.traced_cache import TracedCache
 from vllm_di.errors import ConfigError
 
 
@@ -25,7 +26,8 @@ from vllm_di.errors import ConfigError
 class PaddedBatch:
     """A step as tensors alone, for a traced program: sequences padded to the longest query."""
 
-    slots: Tensor  # [tokens] int64, block * block_size + offset
+    owners: Tensor  # [tokens] int64: the sequence of a token
+    at: Tensor  # [tokens] int64: its position there
     rows: Tensor  # [seqs, queries] int64: the token of each query; any beyond a sequence's last
     places: Tensor  # [tokens] int64: where a token stands in ``rows``, flattened
     positions: Tensor  # [seqs, queries] int64, of each query in its sequence
@@ -52,7 +54,9 @@ class SdpaAttention(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, metadata: Any, spec: AttentionSpec
     ) -> Tensor:
         if isinstance(metadata, PaddedBatch):
-            return _attend_padded(q, k, v, cache, metadata, spec, self._layout.block_size)
+            assert isinstance(cache, TracedCache)
+            cache.new = (k, v)
+            return _attend_padded(q, k, v, cache, metadata, spec)
         plan: BatchPlan = metadata
         self._layout.write(cache, k, v, plan.slot_mapping)
         out = torch.zeros_like(q)
@@ -81,16 +85,15 @@ class SdpaAttention(AttentionBackend):
         return self._padded
 
     def _padded(self, plan: BatchPlan) -> PaddedBatch:
-        size, start = self._layout.block_size, plan.query_start[:-1].long()
+        start = plan.query_start[:-1].long()
         lengths = plan.seq_lens.long()
         counts = plan.query_start[1:].long() - start
         steps = torch.arange(plan.max_query_len, device=start.device)
         owner = torch.repeat_interleave(counts)  # [tokens]
         offset = torch.arange(len(owner), device=start.device) - start[owner]
-        position = (lengths - counts)[owner] + offset
-        block = plan.block_table[owner, position // size].long()
         return PaddedBatch(
-            slots=block * size + position % size,
+            owners=owner,
+            at=(lengths - counts)[owner] + offset,
             rows=(start[:, None] + steps).clamp(max=len(owner) - 1),
             places=owner * plan.max_query_len + offset,
             positions=(lengths - counts)[:, None] + steps,
@@ -100,41 +103,27 @@ class SdpaAttention(AttentionBackend):
 
 
 def _attend_padded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache: LayerCache,
-    batch: PaddedBatch,
-    spec: AttentionSpec,
-    size: int,
+    q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, batch: PaddedBatch, spec: AttentionSpec
 ) -> Tensor:
-    """As ``forward``, in torch ops that can be traced; the cache after it is a new tensor. ``size``
-    is that of a block."""
-    heads, width = spec.num_kv_heads, spec.head_size
-    # row of a slot in the cache seen as [blocks * kv_heads * block_size, head_size]
-    block, offset = batch.slots // size, batch.slots % size
-    head = torch.arange(heads, device=q.device)
-    rows = ((block[:, None] * heads + head) * size + offset[:, None]).flatten()
-
-    def written(cached: Tensor, new: Tensor) -> Tensor:
-        flat = cached.view(-1, width)
-        flat = flat.index_put((rows,), new.flatten(0, 1).to(cached.dtype))
-        return flat.view(-1, heads, size, width)
-
-    cache.key, cache.value = written(cache.key, k), written(cache.value, v)
-    column = torch.arange(batch.blocks.shape[1] * size, device=q.device)
+    """As ``forward``, in torch ops that can be traced. The cache is as it was before the step: the
+    new tokens are put among those that are gathered from it."""
+    column = torch.arange(batch.blocks.shape[1] * cache.key.shape[2], device=q.device)
     filled = (column < batch.seq_lens[:, None])[:, None, :, None]  # [seqs, 1, length, 1]
 
-    def gathered(cached: Tensor) -> Tensor:
-        # [seqs, columns, kv_heads, block_size, head_size] -> [seqs, kv_heads, 1, length, head_size]
-        found = cached[batch.blocks].transpose(1, 2).flatten(2, 3)
-        return torch.where(filled, found, 0.0)[:, :, None].to(q.dtype)
+    def gathered(cached: Tensor, new: Tensor) -> Tensor:
+        # [seqs, columns, kv_heads, block_size, head_size] -> [seqs, length, kv_heads, head_size]
+        found = cached[batch.blocks].transpose(2, 3).flatten(1, 2)
+        found = found.index_put((batch.owners, batch.at), new.to(cached.dtype))
+        # -> [seqs, kv_heads, 1, length, head_size]
+        return torch.where(filled, found.transpose(1, 2), 0.0)[:, :, None].to(q.dtype)
 
-    keys, values = gathered(cache.key), gathered(cache.value)
+    keys, values = gathered(cache.key, k), gathered(cache.value, v)
     seen = column <= batch.positions[..., None]  # [seqs, queries, length]
     if spec.window is not None:
         seen = seen & (column > batch.positions[..., None] - spec.window)
-    grouped = q[batch.rows].unflatten(2, (heads, -1))  # [seqs, queries, kv_heads, group, head_size]
+    grouped = q[batch.rows].unflatten(
+        2, (spec.num_kv_heads, -1)
+    )  # [seqs, queries, kv_heads, group, head_size]
     grouped = grouped.permute(0, 2, 3, 1, 4)
     scores = (grouped @ keys.transpose(-1, -2)).float() * spec.scale
     if spec.soft_cap is not None:

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,27 +18,24 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from vllm_di.components.interfaces import BatchPlan, LayerCache, Model
+from vllm_di.components.program.traced_cache import TracedCache
 from vllm_di.errors import ConfigError
 
 Build = Callable[[BatchPlan], Any]
 """What ``AttentionBackend.export`` returned."""
 
-EXAMPLE = ((3, 33), (13, 130), (7, 70))
-"""Queries and context of the sequences of the traced batch. No two dimensions of its tensors that
-are free are equal, so that each gets a symbol of its own."""
-NUM_BLOCKS = 17
-
 
 @dataclasses.dataclass(frozen=True)
 class TracedStep:
-    """A step as a graph. Outputs: logits or hidden states, then the caches named ``updated``."""
+    """A step as a graph. Outputs: logits or hidden states, then the keys and the values of each
+    layer in ``unwritten``."""
 
     graph: GraphModule
     inputs: list[str]
     """Names of the inputs in use, in order: ``token_ids``, ..., then ``key.0``, ``value.0``, ...
     A stage that is not the first has ``hidden`` and no ``token_ids``."""
-    updated: list[str]
-    """Caches that come back as new tensors; the others are written in place, if at all."""
+    unwritten: list[int]
+    """Layers whose new keys and values the program has to write to the cache after the step."""
 
 
 def step_inputs(model: Model, build: Build, plan: BatchPlan) -> dict[str, Tensor]:
@@ -61,30 +59,29 @@ def trace_step(
 
     Raises ConfigError for a model, op or attention that cannot be traced.
     """
-    plan = _example(model, block_size)
+    sizes = _free_sizes(caches(1), model)
+    plan = _example(model, block_size, *itertools.islice(sizes, 4))
     given = step_inputs(model, build, plan)
     kind, count = type(build(plan)), len(given)
-    layers = caches(NUM_BLOCKS)
+    layers = caches(next(sizes))
     names, tensors = list(given), list(given.values())
     for i, layer in enumerate(layers):
         names += [f"key.{i}", f"value.{i}"]
         tensors += [layer.key, layer.value]
-    updated: list[str] = []
+    unwritten: list[int] = []
 
     def step(*flat: Tensor) -> list[Tensor]:
         found = dict(zip(names, flat, strict=True))
         parts = {n.removeprefix("metadata."): t for n, t in found.items() if "metadata." in n}
         cells = list(flat[count:])
-        caches = [LayerCache(*pair) for pair in zip(cells[::2], cells[1::2], strict=True)]
+        caches = [TracedCache(*pair) for pair in zip(cells[::2], cells[1::2], strict=True)]
         hidden = found.get("hidden")
         ids = found["token_ids"] if hidden is None else found["positions"]  # of the same shape
         out = model.forward(ids, found["positions"], caches, kind(**parts), hidden)
         if model.last:
             out = model.logits(out[found["rows"]])
-        after = [tensor for cache in caches for tensor in (cache.key, cache.value)]
-        changed = [i for i, tensor in enumerate(after) if tensor is not cells[i]]
-        updated.extend(names[count + i] for i in changed)
-        return [out, *(after[i] for i in changed)]
+        unwritten.extend(i for i, cache in enumerate(caches) if cache.new)
+        return [out, *(rows for cache in caches for rows in cache.new or ())]
 
     try:
         tracer = make_fx(step, tracing_mode="symbolic", _allow_non_fake_inputs=True)
@@ -97,22 +94,33 @@ def trace_step(
             f"{str(error).strip().splitlines()[0]}"
         ) from error
     _check(graph, names, tensors, count)
-    return TracedStep(graph, _without_unused(graph, names), updated)
+    return TracedStep(graph, _without_unused(graph, names), unwritten)
 
 
-def _example(model: Model, block_size: int) -> BatchPlan:
-    queries, lengths = zip(*EXAMPLE, strict=True)
-    total, columns = sum(queries), -(-max(lengths) // block_size)
+def _free_sizes(layers: Sequence[LayerCache], model: Model) -> Iterator[int]:
+    """Ascending sizes for dimensions of the traced batch. The tracer takes dimensions of one size
+    for one, so none is of the model or its cache."""
+    taken = {size for c in layers for t in (c.key, c.value) for size in t.shape}
+    return (n for n in itertools.count(3, 2) if n not in taken | {model.hidden_size})
+
+
+def _example(
+    model: Model, block_size: int, wanted: int, seqs: int, columns: int, longest: int
+) -> BatchPlan:
+    """A batch of ``seqs`` sequences, the first with ``longest`` queries, and ``wanted`` logits."""
+    queries = [longest, *[longest - 1] * (seqs - 1)]
+    lengths = [query + (columns - 1) * block_size for query in queries]
+    total = sum(queries)
     return BatchPlan(
         token_ids=torch.zeros(total, dtype=torch.int64),
         positions=torch.zeros(total, dtype=torch.int64),
         query_start=torch.tensor([0, *queries], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         seq_lens=torch.tensor(lengths, dtype=torch.int32),
-        block_table=torch.zeros(len(lengths), columns, dtype=torch.int32),
+        block_table=torch.zeros(seqs, columns, dtype=torch.int32),
         slot_mapping=torch.zeros(total, dtype=torch.int64),
-        logits_rows=torch.arange(2),
-        query_lens_host=list(queries),
-        seq_lens_host=list(lengths),
+        logits_rows=torch.arange(wanted),
+        query_lens_host=queries,
+        seq_lens_host=lengths,
         hidden=None if model.first else torch.zeros(total, model.hidden_size, dtype=model.dtype),
     )
 

@@ -22,8 +22,7 @@ main(sys.argv[1:])
 
 
 def test_the_error_says_what_is_missing(subject: Subject) -> None:
-    modules = [m.split(".")[0] for m in subject.manifest.detect.modules]
-    modules = [m for m in modules if m not in ("torch", "vllm_di")]
+    modules = [m for m in subject.manifest.packages if m not in ("torch", "vllm_di")]
     if not modules and not subject.lacks_driver:
         raise NotDeclared("it needs no package beside torch, and its driver is here")
     names = modules or [subject.manifest.name]

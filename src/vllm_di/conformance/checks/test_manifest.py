@@ -22,6 +22,7 @@ CHECKED_BY = {
     "sliding_window": ("prefill", "decode", "golden"),
     "soft_cap": ("prefill", "decode"),
     "batch_invariant": ("batching",),
+    "clears_block_tail": ("kv",),
     "ops": ("manifest", "ops"),
 }
 """Capability to the checks that judge it."""

@@ -42,6 +42,17 @@ class OpenVinoOps(TorchOps):
         rows |= dict.fromkeys(own, "attention exports its own")
         return rows | dict.fromkeys(("greedy_sample", "top_k_top_p_sample"), SAMPLER)
 
+    def rotary_embedding(
+        self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
+        """In the form that the compiler knows as one node, with fp32 cosines in any precision:
+        x * cos + rotate_half(x) * sin over four dimensions."""
+        if interleaved:
+            return super().rotary_embedding(positions, q, k, cos_sin, interleaved)
+        cos, sin = cos_sin[positions].chunk(2, -1)  # [tokens, rotary_dim / 2] each
+        cos, sin = (torch.cat((x, x), -1)[:, None, None] for x in (cos, sin))
+        return _rotate_halves(q, cos, sin), _rotate_halves(k, cos, sin)
+
     def linear(
         self,
         x: Tensor,
@@ -86,3 +97,15 @@ class OpenVinoOps(TorchOps):
         weights = x.new_zeros((x.shape[0], gate_up.shape[0]), dtype=torch.float32)
         weights = weights.scatter_add(1, topk_ids, topk_weights.float())
         return (out * weights.t()[..., None]).sum(0).to(x.dtype)
+
+
+def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [tokens, heads, head_size]; cos, sin [tokens, 1, 1, rotary_dim] -> as x."""
+    size = cos.shape[-1]
+    wide = x.float().unsqueeze(2)
+    turning, rest = wide[..., :size], wide[..., size:]
+    half = torch.cat((-turning[..., size // 2 :], turning[..., : size // 2]), -1)
+    out = turning * cos + half * sin
+    if size < x.shape[-1]:
+        out = torch.cat((out, rest), -1)
+    return out.squeeze(2).to(x.dtype)

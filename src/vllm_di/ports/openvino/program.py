@@ -71,7 +71,7 @@ class OpenVinoProgram(ModelProgram):
         compiled = self._device.compile(convert(step), self._model.dtype, dtype, self._cache_dir)
         self._check_ports(compiled, step)
         self._names = {name: i for i, name in enumerate(step.inputs)}
-        self._updated = step.updated
+        self._unwritten = step.unwritten
         self._request = compiled.create_infer_request()
         self._model.release()
 
@@ -91,6 +91,9 @@ class OpenVinoProgram(ModelProgram):
                 self._request.set_input_tensor(self._names[name], to_openvino(tensor))
         self._request.infer()
         out = to_torch(self._request.get_output_tensor(0))
+        for n, layer in enumerate(self._unwritten):
+            k, v = (to_torch(self._request.get_output_tensor(1 + 2 * n + i)) for i in (0, 1))
+            self._layout.write(caches[layer], k, v, plan.slot_mapping)
         return out[:wanted] if self._model.last else out
 
     def _bind(self, caches: Sequence[LayerCache]) -> None:
@@ -99,10 +102,7 @@ class OpenVinoProgram(ModelProgram):
             return
         for i, cache in enumerate(caches):
             for name, tensor in ((f"key.{i}", cache.key), (f"value.{i}", cache.value)):
-                shared = to_openvino(tensor)
-                self._request.set_input_tensor(self._names[name], shared)
-                if name in self._updated:  # the new cache goes where the old one is
-                    self._request.set_output_tensor(1 + self._updated.index(name), shared)
+                self._request.set_input_tensor(self._names[name], to_openvino(tensor))
         self._bound = caches
 
     def _check_ports(self, compiled: Any, step: TracedStep) -> None:
