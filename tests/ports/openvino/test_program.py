@@ -140,7 +140,7 @@ def test_weights_of_the_compiled_model_are_alive(
 ) -> None:
     """The module's weights are dropped. Constants in fp32 hold those that they share; in bf16
     OpenVINO's hold nothing, so none may share."""
-    found = []
+    found: list[bool] = []
 
     def converted(step: TracedStep) -> Any:
         model = convert(step)
