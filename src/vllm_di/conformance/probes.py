@@ -1,8 +1,8 @@
 """The chosen classes under other names, watched: ``vllm_di.conformance.probes.KIND__DOTTED__NAME``
 stands for the class DOTTED.NAME.
 
-``Counting`` counts calls, ``Tracked`` what was built and closed, ``Failing`` cannot be built. A
-node names them as its ``_target_``, as it would name any other class, so that a choice made in
+``Counting`` counts calls, ``Tracked`` what was built and closed, ``Failing`` cannot be built,
+``Starved`` runs out of memory when it is told to. A node names them as its ``_target_``, as it would name any other class, so that a choice made in
 config is seen to reach the part that runs.
 """
 
@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from vllm_di.containers.engine import SLOTS
 
 CALLS: Counter[str] = Counter()
@@ -23,6 +25,8 @@ BUILT: list[str] = []
 """Slots whose ``Tracked`` component was built, in order."""
 CLOSED: list[str] = []
 """Slots whose ``Tracked`` component was closed, in order."""
+STARVED: list[int] = []
+"""Calls to come of a ``Starved`` program's ``run`` that work before one fails; empty: all do."""
 
 
 class Injected(RuntimeError):
@@ -99,10 +103,23 @@ def failing_at(base: type, slot: str, method: str) -> type:
     return type(f"FailingAt{method}{base.__name__}", (base,), {method: fail})
 
 
+def starved(base: type, slot: str) -> type:
+    def run(self: Any, *args: Any) -> Any:
+        if STARVED:
+            STARVED[0] -= 1
+            if STARVED[0] < 0:
+                STARVED.clear()
+                raise torch.OutOfMemoryError("injected")
+        return base.run(self, *args)  # type: ignore[attr-defined]
+
+    return _made("Starved", base, run=run)
+
+
 KINDS: dict[str, Callable[[type, str], type]] = {
     "Counting": counting,
     "Tracked": tracked,
     "Failing": failing,
+    "Starved": starved,
     "FailingLoad": lambda base, slot: failing_at(base, slot, "load"),
     "FailingAllocate": lambda base, slot: failing_at(base, slot, "allocate"),
     "FailingWarmup": lambda base, slot: failing_at(base, slot, "warm_up"),

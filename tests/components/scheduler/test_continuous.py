@@ -247,6 +247,21 @@ def test_a_sequence_that_fails_alone_ends_alone() -> None:
     assert world.kv.num_free_blocks == world.num_free
 
 
+def test_what_a_failed_sequence_left_is_never_taken_for_a_prefix() -> None:
+    """Its blocks may hold anything."""
+    world = World(report(40))
+    prompt = list(range(9))
+    world.add("bad", prompt, max_tokens=4)
+    plan = world.scheduler.schedule()
+    assert plan is not None
+    failed = {plan.scheduled[0].seq_id: "out of memory"}
+    world.scheduler.update(plan, StepResult(plan.step, [], failed=failed))
+    assert world.kv.match_prefix(99, prompt, None) == 0
+    world.add("good", prompt, max_tokens=4)
+    world.run()
+    assert world.kv.match_prefix(100, prompt, None) > 0
+
+
 def test_a_result_for_an_aborted_sequence_is_dropped() -> None:
     world = World(report(40))
     world.add("a", [1, 2], max_tokens=4)

@@ -59,6 +59,7 @@ class StandardModelRunner(ModelRunner):
         self._shapes, self._graph, self._sampler = shapes, graph, sampler
         self._run = program.run
         self._samples = placement.rank == 0
+        self._alone = placement.world_size == 1 and placement.num_stages == 1
         # a warm-up step is never longer than a sequence, nor than a step
         self._warm_up_tokens = min(max_num_batched_tokens, model.max_model_len)
         self._warm_up_sizes = shapes.warm_up_sizes(self._warm_up_tokens)
@@ -111,7 +112,14 @@ class StandardModelRunner(ModelRunner):
         if self._hidden is not None:
             assert hidden is not None, "a stage that is not the first was given no hidden states"
             built.hidden = self._hidden.fill(hidden, len(built.token_ids))
-        out = self._run(built, self._caches)
+        try:
+            out = self._run(built, self._caches)
+        except torch.OutOfMemoryError as error:
+            if not self._alone:  # the others are in the middle of the step, and wait
+                raise
+            log.exception("a step of %d tokens ran out of memory", total)
+            reason = f"out of memory in a step of {total} tokens: {error}"
+            return StepResult(plan.step, [], failed={s.seq_id: reason for s in plan.scheduled})
         if not self._model.last:
             return StepResult(plan.step, [], hidden=pack(out[:total]))
         if not self._samples:

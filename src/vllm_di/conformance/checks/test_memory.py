@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from vllm_di.components.interfaces import Sampler
+from vllm_di.conformance import probes
+from vllm_di.conformance.compare import assert_same
 from vllm_di.conformance.driving import ask, run
 from vllm_di.conformance.golden import prompts
 from vllm_di.conformance.outcomes import Record
@@ -61,6 +63,25 @@ class OutOfMemory(Sampler):
             self.fail = False
             raise torch.OutOfMemoryError("injected")
         return self._inner.sample(logits, rows)
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_out_of_memory_in_the_model(subject: Subject, step: int) -> None:
+    """While prompts run, and while tokens do: what the step did not write is never taken from the
+    prefix cache."""
+    asks = [ask([(7 * i + n) % 250 for i in range(90)], 6, logprobs=20) for n in range(3)]
+    starved = probes.name_of("Starved", subject.target("program"))
+    exact = f"model.dtype={subject.exact_dtype}"
+    with subject.engine(exact) as engine:
+        wanted = run(engine, asks)
+    with subject.engine(exact, f"program._target_={starved}") as engine:
+        probes.STARVED[:] = [step]
+        failed = run(engine, asks)
+        assert not probes.STARVED, "the program was not called"
+        again = run(engine, asks)
+        assert engine.step().stats.kv_cache_usage == 0
+    assert all("injected" in str(answer.error) for answer in failed), failed[0].error
+    assert_same(again, wanted, subject.slack, "after a step that ran out of memory")
 
 
 def test_out_of_memory_ends_one_step(subject: Subject) -> None:
