@@ -45,7 +45,7 @@ def test_explain_needs_no_gpu(platform: str) -> None:
     runs = {row.op: row.runs_on for row in explanation.ops}
     assert runs["paged_attention"].startswith("triton (")
     assert runs["linear"] == "the vendor's library of products, through torch"
-    assert explanation.fusions == ["add_rms_norm"]
+    assert explanation.fusions == ["add_rms_norm", "rotary_write_kv"]
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -74,7 +74,7 @@ def test_each_op_can_come_from_elsewhere() -> None:
         choices = ["platform=cuda", "model=tiny", "attention=paged", f"ops.{op}=torch"]
         runs = {row.op: row.runs_on for row in explain(assemble(choices)).ops}
         assert runs[op] == "torch", op
-        others = OPS - {op, "linear", "add_rms_norm"}
+        others = OPS - {op, "linear", "add_rms_norm", "rotary_write_kv"}
         assert all(runs[other].startswith("triton") for other in others)
         unfused = runs["add_rms_norm"].startswith("unfused")
         assert unfused == (op == "rms_norm") or op == "add_rms_norm"

@@ -2,8 +2,8 @@
 stands for the class DOTTED.NAME.
 
 ``Counting`` counts calls, ``Tracked`` what was built and closed, ``Failing`` cannot be built,
-``Starved`` runs out of memory when it is told to. A node names them as its ``_target_``, as it would name any other class, so that a choice made in
-config is seen to reach the part that runs.
+``Starved`` runs out of memory when it is told to. A node names them as its ``_target_``, as it
+would name any other class, so that a choice made in config is seen to reach the part that runs.
 """
 
 from __future__ import annotations

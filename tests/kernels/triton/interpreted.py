@@ -72,6 +72,29 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 @some_dtypes
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary", [16, 12])
+@pytest.mark.parametrize("cache_dtype", [None, torch.float16])
+def test_rotary_and_write_in_one(
+    dtype: torch.dtype, interleaved: bool, rotary: int, cache_dtype: torch.dtype | None
+) -> None:
+    """As one after the other, bit for bit; only addressed slots change."""
+    qkv = random(5, 10 * 16, dtype=dtype)
+    q, k, v = (part.unflatten(1, (-1, 16)) for part in qkv.split([96, 32, 32], -1))
+    positions, table = torch.tensor([3, 0, 8, 1, 2]), random(9, rotary, seed=3)
+    slots = torch.tensor([31, -1, 0, 7, 9])
+    caches = [random(4, 2, 8, 16, dtype=cache_dtype or dtype, seed=n) for n in (4, 5)]
+    want = [cache.clone() for cache in caches]
+    turned = TRITON.rotary_embedding(positions, q.clone(), k.clone(), table, interleaved)
+    TRITON.write_kv(turned[1], v, *want, slots)
+    before = k.clone(), v.clone()
+    got = TRITON.rotary_write_kv(positions, q, k, v, table, interleaved, *caches, slots)
+    assert got is q and torch.equal(q, turned[0])
+    assert torch.equal(k, before[0]) and torch.equal(v, before[1])
+    assert torch.equal(caches[0], want[0]) and torch.equal(caches[1], want[1])
+
+
+@some_dtypes
 @pytest.mark.parametrize("shape", [(5, 48), (1, 100), (3, 4, 16), (70, 20), (0, 8), (9,)])
 def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, weight = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype, seed=1)

@@ -74,6 +74,9 @@ def test_norms_rotary_gates_and_cache_writes(target: str) -> None:
         lambda ops: ops.silu_and_mul(torch.empty(2, 28672, dtype=bf16)),
         lambda ops: ops.gelu_tanh_and_mul(torch.empty(2, 28672, dtype=bf16)),
         lambda ops: ops.write_kv(k, v, cache, cache, ids),
+        lambda ops: ops.rotary_write_kv(
+            ids, q, k, v, torch.empty(9, 128), False, cache, cache, ids
+        ),
     ]
     for call in calls:
         compiled(target, call)

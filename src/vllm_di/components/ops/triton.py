@@ -30,6 +30,7 @@ OPS = frozenset(
         "gelu_tanh_and_mul",
         "linear",
         "write_kv",
+        "rotary_write_kv",
         "paged_attention",
         "greedy_sample",
         "top_k_top_p_sample",
@@ -213,6 +214,40 @@ class TritonOps(OpLibrary):
                 ),
                 {"HEADS": self._power(num_kv_heads), "SIZE": self._power(head_size)},
             )
+
+    def rotary_write_kv(
+        self,
+        positions: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_sin: Tensor,
+        interleaved: bool,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """q in place; k is turned on its way to the cache and left as it was."""
+        num_kv_heads, block_size, head_size = key_cache.shape[1:]
+        half = cos_sin.shape[1] // 2
+        if len(q):
+            self.launch(
+                self._elementwise.rotary_write_kv_kernel,
+                (len(q),),
+                (
+                    *(positions, q, k, v, cos_sin, key_cache, value_cache, slot_mapping),
+                    *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *key_cache.stride()[:3]),
+                    *(block_size, q.shape[1], num_kv_heads, head_size, half),
+                ),
+                {
+                    "HEADS": self._power(q.shape[1]),
+                    "KV_HEADS": self._power(num_kv_heads),
+                    "HALF": self._power(half),
+                    "SIZE": self._power(head_size),
+                    "INTERLEAVED": interleaved,
+                },
+            )
+        return q
 
     def paged_attention(
         self,

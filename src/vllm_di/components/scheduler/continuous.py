@@ -297,7 +297,7 @@ class ContinuousScheduler(Scheduler):
         for share in plan.scheduled:
             sequence = self._running.get(share.seq_id)
             if sequence is None or share.seq_id in result.failed:
-                continue  # aborted or preempted while the step ran; or its blocks hold who knows what
+                continue  # aborted or preempted while the step ran; or its blocks hold anything
             done = share.num_computed + share.num_tokens
             self._kv.commit(share.seq_id, sequence.token_ids, done)
         for scored in result.prompt_logprobs:

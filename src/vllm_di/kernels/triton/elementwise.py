@@ -8,6 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def rotate_heads(
+    out_ptr,  # where the turned heads go: the cache, or where they are
+    out_stride,
     x_ptr,  # a token's heads
     stride,
     cos,  # [HALF] fp32
@@ -18,8 +20,7 @@ def rotate_heads(
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Turns the pairs of each head in place. -> the pairs' elements and where they lie, for who
-    wants them elsewhere too."""
+    """Turns the pairs of each head."""
     heads = tl.arange(0, HEADS)
     pair = tl.arange(0, HALF)
     mask = (heads < num_heads)[:, None] & (pair < half)[None, :]
@@ -29,13 +30,36 @@ def rotate_heads(
     else:
         first = pair
         second = pair + half
-    a_ptr = x_ptr + heads[:, None] * stride + first[None, :]
-    b_ptr = x_ptr + heads[:, None] * stride + second[None, :]
-    a = tl.load(a_ptr, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr, mask=mask, other=0.0).to(tl.float32)
-    kind = x_ptr.dtype.element_ty
-    tl.store(a_ptr, (a * cos[None, :] - b * sin[None, :]).to(kind), mask=mask)
-    tl.store(b_ptr, (b * cos[None, :] + a * sin[None, :]).to(kind), mask=mask)
+    rows = x_ptr + heads[:, None] * stride
+    out_rows = out_ptr + heads[:, None] * out_stride
+    a = tl.load(rows + first[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(rows + second[None, :], mask=mask, other=0.0).to(tl.float32)
+    kind = x_ptr.dtype.element_ty  # rounded to it even on the way to a cache of another dtype
+    turned_a = (a * cos[None, :] - b * sin[None, :]).to(kind).to(out_ptr.dtype.element_ty)
+    turned_b = (b * cos[None, :] + a * sin[None, :]).to(kind).to(out_ptr.dtype.element_ty)
+    tl.store(out_rows + first[None, :], turned_a, mask=mask)
+    tl.store(out_rows + second[None, :], turned_b, mask=mask)
+
+
+@triton.jit
+def copy_heads(
+    out_ptr,
+    out_stride,
+    x_ptr,  # a token's heads
+    stride,
+    first,  # element of a head from which on they are copied
+    num_heads,
+    head_size,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    heads = tl.arange(0, HEADS)
+    columns = tl.arange(0, SIZE)
+    inside = (columns >= first) & (columns < head_size)
+    mask = (heads < num_heads)[:, None] & inside[None, :]
+    x = tl.load(x_ptr + heads[:, None] * stride + columns[None, :], mask=mask)
+    place = out_ptr + heads[:, None] * out_stride + columns[None, :]
+    tl.store(place, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -61,19 +85,15 @@ def rotary_kernel(
     row = cos_sin_ptr + tl.load(positions_ptr + token) * (2 * half)
     cos = tl.load(row + pair, mask=pair < half, other=0.0)
     sin = tl.load(row + half + pair, mask=pair < half, other=0.0)
+    q_ptr += token * q_stride
+    k_ptr += token * k_stride
     rotate_heads(
-        q_ptr + token * q_stride, q_head_stride, cos, sin, num_heads, half, HEADS, HALF, INTERLEAVED
+        *(q_ptr, q_head_stride, q_ptr, q_head_stride),
+        *(cos, sin, num_heads, half, HEADS, HALF, INTERLEAVED),
     )
     rotate_heads(
-        k_ptr + token * k_stride,
-        k_head_stride,
-        cos,
-        sin,
-        num_kv_heads,
-        half,
-        KV_HEADS,
-        HALF,
-        INTERLEAVED,
+        *(k_ptr, k_head_stride, k_ptr, k_head_stride),
+        *(cos, sin, num_kv_heads, half, KV_HEADS, HALF, INTERLEAVED),
     )
 
 
@@ -124,14 +144,72 @@ def write_kv_kernel(
     slot = tl.load(slots_ptr + token)
     if slot < 0:
         return
-    heads = tl.arange(0, HEADS)
-    columns = tl.arange(0, SIZE)
-    mask = (heads < num_kv_heads)[:, None] & (columns < head_size)[None, :]
     place = (slot // block_size) * block_stride + (slot % block_size) * row_stride
-    place += heads[:, None] * head_stride + columns[None, :]
-    k_place = token * k_stride + heads[:, None] * k_head_stride + columns[None, :]
-    v_place = token * v_stride + heads[:, None] * v_head_stride + columns[None, :]
-    k = tl.load(k_ptr + k_place, mask=mask)
-    v = tl.load(v_ptr + v_place, mask=mask)
-    tl.store(key_ptr + place, k.to(key_ptr.dtype.element_ty), mask=mask)
-    tl.store(value_ptr + place, v.to(value_ptr.dtype.element_ty), mask=mask)
+    copy_heads(
+        *(key_ptr + place, head_stride, k_ptr + token * k_stride, k_head_stride),
+        *(0, num_kv_heads, head_size, HEADS, SIZE),
+    )
+    copy_heads(
+        *(value_ptr + place, head_stride, v_ptr + token * v_stride, v_head_stride),
+        *(0, num_kv_heads, head_size, HEADS, SIZE),
+    )
+
+
+@triton.jit
+def rotary_write_kv_kernel(
+    positions_ptr,  # [tokens] int64
+    q_ptr,  # [tokens, num_heads, head_size], turned in place
+    k_ptr,  # [tokens, num_kv_heads, head_size]
+    v_ptr,
+    cos_sin_ptr,  # [positions, 2 half] fp32: cosines, then sines
+    key_ptr,  # [blocks, num_kv_heads, block_size, head_size]
+    value_ptr,
+    slots_ptr,  # [tokens] int64
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    block_stride,  # of both caches
+    head_stride,
+    row_stride,
+    block_size,
+    num_heads,
+    num_kv_heads,
+    head_size,
+    half,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    SIZE: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, HALF)
+    row = cos_sin_ptr + tl.load(positions_ptr + token) * (2 * half)
+    cos = tl.load(row + pair, mask=pair < half, other=0.0)
+    sin = tl.load(row + half + pair, mask=pair < half, other=0.0)
+    q_ptr += token * q_stride
+    rotate_heads(
+        *(q_ptr, q_head_stride, q_ptr, q_head_stride),
+        *(cos, sin, num_heads, half, HEADS, HALF, INTERLEAVED),
+    )
+    slot = tl.load(slots_ptr + token)
+    if slot < 0:
+        return
+    place = (slot // block_size) * block_stride + (slot % block_size) * row_stride
+    key_ptr += place
+    k_ptr += token * k_stride
+    rotate_heads(
+        *(key_ptr, head_stride, k_ptr, k_head_stride),
+        *(cos, sin, num_kv_heads, half, KV_HEADS, HALF, INTERLEAVED),
+    )
+    copy_heads(  # what no pair of a head holds
+        *(key_ptr, head_stride, k_ptr, k_head_stride),
+        *(2 * half, num_kv_heads, head_size, KV_HEADS, SIZE),
+    )
+    copy_heads(
+        *(value_ptr + place, head_stride, v_ptr + token * v_stride, v_head_stride),
+        *(0, num_kv_heads, head_size, KV_HEADS, SIZE),
+    )
