@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from vllm_di.components.interfaces import (
     ModelProgram,
     OpTable,
 )
-from vllm_di.components.program.traced import TracedStep, step_inputs, trace_step
+from vllm_di.components.program.traced import step_inputs, trace_step
 from vllm_di.errors import ConfigError, PortError
 from vllm_di.ports.openvino.convert import convert
 from vllm_di.ports.openvino.device import NAMES, openvino_device
@@ -66,14 +67,18 @@ class OpenVinoProgram(ModelProgram):
             return self._layout.allocate(self._model.kv_specs(), num_blocks, self._model.dtype)
 
         step = trace_step(self._model, self._build, caches, self._layout.block_size)
+        converted = convert(step)
+        names, self._unwritten = step.inputs, step.unwritten
+        # the compiler copies the weights once more: let go of those in the graph, which is in cycles
+        del step
+        self._model.release()
+        gc.collect()
         self._dry = caches(1)
         dtype = self._dry[0].key.dtype
-        compiled = self._device.compile(convert(step), self._model.dtype, dtype, self._cache_dir)
-        self._check_ports(compiled, step)
-        self._names = {name: i for i, name in enumerate(step.inputs)}
-        self._unwritten = step.unwritten
+        compiled = self._device.compile(converted, self._model.dtype, dtype, self._cache_dir)
+        self._check_ports(compiled, names)
+        self._names = {name: i for i, name in enumerate(names)}
         self._request = compiled.create_infer_request()
-        self._model.release()
 
     @torch.inference_mode()
     def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:
@@ -105,9 +110,9 @@ class OpenVinoProgram(ModelProgram):
                 self._request.set_input_tensor(self._names[name], to_openvino(tensor))
         self._bound = caches
 
-    def _check_ports(self, compiled: Any, step: TracedStep) -> None:
+    def _check_ports(self, compiled: Any, names: Sequence[str]) -> None:
         """The compiled model reports the cache's type and shape: they must be the layout's."""
-        ports = dict(zip(step.inputs, compiled.inputs, strict=True))
+        ports = dict(zip(names, compiled.inputs, strict=True))
         for i, cache in enumerate(self._dry):
             for name, tensor in ((f"key.{i}", cache.key), (f"value.{i}", cache.value)):
                 port = ports[name]
