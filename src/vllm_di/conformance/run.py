@@ -11,7 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
+from vllm_di.components.device import system
 from vllm_di.components.interfaces import INTERFACE_VERSION
 from vllm_di.conformance.catalog import BY_NAME, CHECKS
 from vllm_di.conformance.plugin import Conformance
@@ -90,13 +92,25 @@ def report(
         interface_version=INTERFACE_VERSION,
         port_interface=manifest.interface or INTERFACE_VERSION,
         seed=subject.seed,
-        device=platform.processor() or platform.machine(),
+        device=device_name(subject),
         versions=versions(subject),
         capabilities={k: getattr(manifest.capabilities, k) for k in _fields(manifest)},
         components={slot: str(node["_target_"]) for slot, node in nodes.items()},
         waivers=list(plugin.waivers),
         checks=checks,
     )
+
+
+def device_name(subject: Subject) -> str:
+    """What ran: the accelerator's own name, or the processor's where the work was the host's."""
+    if subject.simulated or subject.lacks_driver:
+        return system.cpu_name()
+    with subject.parts("device") as container:
+        kind = container.device().torch_device.type
+    named = (
+        None if kind == "cpu" else getattr(torch.get_device_module(kind), "get_device_name", None)
+    )
+    return str(named()) if named else system.cpu_name()
 
 
 def versions(subject: Subject) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 from vllm_di.components.device import system
@@ -91,6 +92,12 @@ def test_flags_of_x86_and_arm(tmp_path: Path) -> None:
     assert system.cpu_flags(tmp_path / "x86") == {"sse", "avx512_bf16"}
     write(tmp_path / "arm", {"cpuinfo": "processor : 0\nFeatures\t: asimd bf16"})
     assert system.cpu_flags(tmp_path / "arm") == {"asimd", "bf16"}
+
+
+def test_the_processor_s_name(tmp_path: Path) -> None:
+    write(tmp_path, {"cpuinfo": "processor : 0\nmodel name\t: Chip 9 @ 3 GHz\nmodel name: no"})
+    assert system.cpu_name(tmp_path) == "Chip 9 @ 3 GHz"
+    assert system.cpu_name(tmp_path / "none") == platform.machine()
 
 
 def test_this_machine() -> None:

@@ -7,6 +7,7 @@ machine's. Where the system has no such file, the question is answered by what P
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,14 @@ def cpu_flags(proc: Path = PROC) -> set[str]:
         if line.startswith(("flags", "Features")):
             return set(line.partition(":")[2].split())
     return set()
+
+
+def cpu_name(proc: Path = PROC) -> str:
+    """What the processor calls itself, or its architecture where the system does not tell."""
+    for line in _text(proc / "cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _machine_memory(proc: Path) -> tuple[int, int]:

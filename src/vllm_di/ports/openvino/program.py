@@ -69,7 +69,7 @@ class OpenVinoProgram(ModelProgram):
         step = trace_step(self._model, self._build, caches, self._layout.block_size)
         converted = convert(step)
         names, self._unwritten = step.inputs, step.unwritten
-        # the compiler copies the weights once more: let go of those in the graph, which is in cycles
+        # the compiler copies the weights once more: let go of those in the graph, which has cycles
         del step
         self._model.release()
         gc.collect()
