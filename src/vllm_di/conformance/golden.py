@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from vllm_di.conformance import tiny
-from vllm_di.conformance.driving import Answer, ask, run
+from vllm_di.conformance.driving import Answer, Ask, ask, run
 from vllm_di.conformance.subject import REFERENCE, Subject
 
 HASHES = Path(__file__).parent / "goldens.json"
@@ -37,13 +37,31 @@ def prompts(count: int) -> list[list[int]]:
 def goldens(model: str, head_size: int, count: int, length: int) -> list[Answer]:
     """The reference's answers to ``count`` prompts: ``length`` tokens each, with the log-probs of
     the prompt and of the likeliest tokens."""
+    asks = [ask(prompt, length, logprobs=TOP, prompt_logprobs=5) for prompt in prompts(count)]
+    return _by_reference(model, head_size, asks)
+
+
+def teacher_forced(model: str, head_size: int, count: int, length: int) -> list[Ask]:
+    """Each golden's prompt and answer together as a prompt, so that nothing depends on what is
+    sampled: of each position, the log-probs of the likeliest tokens."""
+    answers = goldens(model, head_size, count, length)
+    return [
+        ask([*prompt, *answer.token_ids], 1, prompt_logprobs=TOP)
+        for prompt, answer in zip(prompts(count), answers, strict=True)
+    ]
+
+
+@cache
+def scored(model: str, head_size: int, count: int, length: int) -> list[Answer]:
+    """The reference's answers to ``teacher_forced``."""
+    return _by_reference(model, head_size, teacher_forced(model, head_size, count, length))
+
+
+def _by_reference(model: str, head_size: int, asks: list[Ask]) -> list[Answer]:
     subject = Subject(REFERENCE)
     try:
         folder = subject.model_folder(model, head_size=head_size)
         with subject.engine(model=folder) as engine:
-            asks = [
-                ask(prompt, length, logprobs=TOP, prompt_logprobs=5) for prompt in prompts(count)
-            ]
             return run(engine, asks)
     finally:
         subject.close()
