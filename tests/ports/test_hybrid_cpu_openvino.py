@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from vllm_di import LLM, SamplingParams
+from vllm_di.conformance.run import run
+from vllm_di.conformance.subject import Subject
 from vllm_di.containers.assembly import assemble
 from vllm_di.containers.explain import explain
 
@@ -62,3 +64,20 @@ def test_smollm2_knows_the_capital_on_both() -> None:
     texts = [answer.outputs[0].text for answer in answers]
     assert "Paris" in texts[0] and texts[1:] == texts[:1] * 2
     assert len({tuple(answer.outputs[0].token_ids) for answer in answers}) == 1
+
+
+def test_the_conformance_suite_judges_all_stages() -> None:
+    subject = Subject(["platform=hybrid_cpu_openvino"])
+    cases = (
+        "golden/test_tokens[tied-float32]",
+        "graph/test_an_override_runs[attention]",
+        "graph/test_sdpa_is_honoured",
+    )
+    try:
+        report = run(subject, only=cases, quiet=True)
+    finally:
+        subject.close()
+    found = {case.id: case.outcome for check in report.checks for case in check.cases}
+    assert found == dict.fromkeys(cases, "pass")
+    assert report.components["stages.0.attention"].endswith(".PagedAttention")
+    assert report.components["stages.1.attention"].endswith(".OpenVinoAttention")

@@ -78,7 +78,9 @@ def report(
     """What a run found so far."""
     checks, manifest = plugin.results(), subject.manifest
     assembly = subject.assembly()
-    nodes = {**assembly.server, **assembly.engine, **assembly.workers[0]}
+    nodes = {**assembly.server, **assembly.engine}
+    for prefix, worker in zip(subject.stages, assembly.workers, strict=True):
+        nodes |= {f"{prefix}{slot}": node for slot, node in worker.items()}
     return Report(
         platform=manifest.name,
         level=level_of(checks, partial=partial, simulated=subject.simulated),

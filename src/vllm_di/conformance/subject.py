@@ -18,9 +18,11 @@ from vllm_di.components.interfaces import Engine, Placement
 from vllm_di.conformance import tiny
 from vllm_di.conformance.outcomes import NotDeclared, NotRun
 from vllm_di.containers.assembly import Assembly, assemble
+from vllm_di.containers.compose import ConfigTree
 from vllm_di.containers.engine import EngineContainer, WorkerContainer
 from vllm_di.containers.fill import Launcher, opened
 from vllm_di.containers.manifest import Capabilities, Manifest
+from vllm_di.containers.stages import split
 from vllm_di.errors import ConfigError, PortError, nearest
 
 OWN = ("model", "model.path", "loader", "tokenizer", "chat_template")
@@ -111,6 +113,13 @@ class Subject:
         if self.lacks_driver:
             raise NotRun(self.lacks_driver)
 
+    @cached_property
+    def stages(self) -> list[str]:
+        """What the keys of its workers begin with: ``stages.N.`` for each stage; else one,
+        empty."""
+        found = split(ConfigTree.find(self.config_dirs), self.overrides).stages
+        return [f"stages.{index}." for index in range(len(found))] or [""]
+
     @property
     def exact_dtype(self) -> str:
         """For checks of whole models: float32 where it is declared, else the first that is."""
@@ -143,7 +152,14 @@ class Subject:
     def overrides_of(self, model: str | Path) -> list[str]:
         """What a user would write to run the subject on a tiny model."""
         folder = self.model_folder(model) if isinstance(model, str) else model
-        return [*self.overrides, *_model(folder)]
+        return [*self.overrides, *_model(folder), *self._layers()]
+
+    def _layers(self) -> list[str]:
+        """One layer of a tiny model for each stage, unless the subject shares them out itself."""
+        if len(self.stages) == 1 or any("model.layers=" in text for text in self.overrides):
+            return []
+        ends = [*range(1, len(self.stages)), "null"]
+        return [f"{s}model.layers=[{i},{ends[i]}]" for i, s in enumerate(self.stages)]
 
     def assembly(self, *more: str, model: str | Path = "gqa") -> Assembly:
         """The subject's overrides on a tiny model, and ``more``."""
@@ -186,10 +202,10 @@ class Subject:
         slot, _, name = key.partition(".")
         return all(name in node[slot] for node in self.assembly().workers)
 
-    def target(self, slot: str) -> str:
+    def target(self, slot: str, stage: int = 0) -> str:
         """The class that fills a slot, as its dotted name."""
         a = self.assembly()
-        nodes = {**a.server, **a.engine, **a.workers[0]}
+        nodes = {**a.server, **a.engine, **a.workers[stage]}
         if slot not in nodes:
             raise KeyError(f"{slot}{nearest(slot, nodes)}")
         return str(nodes[slot]["_target_"])

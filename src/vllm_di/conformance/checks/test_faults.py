@@ -41,7 +41,7 @@ def workers() -> list[int]:
 def step_until_dead(engine: Engine) -> float:
     """Seconds until a step says that the engine is dead."""
     begin = time.monotonic()
-    with pytest.raises(EngineDeadError, match="worker"):
+    with pytest.raises(EngineDeadError, match="worker|stage"):
         steps(engine, 30)
     return time.monotonic() - begin
 
@@ -56,8 +56,11 @@ def steps(engine: Engine, seconds: float) -> None:
 def test_a_lost_worker(subject: Subject, record: Record, how: str) -> None:
     if not Path("/proc").is_dir():
         raise NotDeclared("processes are found in /proc")
-    world = 2 if 2 in subject.declared.tensor_parallel else 1
-    more = ["executor=multiprocess", f"executor.tensor_parallel_size={world}"]
+    if len(subject.stages) > 1:
+        world, more = len(subject.stages), ["executor.processes=true"]
+    else:
+        world = 2 if 2 in subject.declared.tensor_parallel else 1
+        more = ["executor=multiprocess", f"executor.tensor_parallel_size={world}"]
     more.append(f"executor.step_timeout={STEP_TIMEOUT}")
     base = footprint()
     with subject.engine(*more) as engine:

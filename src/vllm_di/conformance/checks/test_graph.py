@@ -34,12 +34,20 @@ def test_every_slot_meets_its_interface(subject: Subject) -> None:
 
 
 def override(subject: Subject, slot: str, kind: str) -> list[str]:
-    """What a user would write to put the probe of the chosen class into its slot."""
-    assembly = subject.assembly()
-    choice = assembly.choices.get(slot)
-    given = any(text.startswith(f"{slot}=") for text in subject.overrides)
-    option = [f"{slot}={choice.option}"] if choice and slot == "model_runner" and not given else []
-    return [*option, f"{slot}._target_={probes.name_of(kind, subject.target(slot))}"]
+    """What a user would write to put the probe of the chosen class into its slot, in each stage."""
+    assembly, found = subject.assembly(), []
+    for stage, key in enumerate(keys(subject, slot)):
+        choice = assembly.choices.get(key)
+        given = any(text.startswith(f"{key}=") for text in subject.overrides)
+        if choice and slot == "model_runner" and not given:
+            found.append(f"{key}={choice.option}")
+        found.append(f"{key}._target_={probes.name_of(kind, subject.target(slot, stage))}")
+    return found
+
+
+def keys(subject: Subject, slot: str) -> list[str]:
+    """The slot's node; of a worker's slot, that of each stage."""
+    return [f"{s}{slot}" for s in subject.stages] if slot in slots(WorkerContainer) else [slot]
 
 
 @pytest.mark.parametrize("slot", [*slots(EngineContainer), *slots(WorkerContainer)])
@@ -47,7 +55,8 @@ def test_an_override_runs(subject: Subject, slot: str) -> None:
     probes.CALLS.clear()
     more = override(subject, slot, "Counting")
     assembly = subject.assembly(*more)
-    assert assembly.place(f"{slot}._target_").startswith("command line"), "not the last word"
+    for key in keys(subject, slot):
+        assert assembly.place(f"{key}._target_").startswith("command line"), "not the last word"
     with subject.engine(*more) as engine:
         run(engine, [ask(prompts(1)[0], 3)])
     used = slot in UNUSED or probes.CALLS[slot] > 0
@@ -71,8 +80,9 @@ def test_sdpa_is_honoured(subject: Subject) -> None:
     dtype = subject.exact_dtype
     wanted = goldens("gqa", subject.head_size, 4, 8)
     more = ("attention=sdpa", f"model.dtype={dtype}")
-    chosen = subject.assembly(*more).workers[0]["attention"]["_target_"]
-    assert chosen.endswith(".SdpaAttention"), f"attention=sdpa gave {chosen}"
+    for worker in subject.assembly(*more).workers:
+        chosen = worker["attention"]["_target_"]
+        assert chosen.endswith(".SdpaAttention"), f"attention=sdpa gave {chosen}"
     with subject.engine(*more) as engine:
         found = run(engine, [ask(prompt, 8) for prompt in prompts(4)])
     if dtype == "float32":

@@ -112,7 +112,7 @@ def test_a_failed_engine_start_is_undone(subject: Subject) -> None:
         opened(EngineContainer, changed, launcher=Launcher(changed)),
     ):
         pass
-    assert sorted(probes.BUILT) == sorted(probes.CLOSED)
+    assert set(probes.BUILT) == set(probes.CLOSED)  # some twice, which is allowed
     more = settled(base)
     assert not more, f"left behind: {'; '.join(more)}"
 

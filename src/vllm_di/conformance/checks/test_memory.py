@@ -14,7 +14,7 @@ from vllm_di.conformance import probes
 from vllm_di.conformance.compare import assert_same
 from vllm_di.conformance.driving import ask, run
 from vllm_di.conformance.golden import prompts
-from vllm_di.conformance.outcomes import Record
+from vllm_di.conformance.outcomes import NotDeclared, Record
 from vllm_di.conformance.subject import Subject
 from vllm_di.errors import ConfigError
 
@@ -69,6 +69,8 @@ class OutOfMemory(Sampler):
 def test_out_of_memory_in_the_model(subject: Subject, step: int) -> None:
     """While prompts run, and while tokens do: what the step did not write is never taken from the
     prefix cache."""
+    if len(subject.stages) > 1:
+        raise NotDeclared("stages in the middle of a step wait for each other")
     asks = [ask([(7 * i + n) % 250 for i in range(90)], 6, logprobs=20) for n in range(3)]
     starved = probes.name_of("Starved", subject.target("program"))
     exact = f"model.dtype={subject.exact_dtype}"
