@@ -152,9 +152,9 @@ class Subject:
     def overrides_of(self, model: str | Path) -> list[str]:
         """What a user would write to run the subject on a tiny model."""
         folder = self.model_folder(model) if isinstance(model, str) else model
-        return [*self.overrides, *_model(folder), *self._layers()]
+        return [*self.overrides, *_model(folder), *self.layers()]
 
-    def _layers(self) -> list[str]:
+    def layers(self) -> list[str]:
         """One layer of a tiny model for each stage, unless the subject shares them out itself."""
         if len(self.stages) == 1 or any("model.layers=" in text for text in self.overrides):
             return []

@@ -28,7 +28,7 @@ def test_the_error_says_what_is_missing(subject: Subject) -> None:
     names = modules or [subject.manifest.name]
     real = [o for o in subject.overrides if not o.startswith(("device.simulated", "+device.sim"))]
     command = [sys.executable, "-c", BLOCKED, ",".join(modules)]
-    command += ["complete", *real, "model=tiny", "--max-tokens", "3", "hello"]
+    command += ["complete", *real, *subject.layers(), "model=tiny", "--max-tokens", "3", "hello"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0, f"it answered all the same: {done.stdout[-500:]}"
     assert not done.stdout.strip(), f"it printed {done.stdout[-500:]}"
