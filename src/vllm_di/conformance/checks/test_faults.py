@@ -41,7 +41,7 @@ def workers() -> list[int]:
 def step_until_dead(engine: Engine) -> float:
     """Seconds until a step says that the engine is dead."""
     begin = time.monotonic()
-    with pytest.raises(EngineDeadError, match="worker|stage"):
+    with pytest.raises(EngineDeadError, match=r"worker|stage"):
         steps(engine, 30)
     return time.monotonic() - begin
 
