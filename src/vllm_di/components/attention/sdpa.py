@@ -121,9 +121,8 @@ def _attend_padded(
     seen = column <= batch.positions[..., None]  # [seqs, queries, length]
     if spec.window is not None:
         seen = seen & (column > batch.positions[..., None] - spec.window)
-    grouped = q[batch.rows].unflatten(
-        2, (spec.num_kv_heads, -1)
-    )  # [seqs, queries, kv_heads, group, head_size]
+    # [seqs, queries, kv_heads, group, head_size]
+    grouped = q[batch.rows].unflatten(2, (spec.num_kv_heads, -1))
     grouped = grouped.permute(0, 2, 3, 1, 4)
     scores = (grouped @ keys.transpose(-1, -2)).float() * spec.scale
     if spec.soft_cap is not None:
