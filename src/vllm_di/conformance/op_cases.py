@@ -207,6 +207,7 @@ def fused_experts(make: Maker) -> Iterator[OpCase]:
         gate_up = make.real(experts, 2 * inter, hidden) / hidden**0.5
         down = make.real(experts, hidden, inter) / inter**0.5
         weights, ids = make.uniform(tokens, experts).topk(k)
+        weights = weights / weights.sum(-1, keepdim=True)  # as a router's
         args = (x, gate_up, down, weights, ids, act)
         yield OpCase(f"{tokens}x{hidden} {k} of {experts} {act}", args, long=True)
     for hidden in (16, 64, 30, 8):

@@ -108,11 +108,12 @@ def device_name(subject: Subject) -> str:
     if subject.simulated or subject.lacks_driver:
         return system.cpu_name()
     with subject.parts("device") as container:
-        kind = container.device().torch_device.type
-    named = (
-        None if kind == "cpu" else getattr(torch.get_device_module(kind), "get_device_name", None)
-    )
-    return str(named()) if named else system.cpu_name()
+        device = container.device()
+        if device.on_host:
+            return system.cpu_name()
+        module = torch.get_device_module(device.torch_device)
+    named = getattr(module, "get_device_name", None)
+    return str(named()) if named else device.torch_device.type
 
 
 def versions(subject: Subject) -> dict[str, str]:

@@ -82,17 +82,21 @@ def test_a_failed_start_is_undone(subject: Subject, failing: str) -> None:
     """Whatever was built is closed, in reverse, and the injected error comes out."""
     slot, kind = STEPS.get(failing, (failing, "Failing"))
     changed = with_probes(subject.assembly(), slot, kind)
-    threads = torch.get_num_threads()
     warm(subject)
     probes.BUILT.clear()
     probes.CLOSED.clear()
-    base = footprint()
-    with pytest.raises(probes.Injected, match=slot):
-        load_and_allocate(changed)
+    base, threads = footprint(), torch.get_num_threads()
+    torch.set_num_threads(threads + 1)  # a number that nothing before this has left behind
+    try:
+        with pytest.raises(probes.Injected, match=slot):
+            load_and_allocate(changed)
+        restored = torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
     assert list(reversed(probes.CLOSED)) == probes.BUILT, (
         f"built {', '.join(probes.BUILT)}; closed {', '.join(probes.CLOSED)}"
     )
-    assert torch.get_num_threads() == threads, "torch's number of threads was not restored"
+    assert restored, "torch's number of threads was not restored"
     more = settled(base)
     assert not more, f"left behind: {'; '.join(more)}"
 
