@@ -451,6 +451,15 @@ class LayerCache:
     value: Tensor
 
 
+@dataclass(slots=True)
+class TracedCache(LayerCache):
+    """As attention sees it while a step is traced for a compiler."""
+
+    new: tuple[Tensor, Tensor] | None = None
+    """Keys and values of the step, [tokens, kv_heads, head_size], where attention leaves it to the
+    program to write them after the step; None where a node of the graph writes."""
+
+
 class KvLayout(ABC):
     """(5) Owns the block size and the shape of the cache. Nobody else knows where a token lies."""
 
@@ -543,9 +552,9 @@ class AttentionBackend(ABC):
         and dtypes for every plan.
 
         Given such metadata, ``forward`` is traced: torch ops that suit any sizes, or one custom op
-        that the platform's compiler knows. What it writes to the cache is written in place by the
-        custom op, or ends as new tensors that it puts into ``cache.key`` and ``cache.value``.
-        Raises ConfigError when there is none.
+        that the platform's compiler knows. The cache is a TracedCache then: the custom op writes to
+        it in place, or ``forward`` leaves keys and values in its ``new``. Raises ConfigError when
+        there is none.
         """
         from vllm_di.errors import ConfigError
 

@@ -8,12 +8,11 @@ import torch
 from vllm_di.components.attention.paged import PagedAttention
 from vllm_di.components.attention.sdpa import SdpaAttention
 from vllm_di.components.device.host import HostDevice
-from vllm_di.components.interfaces import AttentionSpec, BatchPlan
+from vllm_di.components.interfaces import AttentionSpec, BatchPlan, TracedCache
 from vllm_di.components.kv_layout.hnd import HndLayout
 from vllm_di.components.messages import KvSpec
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
-from vllm_di.components.program.traced_cache import TracedCache
 from vllm_di.errors import ConfigError
 
 

@@ -16,9 +16,9 @@ from vllm_di.components.interfaces import (
     BatchPlan,
     KvLayout,
     LayerCache,
+    TracedCache,
 )
 from vllm_di.components.ops.torch import attend
-from vllm_di.components.program.traced_cache import TracedCache
 from vllm_di.errors import ConfigError
 
 

@@ -17,8 +17,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from vllm_di.components.interfaces import BatchPlan, LayerCache, Model
-from vllm_di.components.program.traced_cache import TracedCache
+from vllm_di.components.interfaces import BatchPlan, LayerCache, Model, TracedCache
 from vllm_di.errors import ConfigError
 
 Build = Callable[[BatchPlan], Any]
