@@ -82,15 +82,18 @@ def test_a_failed_start_is_undone(subject: Subject, failing: str) -> None:
     """Whatever was built is closed, in reverse, and the injected error comes out."""
     slot, kind = STEPS.get(failing, (failing, "Failing"))
     changed = with_probes(subject.assembly(), slot, kind)
-    warm(subject)
-    probes.BUILT.clear()
-    probes.CLOSED.clear()
-    base, threads = footprint(), torch.get_num_threads()
-    torch.set_num_threads(threads + 1)  # a number that nothing before this has left behind
+    threads = torch.get_num_threads()
+    other = threads - 1 or 2  # a number that nothing before this has left behind
     try:
+        torch.set_num_threads(other)
+        warm(subject)
+        probes.BUILT.clear()
+        probes.CLOSED.clear()
+        base = footprint()
+        torch.set_num_threads(other)
         with pytest.raises(probes.Injected, match=slot):
             load_and_allocate(changed)
-        restored = torch.get_num_threads() == threads + 1
+        restored = torch.get_num_threads() == other
     finally:
         torch.set_num_threads(threads)
     assert list(reversed(probes.CLOSED)) == probes.BUILT, (
