@@ -4,10 +4,10 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test vendor-schemas test-slow test-mutants sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
+.PHONY: serve test vendor-schemas vendor-llama-cpp test-slow test-mutants sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 serve: venv  ## set up, then serve the demo model on http://127.0.0.1:8000
 	$(BIN)/vllm-di serve $(ARGS)
@@ -18,6 +18,9 @@ test: venv vendor-schemas  ## set up, then run the tests
 # a failed download fails the tests that need the file, not the others
 vendor-schemas: venv  ## fetch the vendors' wheels that tests read schemas from
 	-$(BIN)/python -m tests.ports.ascend.wheel
+
+vendor-llama-cpp: venv  ## fetch llama.cpp's chat templates and vocabularies, which tests read
+	$(BIN)/python -m tests.vendored
 
 test-slow: venv  ## the suites that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
