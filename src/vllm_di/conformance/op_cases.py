@@ -44,10 +44,11 @@ class Maker:
         self._generator = torch.Generator().manual_seed(seed)
 
     def real(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape, generator=self._generator).to(dtype or self.dtype)
+        wide = torch.randn(shape, dtype=torch.float32, generator=self._generator)
+        return wide.to(dtype or self.dtype)
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self._generator)
+        return torch.rand(shape, dtype=torch.float32, generator=self._generator)
 
     def whole(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.randint(high, shape, generator=self._generator, dtype=dtype)
@@ -213,7 +214,8 @@ def fused_experts(make: Maker) -> Iterator[OpCase]:
     for hidden in (16, 64, 30, 8):
         gate_up, down = make.real(4, 24, hidden), make.real(4, hidden, 12)
         ids = torch.zeros(3, 1, dtype=torch.int64)
-        args = (make.real(3, hidden) / 8, gate_up / 8, down / 8, torch.ones(3, 1), ids, "silu")
+        ones = torch.ones(3, 1, dtype=torch.float32)
+        args = (make.real(3, hidden) / 8, gate_up / 8, down / 8, ones, ids, "silu")
         yield OpCase(f"all to one expert, {hidden}", args, long=True)
 
 
@@ -224,8 +226,9 @@ def greedy_sample(make: Maker) -> Iterator[OpCase]:
         # many equal maxima: the lowest id wins
         yield OpCase(f"{rows}x{vocab} ties", ((logits * 1.5).round(),))
     for vocab in (1, 17, 64, 320):
-        yield OpCase(f"all equal {vocab}", (torch.zeros(2, vocab),))
-        yield OpCase(f"all -inf {vocab}", (torch.full((2, vocab), float("-inf")),))
+        zeros = torch.zeros(2, vocab, dtype=torch.float32)
+        yield OpCase(f"all equal {vocab}", (zeros,))
+        yield OpCase(f"all -inf {vocab}", (zeros - float("inf"),))
 
 
 def top_k_top_p_sample(make: Maker) -> Iterator[OpCase]:
@@ -236,9 +239,9 @@ def top_k_top_p_sample(make: Maker) -> Iterator[OpCase]:
         logits = 2 * make.real(rows, vocab, dtype=torch.float32)
         args = (
             logits,
-            torch.full((rows,), min(k or vocab, vocab)),
-            torch.full((rows,), p),
-            torch.full((rows,), least),
+            torch.full((rows,), min(k or vocab, vocab), dtype=torch.int64),
+            torch.full((rows,), p, dtype=torch.float32),
+            torch.full((rows,), least, dtype=torch.float32),
             make.uniform(rows),
         )
         yield OpCase(f"{rows}x{vocab} k={k} p={p} min_p={least}", args)

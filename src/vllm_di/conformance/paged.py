@@ -98,7 +98,7 @@ def place(
     size, heads = layout.block_size, (spec.num_kv_heads, spec.head_size)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, dtype=torch.float32, generator=generator).to(dtype)
 
     poison(cache, layout, total_blocks, heads, dtype, device)
     free = (torch.randperm(total_blocks - 1, generator=generator) + 1).tolist()

@@ -147,6 +147,6 @@ class _Scales:
 def _random(key: str, shape: tuple[int, ...], scale: float) -> Tensor:
     """Values that bfloat16 and float16 hold exactly: all dtypes run the same weights."""
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    values = torch.randn(shape, generator=generator)
+    values = torch.randn(shape, dtype=torch.float32, generator=generator)
     values = 1 + 0.1 * values if len(shape) == 1 else scale * values
     return values.bfloat16().float()

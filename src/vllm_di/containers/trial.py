@@ -133,11 +133,12 @@ def op_trials(table: OpTable, device: torch.device, dtype: torch.dtype) -> dict[
         return {n: (t, shapes[n], dtype) for n, t in zip(shapes, turned, strict=True)}
 
     def top_k_top_p_sample() -> Results:
-        logits, ones = floats(TOKENS, HIDDEN, kind=torch.float32), torch.ones(TOKENS, device=device)
+        logits = floats(TOKENS, HIDDEN, kind=torch.float32)
+        ones = torch.ones(TOKENS, dtype=torch.float32, device=device)
         chosen = table.top_k_top_p_sample(logits, ids + 5, ones, ones * 0, ones * 0.5)
         return one(chosen, TOKENS, kind=torch.int64)
 
-    ids = torch.arange(TOKENS, device=device)
+    ids = torch.arange(TOKENS, dtype=torch.int64, device=device)
     x, wide, weight = floats(TOKENS, HIDDEN), floats(TOKENS, 2 * HIDDEN), floats(64, HIDDEN)
     logits = floats(TOKENS, HIDDEN, kind=torch.float32)
     return {
@@ -166,7 +167,7 @@ def attention_trial(container: Any) -> Trial:
 
     def trial() -> Results:
         (cache,) = layout.allocate([spec], 1, model.dtype)
-        positions = torch.arange(TOKENS, device=on)
+        positions = torch.arange(TOKENS, dtype=torch.int64, device=on)
         plan = BatchPlan(
             token_ids=positions,
             positions=positions,

@@ -173,11 +173,13 @@ class Decoder(nn.Module, Model):
         for name, target in self.targets().items():
             generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
             if target.kind == "norm":
-                tensor = torch.full(target.shape, 1.0 - (self.config.norm_offset or 0.0))
+                one = 1.0 - (self.config.norm_offset or 0.0)
+                tensor = torch.full(target.shape, one, dtype=torch.float32)
             elif target.kind == "bias":
-                tensor = torch.zeros(target.shape)
+                tensor = torch.zeros(target.shape, dtype=torch.float32)
             else:
-                tensor = torch.empty(target.shape).normal_(0, INIT_STD, generator=generator)
+                tensor = torch.empty(target.shape, dtype=torch.float32)
+                tensor.normal_(0, INIT_STD, generator=generator)
             target.fill(tensor)
         self.finalize()
 

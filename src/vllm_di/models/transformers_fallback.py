@@ -139,7 +139,7 @@ class TransformersModel(Model):
         Some models change logits after the head. A constant factor is found here; anything else is
         refused.
         """
-        ids = torch.arange(1, 5, device=self._device)[None] % self.vocab_size
+        ids = torch.arange(1, 5, dtype=torch.int64, device=self._device)[None] % self.vocab_size
         whole = self._model(input_ids=ids, use_cache=False).logits[0].float()
         hidden = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         ours = self._model.get_output_embeddings()(hidden).float()

@@ -88,9 +88,9 @@ class SdpaAttention(AttentionBackend):
         start = plan.query_start[:-1].long()
         lengths = plan.seq_lens.long()
         counts = plan.query_start[1:].long() - start
-        steps = torch.arange(plan.max_query_len, device=start.device)
+        steps = torch.arange(plan.max_query_len, dtype=torch.int64, device=start.device)
         owner = torch.repeat_interleave(counts)  # [tokens]
-        offset = torch.arange(len(owner), device=start.device) - start[owner]
+        offset = torch.arange(len(owner), dtype=torch.int64, device=start.device) - start[owner]
         return PaddedBatch(
             owners=owner,
             at=(lengths - counts)[owner] + offset,
@@ -107,7 +107,8 @@ def _attend_padded(
 ) -> Tensor:
     """As ``forward``, in torch ops that can be traced. The cache is as it was before the step: the
     new tokens are put among those that are gathered from it."""
-    column = torch.arange(batch.blocks.shape[1] * cache.key.shape[2], device=q.device)
+    length = batch.blocks.shape[1] * cache.key.shape[2]
+    column = torch.arange(length, dtype=torch.int64, device=q.device)
     filled = (column < batch.seq_lens[:, None])[:, None, :, None]  # [seqs, 1, length, 1]
 
     def gathered(cached: Tensor, new: Tensor) -> Tensor:

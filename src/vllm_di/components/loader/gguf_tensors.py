@@ -182,7 +182,7 @@ def _name(name: str, architecture: str, path: Path) -> str | None:
 
 def _unpermuted(rows: int, heads: int) -> Tensor:
     """The order of rows that makes [heads * (half, 2)] into [heads * (2, half)]."""
-    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(rows)
+    return torch.arange(rows, dtype=torch.int64).view(heads, -1, 2).transpose(1, 2).reshape(rows)
 
 
 def _first_line(error: Exception) -> str:

@@ -69,7 +69,8 @@ def pack_linear(
 
 def _beside_gates(outputs: int) -> Tensor:
     """Rows in the order in which each 16 gates stand beside the 16 that they let through."""
-    return torch.arange(outputs).view(2, -1, PAIR // 2).transpose(0, 1).flatten()
+    rows = torch.arange(outputs, dtype=torch.int64)
+    return rows.view(2, -1, PAIR // 2).transpose(0, 1).flatten()
 
 
 def pack_quantized(
@@ -100,13 +101,14 @@ def pack_quantized(
         return PackedBytes(data, None, outputs, inputs, weight.bits, gated)
     data = huge_zeros((padded * inputs,), torch.uint8)
     kernels.pack_channels(q.data_ptr(), data.data_ptr(), outputs, inputs, threads)
-    scales = torch.zeros(padded)
+    scales = torch.zeros(padded, dtype=torch.float32)  # whatever torch's default is
     scales[:outputs] = scale[:, 0]
     return PackedBytes(data, scales, outputs, inputs, 0, gated)
 
 
 def _by_group(weight: QuantizedWeight) -> bool:
-    return weight.group == GROUP and weight.scale.dtype is torch.float16
+    halves = weight.scale.dtype is weight.offset.dtype is torch.float16
+    return weight.group == GROUP and halves
 
 
 def _by_channel(weight: QuantizedWeight) -> bool:

@@ -192,8 +192,10 @@ def attend(
     """Causal attention of one sequence. q [queries, heads, head_size] are the last positions of
     keys and values [kv_heads, length, head_size] -> [queries, heads, head_size]."""
     length, group = keys.shape[1], q.shape[1] // keys.shape[0]
-    position = torch.arange(length - len(q), length, device=q.device)[:, None]  # [queries, 1]
-    column = torch.arange(length, device=q.device)  # [length]
+    position = torch.arange(length - len(q), length, dtype=torch.int64, device=q.device)[
+        :, None
+    ]  # [queries, 1]
+    column = torch.arange(length, dtype=torch.int64, device=q.device)  # [length]
     seen = column <= position
     if window is not None:
         seen &= column > position - window

@@ -117,7 +117,7 @@ def _example(
         seq_lens=torch.tensor(lengths, dtype=torch.int32),
         block_table=torch.zeros(seqs, columns, dtype=torch.int32),
         slot_mapping=torch.zeros(total, dtype=torch.int64),
-        logits_rows=torch.arange(wanted),
+        logits_rows=torch.arange(wanted, dtype=torch.int64),
         query_lens_host=queries,
         seq_lens_host=lengths,
         hidden=None if model.first else torch.zeros(total, model.hidden_size, dtype=model.dtype),

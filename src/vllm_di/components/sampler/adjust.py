@@ -115,8 +115,8 @@ def _mask(logits: Tensor, rows: Adjusted) -> None:
     if banned_ids:
         device = logits.device
         place = (
-            torch.tensor(banned_rows, device=device),
-            torch.tensor(banned_ids, device=device),
+            torch.tensor(banned_rows, dtype=torch.int64, device=device),
+            torch.tensor(banned_ids, dtype=torch.int64, device=device),
         )
         logits[place] = NEVER
 

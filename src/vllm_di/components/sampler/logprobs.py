@@ -31,7 +31,7 @@ def _report(
 ) -> list[TokenLogprobs]:
     """The same number of candidates is taken for any ``counts``, so that a row's answer does not
     depend on what its neighbours asked for."""
-    ids = torch.tensor(token_ids, device=logprobs.device)[:, None]
+    ids = torch.tensor(token_ids, dtype=torch.int64, device=logprobs.device)[:, None]
     chosen = logprobs.gather(-1, ids)  # [rows, 1]
     values = chosen[:, 0].tolist()
     if not any(counts):
@@ -69,10 +69,12 @@ def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
         best = values.topk(count)
         return best.values, best.indices
     whole = stretches * STRETCH
-    within = torch.arange(STRETCH, device=values.device)
-    rest = torch.arange(whole, vocab, device=values.device).expand(len(values), -1)
+    within = torch.arange(STRETCH, dtype=torch.int64, device=values.device)
+    rest = torch.arange(whole, vocab, dtype=torch.int64, device=values.device)
     peaks = values[:, :whole].unflatten(-1, (stretches, STRETCH)).amax(-1)  # [rows, stretches]
     starts = peaks.topk(count).indices[..., None] * STRETCH
-    ids = torch.cat(((starts + within).flatten(1), rest), -1)  # [rows, candidates]
+    ids = torch.cat(
+        ((starts + within).flatten(1), rest.expand(len(values), -1)), -1
+    )  # [rows, candidates]
     best = values.gather(-1, ids).topk(count)
     return best.values, ids.gather(-1, best.indices)

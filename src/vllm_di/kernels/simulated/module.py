@@ -70,7 +70,7 @@ class SimulatedModule(ModuleType):
 
     def synchronize(self, device: Any = None) -> None:
         """An operation of its own, so that a hang or a death shows here as well."""
-        torch.empty(0, device=self.device)
+        torch.empty(0, dtype=torch.uint8, device=self.device)
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         """(free, total) bytes."""

@@ -121,8 +121,9 @@ class AscendAttention(AttentionBackend):
             decodes=[i for i, count in enumerate(queries) if count == 1],
         )
         if metadata.prefills and metadata.decodes:
-            rows = torch.tensor([ends[i] - 1 for i in metadata.decodes], device=self._device)
-            sequences = torch.tensor(metadata.decodes, device=self._device)
+            last = [ends[i] - 1 for i in metadata.decodes]
+            rows = torch.tensor(last, dtype=torch.int64, device=self._device)
+            sequences = torch.tensor(metadata.decodes, dtype=torch.int64, device=self._device)
             metadata.decode_rows, metadata.decode_blocks = rows, batch.block_table[sequences]
         return metadata
 

@@ -171,7 +171,8 @@ class AscendGraph(GraphPolicy):
         captured.token_ids[:count].copy_(token_ids)
         captured.positions[:count].copy_(positions)
         held.slots[:count].copy_(metadata.slots)
-        held.slots[count:].copy_(torch.arange(count, len(held.slots), device=self._device))
+        padding = torch.arange(count, len(held.slots), dtype=torch.int32, device=self._device)
+        held.slots[count:].copy_(padding)
         held.block_table[:count, : metadata.block_table.shape[1]].copy_(metadata.block_table)
         held.block_table[count:].zero_()
 

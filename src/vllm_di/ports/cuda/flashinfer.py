@@ -68,7 +68,8 @@ class FlashInferAttention(AttentionBackend):
         blocks = (lengths + size - 1) // size
         starts = torch.zeros(len(blocks) + 1, dtype=torch.int32)
         starts[1:] = blocks.cumsum(0)
-        used = torch.arange(batch.block_table.shape[1]) < blocks[:, None]
+        columns = torch.arange(batch.block_table.shape[1], dtype=torch.int32)
+        used = columns < blocks[:, None]
         place = used.flatten().nonzero()[:, 0].to(batch.block_table.device, non_blocking=True)
         return Pages(
             plan=batch,
