@@ -49,6 +49,7 @@ def composed(option: str) -> dict[str, Any]:
     values = ConfigTree.find(()).compose([f"model={option}"]).values
     node: Any = OmegaConf.to_container(values.model)
     assert node.pop("_target_") == "vllm_di.models.decoder.Decoder"
+    assert node.pop("architectures") is None, "ours are found by the decoder's own list"
     return dict(node)
 
 

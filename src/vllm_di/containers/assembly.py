@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import yaml
 from dependency_injector.containers import DeclarativeContainer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vllm_di.components.interfaces import OpTable
@@ -24,6 +24,8 @@ from vllm_di.containers.engine import (
 )
 from vllm_di.containers.manifest import LEVELS, Manifest, read_manifest
 from vllm_di.containers.origins import Origin, place_of
+from vllm_di.containers.registered import KEY as ARCHITECTURES
+from vllm_di.containers.registered import compose
 from vllm_di.containers.stages import KEY, Stage, check_layers, split
 from vllm_di.containers.tree import shown
 from vllm_di.errors import ConfigError, nearest
@@ -34,6 +36,8 @@ SETTINGS = ("model_name", "trust", "checkpoint", "platform")
 STAND_INS = {"tokenizer": "bytes", "chat_template": "plain"}
 """Options for a model without a checkpoint, unless somebody chose others."""
 
+SHIPPED_MODEL = "vllm_di.models.decoder.Decoder"
+"""The one class that transformers' code may stand in for."""
 TRANSFORMERS_MODEL = "vllm_di.models.transformers_fallback.TransformersModel"
 
 
@@ -102,7 +106,7 @@ def assemble(overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = 
     """
     tree = ConfigTree.find(config_dirs)
     parts = split(tree, overrides)
-    whole = tree.compose(parts.around)
+    whole = compose(tree, parts.around)
     values = _resolved(tree, whole)
     found = Assembly(
         server={s: values[s] for s in slots(ServerContainer)},
@@ -128,7 +132,7 @@ def _add_stages(
     found.workers, found.settings[KEY] = [], []
     for index, stage in enumerate(stages):
         try:
-            composition = tree.compose(stage.overrides, stage.sources)
+            composition = compose(tree, stage.overrides, stage.sources)
             for slot in (*found.server, *found.engine):
                 composition.values[slot] = whole.values[slot]  # what a worker's keys may point to
             values = _resolved(tree, composition)
@@ -216,16 +220,18 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
     """Fill ``checkpoint``, and the keys of ``model`` that the YAML leaves to the checkpoint."""
     # imported here: `vllm-di --help` composes without a checkpoint
     from vllm_di.models.checkpoint import describe
-    from vllm_di.models.hf_config import is_native, model_fields
+    from vllm_di.models.hf_config import model_fields, own_fields
 
-    values, origins = composition.values, composition.origins
+    values = composition.values
     model, checkpoint = values.model, values.checkpoint
     option, chosen = composition.choices["model"]
     loader = composition.choices["loader"][0]
+    registered = _pop_architectures(composition)
     if values.model_name is None:
-        named = option != "local" or model.path is None
+        found_by_path = option == "local" or chosen.chosen_by == "checkpoint"
+        named = not found_by_path or model.get("path") is None
         values.model_name = option if named else Path(str(model.path)).stem
-    if model.path is None:
+    if model.get("path") is None:
         if loader == "auto":
             raise ConfigError(
                 f"{chosen}: model={option} brings no weights; give them with "
@@ -239,7 +245,17 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
         found = describe(str(model.path))
         checkpoint.format, checkpoint.weights = found.format, found.weights
         checkpoint.tokenizer = found.tokenizer
-        fields = model_fields(found.hf_config, found.generation_config)
+        if _is_own_class(composition):
+            keys = [str(key) for key in model]
+            fields = own_fields(found.hf_config, found.generation_config, keys)
+        else:
+            native = model.implementation != "transformers"
+            fields = model_fields(found.hf_config, found.generation_config, native=native)
+        if registered and fields["architecture"] not in registered:
+            raise ConfigError(
+                f"{chosen}: model={option} is for {', '.join(registered)}, but the checkpoint "
+                f"{model.path} is a {fields['architecture']}; take model=local"
+            )
         for key, value in fields.items():
             _take(composition, key, value)
         if loader == "auto":
@@ -250,17 +266,55 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
                 found.format,
                 f"{Path(found.weights).name} is {found.format}",
             )
-    architecture = model.architecture
-    if model.implementation == "transformers" or (
-        model.implementation == "auto" and architecture and not is_native(architecture)
+    _fall_back(composition)
+
+
+def _pop_architectures(composition: Composition) -> list[str]:
+    """What the model's option registers; the key is none of its class."""
+    model = composition.values.model
+    with open_dict(model):
+        names = model.pop(ARCHITECTURES, None)
+    origin = composition.origins.pop(f"model.{ARCHITECTURES}", "config")
+    names = OmegaConf.to_container(names) if OmegaConf.is_config(names) else names
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(n, str) for n in names)
     ):
-        model._target_ = TRANSFORMERS_MODEL
-        why = (
-            f"{architecture} has no native model"
-            if model.implementation == "auto"
-            else "implementation"
+        raise ConfigError(
+            f"{origin}: model.{ARCHITECTURES}: expected a list of class names, got {names!r}"
         )
-        origins["model._target_"] = Origin("checkpoint", text=why)
+    return names or []
+
+
+def _is_own_class(composition: Composition) -> bool:
+    """Whether the model's class is another than ours."""
+    return composition.values.model.get("_target_") not in (SHIPPED_MODEL, TRANSFORMERS_MODEL)
+
+
+def _fall_back(composition: Composition) -> None:
+    """Put transformers' code in place of the shipped decoder, where that has no such architecture
+    or the user asks for it. A class that somebody named stays."""
+    from vllm_di.models.hf_config import is_native
+
+    model, origins = composition.values.model, composition.origins
+    wanted, architecture = model.get("implementation"), model.get("architecture")
+    origin = origins.get("model._target_")
+    typed = origin is not None and origin.chosen_by == "command line"
+    if typed or _is_own_class(composition):
+        if wanted == "transformers" and model.get("_target_") != TRANSFORMERS_MODEL:
+            place = place_of(origins, "model.implementation")
+            raise ConfigError(
+                f"{place}: model.implementation=transformers asks for transformers' code, but "
+                f"{origin}: model._target_ is {model.get('_target_')}; leave one of them out"
+            )
+        return
+    if wanted == "transformers":
+        why = "implementation"
+    elif wanted == "auto" and architecture and not is_native(architecture):
+        why = f"{architecture} has no native model"
+    else:
+        return
+    model._target_ = TRANSFORMERS_MODEL
+    origins["model._target_"] = Origin("checkpoint", text=why)
 
 
 def _is_chosen(composition: Composition, slot: str) -> bool:
@@ -276,8 +330,8 @@ def _is_chosen(composition: Composition, slot: str) -> bool:
 def _take(composition: Composition, key: str, value: Any) -> None:
     """One field of the checkpoint: fills a null, bows to the command line, must agree with YAML."""
     model, name = composition.values.model, f"model.{key}"
-    if value is None:
-        return
+    if value is None or (key not in model and _is_own_class(composition)):
+        return  # a class of somebody's own gets the keys that its node names
     if model.get(key) is None:
         OmegaConf.update(composition.values, name, value, force_add=True)
         composition.origins[name] = Origin("checkpoint", text=str(model.path))

@@ -7,8 +7,8 @@ checkpoint.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class Decoder(nn.Module, Model):
     """The model on one rank, or the layers [first, end) of it that make a stage of a pipeline."""
 
     replayable = True
+    families: ClassVar[Collection[str]] = FAMILIES
+    """Architectures that it runs; a class built on this one names its own."""
 
     def __init__(
         self,
@@ -51,13 +53,15 @@ class Decoder(nn.Module, Model):
         config: DecoderConfig,
     ) -> None:
         super().__init__()
+        architecture = config.architecture
+        if architecture is not None and architecture not in self.families:
+            raise UnsupportedModelError(
+                f"model.architecture {architecture!r} has no native model in "
+                f"{type(self).__name__}, which runs {', '.join(self.families)}"
+                f"{nearest(architecture, self.families)}"
+            )
         parts = Parts(config, device, ops, attention, communicator)
         c = parts.config
-        if c.architecture not in FAMILIES:
-            raise UnsupportedModelError(
-                f"model.architecture {c.architecture!r} has no native model; native are "
-                f"{', '.join(FAMILIES)}{nearest(str(c.architecture), FAMILIES)}"
-            )
         assert c.vocab_size and c.hidden_size and c.num_hidden_layers and c.max_model_len
         self.config, self.ops, self.dtype = c, ops, parts.dtype
         self.vocab_size, self.max_model_len = c.vocab_size, c.max_model_len

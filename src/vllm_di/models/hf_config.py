@@ -5,7 +5,7 @@ A setting that would change the result and that the decoder does not know is ref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vllm_di.errors import UnsupportedModelError
@@ -14,6 +14,7 @@ from vllm_di.models.hf_settings import (
     refuse,
     refuse_quantized,
     refuse_unknown,
+    shorten,
     with_defaults,
 )
 
@@ -27,39 +28,75 @@ ACTIVATIONS = {
 }
 
 
+HOW_TO_RUN = frozenset(["path", "implementation", "dtype", "max_model_len", "layers"])
+"""Keys of a model's node that are no part of its architecture."""
+
+
 def is_native(architecture: str) -> bool:
     """True when the native decoder has this architecture."""
     return architecture in FAMILIES
 
 
+def architecture_of(config: Config) -> str:
+    """The class name in ``architectures``. Raises UnsupportedModelError where there is none."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        what = "names no architecture" if not names else f"has architectures={shorten(names)}"
+        raise UnsupportedModelError(
+            f"config.json {what}; native ones are {', '.join(sorted(FAMILIES))}"
+        )
+    return names[0]
+
+
+def own_fields(config: Config, generation: Config | None, keys: Collection[str]) -> Fields:
+    """Fields for a class that is none of ours: ``config.json``'s values of the names in ``keys``,
+    and what ``model_fields`` reads. A setting that the native decoder lacks is refused unless the
+    class has a key for it. Raises UnsupportedModelError."""
+    named = set(keys) - HOW_TO_RUN
+    fields = {key: config[key] for key in named if config.get(key) is not None}
+    if is_native(architecture_of(config)):
+        return fields | model_fields(config, generation, known=keys)
+    return fields | _shared(with_defaults(config), generation or {})
+
+
 def model_fields(
-    config: Config, generation: Config | None = None, *, native: bool = True
+    config: Config,
+    generation: Config | None = None,
+    *,
+    native: bool = True,
+    known: Collection[str] = (),
 ) -> Fields:
     """Fields of DecoderConfig for a checkpoint. For a foreign architecture, or with ``native``
-    false, only those that transformers' code shares.
+    false, only those that transformers' code shares. ``known`` are further keys of ``config`` that
+    the model understands.
 
     Raises UnsupportedModelError for a config without an architecture, or with settings that the
     native decoder lacks.
     """
-    names = config.get("architectures") or []
-    if not names:
-        raise UnsupportedModelError(
-            "config.json names no architecture; native ones are " + ", ".join(sorted(FAMILIES))
-        )
+    name = architecture_of(config)
     refuse_quantized(config)
-    if names[0] == "Gemma3ForConditionalGeneration" and "text_config" in config and native:
+    if name == "Gemma3ForConditionalGeneration" and "text_config" in config and native:
         config = _text_part(config)
     name = config["architectures"][0]
     config = with_defaults(config)
-    fields: Fields = {"architecture": name, **_token_ids(config, generation or {})}
-    if native and name in FAMILIES:
-        refuse_unknown(config)
-        fields |= _common(config) | FAMILIES[name](config)
-    else:
-        fields["vocab_size"] = config.get("vocab_size")
-        fields["max_position_embeddings"] = _first(
+    if not native or name not in FAMILIES:
+        return _shared(config, generation or {})
+    refuse_unknown(config, known)
+    fields = {"architecture": name, **_token_ids(config, generation or {})}
+    fields |= _common(config) | FAMILIES[name](config)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _shared(config: Config, generation: Config) -> Fields:
+    """What every architecture has."""
+    fields = {
+        "architecture": architecture_of(config),
+        **_token_ids(config, generation),
+        "vocab_size": config.get("vocab_size"),
+        "max_position_embeddings": _first(
             config, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
-        )
+        ),
+    }
     return {name: value for name, value in fields.items() if value is not None}
 
 

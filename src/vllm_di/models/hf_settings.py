@@ -6,7 +6,8 @@ config. A key that nobody here knows is refused: it could change the result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from vllm_di.errors import UnsupportedModelError
@@ -210,10 +211,17 @@ def with_defaults(config: Config) -> dict[str, Any]:
     return {**DEFAULTS.get(config["architectures"][0], {}), **config}
 
 
-def refuse_unknown(config: Config) -> None:
-    """Raises UnsupportedModelError for a key that might change the result and is not understood."""
+def shorten(value: Any, limit: int = 80) -> str:
+    """A value of a config as messages show it: one line, of a bounded length."""
+    text = reprlib.repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def refuse_unknown(config: Config, own: Collection[str] = ()) -> None:
+    """Raises UnsupportedModelError for a key that might change the result and is not understood.
+    ``own`` are keys that the model's class has beside ours."""
     architecture = config["architectures"][0]
-    known = USED | HARMLESS | FAMILY_USED.get(architecture, frozenset())
+    known = {*USED, *HARMLESS, *FAMILY_USED.get(architecture, ()), *own}
     for key, value in config.items():
         if (
             key in known
@@ -223,8 +231,8 @@ def refuse_unknown(config: Config) -> None:
         ):
             continue
         raise UnsupportedModelError(
-            f"config.json of {architecture} sets {key}={value!r}, which the native decoder does "
-            "not know; transformers' own code may: model.implementation=transformers"
+            f"config.json of {architecture} sets {key}={shorten(value)}, which the native decoder "
+            "does not know; transformers' own code may: model.implementation=transformers"
         )
 
 
