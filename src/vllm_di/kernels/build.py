@@ -4,15 +4,20 @@ called through ctypes."""
 from __future__ import annotations
 
 import ctypes
-import fcntl
+import functools
 import hashlib
-import os
+import logging
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from vllm_di.cache import is_whole, obtain, user_cache
+
+log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
 COMMON_FLAGS: tuple[str, ...] = (
@@ -69,9 +74,11 @@ def usable_isas() -> list[str]:
 
 
 def default_cache() -> Path:
-    """``vllm-di/kernels`` in the user's cache folder, by the XDG base directory rules."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "vllm-di/kernels"
+    """``vllm-di/kernels`` in the user's cache folder. Raises BuildError where the user has none."""
+    try:
+        return user_cache() / "kernels"
+    except OSError as error:
+        raise BuildError(str(error)) from None
 
 
 def loaded_openmp() -> Path | None:
@@ -85,9 +92,16 @@ def loaded_openmp() -> Path | None:
 
 
 def prebuilt(isa: str, folder: Path) -> Built | None:
-    """The library for one instruction set that ``main`` wrote for these sources, if it is there."""
-    library = _load(folder / f"cpu-{isa}-{_sources()}.so")
-    return None if library is None else Built(library, f"prebuilt in {folder}")
+    """The library for one instruction set that ``main`` wrote for these sources, if it is there and
+    whole."""
+    path = folder / f"cpu-{isa}-{_sources()}.so"
+    if not is_whole(path):
+        return None
+    try:
+        return Built(ctypes.CDLL(str(path)), f"prebuilt in {folder}")
+    except OSError as error:
+        log.warning("%s cannot be loaded: %s", path, error)
+        return None
 
 
 def build(isa: str, cache: Path, openmp: Path | None) -> Built:
@@ -109,15 +123,30 @@ def build(isa: str, cache: Path, openmp: Path | None) -> Built:
     digest = hashlib.sha256(_sources().encode())
     for part in (compiler, _version(compiler), *flags, runtime):
         digest.update(part.encode() + b"\0")
-    name = f"cpu-{isa}-{digest.hexdigest()[:20]}.so"
-    command = [compiler, *flags]
-    try:
-        return Built(_cached(cache / name, command, runtime), "")
-    except OSError as error:  # read-only, full, or damaged beyond repair
-        note = f"compiled for this process alone: {cache}: {error.strerror or error}"
+    target = cache / f"cpu-{isa}-{digest.hexdigest()[:20]}.so"
+    return load_library(target, lambda to: _compile(to, [compiler, *flags], runtime))
+
+
+def load_library(target: Path, compile: Callable[[Path], object]) -> Built:
+    """The library at ``target`` in the cache; ``compile`` writes it where it is not there, or not
+    whole. Where the cache cannot be used, the library is this process's alone and the note says
+    why. Raises BuildError."""
     try:
         with tempfile.TemporaryDirectory(prefix="vllm-di-kernels-") as scratch:
-            return Built(_cached(Path(scratch) / name, command, runtime), note)
+            own = Path(scratch) / target.name
+
+            def make(to: Path) -> None:
+                compile(own)
+                shutil.copyfile(own, to)
+
+            try:
+                return Built(ctypes.CDLL(str(obtain(target, make))), "")
+            except OSError as error:  # read-only, full, or mounted so that nothing in it may run
+                why = error.strerror or error
+                note = f"compiled for this process alone: {target.parent}: {why}"
+            if not own.is_file():
+                compile(own)
+            return Built(ctypes.CDLL(str(own)), note)
     except OSError as error:
         raise BuildError(f"the kernels can be stored nowhere: {error}") from None
 
@@ -130,33 +159,13 @@ def _sources() -> str:
     return digest.hexdigest()[:20]
 
 
-def _cached(target: Path, command: list[str], runtime: str) -> ctypes.CDLL:
-    if (found := _load(target)) is not None:
-        return found
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (found := _load(target)) is not None:  # another process was first
-            return found
-        _compile(target, command, runtime)
-    return ctypes.CDLL(str(target))
-
-
-def _load(target: Path) -> ctypes.CDLL | None:
-    """None where there is no library, or a damaged one."""
-    try:
-        return ctypes.CDLL(str(target)) if target.is_file() else None
-    except OSError:
-        return None
-
-
 def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
 
 
 def _compile(target: Path, command: list[str], runtime: str) -> None:
-    """Each source on its own, side by side, then one link; renamed into place."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
+    """Each source on its own, side by side, then one link."""
+    with tempfile.TemporaryDirectory(prefix="vllm-di-build-") as scratch:
         sources = sorted(SOURCES.glob("*.cpp"))
         objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
         running = [
@@ -170,12 +179,10 @@ def _compile(target: Path, command: list[str], runtime: str) -> None:
         for process, text in zip(running, errors, strict=True):
             if process.returncode:
                 raise BuildError(f"{compiler} failed: {_first_error(text)}")
-        library = Path(scratch) / target.name
-        link = [command[0], "-shared", *objects, runtime, "-o", str(library)]
+        link = [command[0], "-shared", *objects, runtime, "-o", str(target)]
         done = subprocess.run(link, capture_output=True, text=True)
         if done.returncode:
             raise BuildError(f"{compiler} failed to link: {_first_error(done.stderr)}")
-        os.replace(library, target)
 
 
 def main() -> None:
@@ -189,7 +196,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for isa, flags in ISA_FLAGS.items():
         target = folder / f"cpu-{isa}-{_sources()}.so"
-        _compile(target, [compiler, *COMMON_FLAGS, *flags], "-fopenmp")
+        command = [compiler, *COMMON_FLAGS, *flags]
+        obtain(target, functools.partial(_compile, command=command, runtime="-fopenmp"))
         sys.stdout.write(f"{target}\n")
 
 

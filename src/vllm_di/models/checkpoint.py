@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from vllm_di.cache import file_hash, obtain, user_cache
 from vllm_di.errors import CheckpointError, UnsupportedModelError
 
 GGUF_MAGIC = b"GGUF"
@@ -49,18 +47,12 @@ def describe(path: str, *, cache_dir: Path | None = None) -> Checkpoint:
                 f"model.path: {path}: a file must be .gguf; for safetensors give the folder "
                 "that holds config.json (pickled weights are never read)"
             )
-        return _gguf(found, cache_dir or user_cache())
+        return _gguf(found, cache_dir)
     if found.is_dir():
         return _folder(found)
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
         return _folder(_from_hub(path))
     raise CheckpointError(f"model.path: {path}: no such file or folder")
-
-
-def user_cache() -> Path:
-    """``vllm-di`` in the user's cache folder, by the XDG base directory rules."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "vllm-di"
 
 
 def _in_package(path: str) -> Path:
@@ -130,34 +122,37 @@ def _folder(folder: Path) -> Checkpoint:
 # GGUF
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _known_hash(path: Path, cache: Path) -> str:
     """``file_hash``, remembered while the file keeps its place, size and time of change."""
     stat = path.stat()
     facts = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     note = cache / "hashes" / hashlib.sha256(facts.encode()).hexdigest()[:32]
-    try:
-        return note.read_text()
-    except OSError:
+    digest = ""
+
+    def make(to: Path) -> None:
+        nonlocal digest
         digest = file_hash(path)
+        to.write_text(digest)
+
     try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(digest)
-    except OSError:
-        pass  # a cache that cannot be written: hash again next time
-    return digest
+        return obtain(note, make).read_text()
+    except OSError:  # a cache that cannot be written: hash again next time
+        return digest or file_hash(path)
 
 
-def _gguf(path: Path, cache: Path) -> Checkpoint:
+def _gguf(path: Path, cache_dir: Path | None) -> Checkpoint:
     check_gguf_header(path)
-    folder = cache / "gguf" / f"{_known_hash(path, cache)[:32]}-{CONVERSION}"
-    if not (folder / "config.json").is_file():
-        _convert(path, folder)
+    try:
+        cache = cache_dir or user_cache()
+        folder = obtain(
+            cache / "gguf" / f"{_known_hash(path, cache)[:32]}-{CONVERSION}",
+            lambda to: _convert(path, to),
+        )
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: its tokenizer must be converted once, and the result cannot be kept in the "
+            f"cache ({error}); set XDG_CACHE_HOME to a folder that can be written"
+        ) from None
     generation = folder / "generation_config.json"
     return Checkpoint(
         "gguf",
@@ -182,29 +177,17 @@ def check_gguf_header(path: Path) -> None:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    """Config and tokenizer of a GGUF, by transformers, in another process; renamed into place."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="converting-"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: its tokenizer must be converted once, but the cache {folder.parent} cannot "
-            f"be written ({error}); set XDG_CACHE_HOME to a folder that can"
-        ) from None
-    try:
-        command = [sys.executable, "-m", "vllm_di.models.gguf_convert", str(path), str(scratch)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 3:
-            raise UnsupportedModelError(done.stdout.strip())
-        if done.returncode == 2:
-            raise CheckpointError(done.stdout.strip())
-        if done.returncode != 0:
-            lines = (done.stdout.strip() or done.stderr.strip()).splitlines() or ["no message"]
-            raise CheckpointError(f"{path}: cannot be read: {lines[-1]}")
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # another process may have been faster
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    """Config and tokenizer of a GGUF, by transformers, in another process. Raises OSError where
+    the files cannot be written."""
+    folder.mkdir()
+    command = [sys.executable, "-m", "vllm_di.models.gguf_convert", str(path), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 3:
+        raise UnsupportedModelError(done.stdout.strip())
+    if done.returncode == 2:
+        raise CheckpointError(done.stdout.strip())
+    if done.returncode == 4:
+        raise OSError(done.stdout.strip())
+    if done.returncode != 0:
+        lines = (done.stdout.strip() or done.stderr.strip()).splitlines() or ["no message"]
+        raise CheckpointError(f"{path}: cannot be read: {lines[-1]}")

@@ -17,6 +17,10 @@ from vllm_di.errors import CheckpointError, UnsupportedModelError
 from vllm_di.models.gguf_config import end_tokens, hf_config
 
 
+class NotWrittenError(Exception):
+    """The result cannot be written: the disk is full, say."""
+
+
 def convert(path: Path, folder: Path) -> None:
     """config.json, generation_config.json and the tokenizer's files."""
     reader = open_gguf(path)
@@ -39,17 +43,20 @@ def convert(path: Path, folder: Path) -> None:
 
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**place)
-    tokenizer.save_pretrained(folder)
     ends = end_tokens(facts)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    (folder / "config.json").write_text(json.dumps(config))
+    try:
+        tokenizer.save_pretrained(folder)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        (folder / "config.json").write_text(json.dumps(config))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise NotWrittenError(str(error)) from error
 
 
 def main() -> None:
     """On failure a line on standard output, and exit status 3 for a model of a foreign kind, 2 for
-    a damaged file, 1 for anything else."""
+    a damaged file, 4 for a folder that cannot be written, 1 for anything else."""
     path, folder = map(Path, sys.argv[1:3])
     try:
         convert(path, folder)
@@ -59,6 +66,9 @@ def main() -> None:
     except CheckpointError as error:
         print(error)
         raise SystemExit(2) from None
+    except NotWrittenError as error:
+        print(error)
+        raise SystemExit(4) from None
     except Exception as error:
         print(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         raise SystemExit(1) from error

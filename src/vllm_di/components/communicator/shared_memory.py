@@ -70,8 +70,8 @@ class SharedMemoryCommunicator(Communicator):
             return
         unit = 64 * self.world_size
         size = max(unit, parse_size(piece, "piece") // unit * unit)
-        folder = Path(cache).expanduser() if cache else default_cache()
         try:
+            folder = Path(cache).expanduser() if cache else default_cache()
             self._kernels = GroupKernels(build(usable_isas()[0], folder, loaded_openmp()).library)
         except BuildError as error:
             raise ConfigError(f"communicator=shared_memory needs its kernels: {error}") from None

@@ -4,7 +4,6 @@ after that."""
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vllm_di.cache import obtain
 from vllm_di.components.interfaces import Loader, Model
 from vllm_di.components.loader.gguf_tensors import read_gguf
 from vllm_di.components.loader.progress import shown
@@ -49,29 +49,20 @@ class GgufLoader(Loader):
             return read_gguf(path, dtype)
         name = str(dtype).removeprefix("torch.")
         cached = Path(self._cache) / f"weights-{VERSION}-{name}.safetensors"
-        if _is_whole(cached) or _write(path, cached, dtype):
-            return read_files([cached])
-        return read_gguf(path, dtype)
+        try:
+            return read_files([obtain(cached, lambda to: _convert(path, to, dtype))])
+        except OSError as error:
+            log.warning("the cache %s cannot be used (%s): converting at each start", cached, error)
+            return read_gguf(path, dtype)
 
 
-def _is_whole(cached: Path) -> bool:
-    """False for a file that is absent, or shorter than its header says."""
-    try:
-        with safe_open(cached, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
-
-
-def _write(path: Path, cached: Path, dtype: torch.dtype) -> bool:
-    """Convert into the cache, by rename; False when the cache cannot be written."""
-    log.info("converting %s once to %s", path.name, cached)
+def _convert(path: Path, to: Path, dtype: torch.dtype) -> None:
+    """Raises OSError where the result cannot be written, or is not what was written."""
+    log.info("converting %s once to %s", path.name, to.name)
     tensors = dict(read_gguf(path, dtype))
     try:
-        with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:
-            save_file(tensors, Path(scratch) / cached.name)
-            (Path(scratch) / cached.name).rename(cached)
-    except OSError as error:
-        log.warning("the cache %s cannot be written (%s): converting at each start", cached, error)
-        return False
-    return True
+        save_file(tensors, to)
+        with safe_open(to, framework="pt"):  # shorter than its header says: refused
+            pass
+    except SafetensorError as error:
+        raise OSError(str(error)) from None

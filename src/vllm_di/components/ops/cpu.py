@@ -83,8 +83,8 @@ class CpuOps(OpLibrary):
         self.threads = torch.get_num_threads()
         self.implements = OPS
         self._empty: Allocate = _empty
-        folder = Path(cache).expanduser() if cache else default_cache()
         try:
+            folder = Path(cache).expanduser() if cache else default_cache()
             ready = find_prebuilt(self.isa, Path(prebuilt).expanduser()) if prebuilt else None
             built = ready or build(self.isa, folder, loaded_openmp())
         except BuildError as error:

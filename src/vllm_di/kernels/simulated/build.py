@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
-import os
+import logging
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
-from vllm_di.kernels.build import BuildError, default_cache
+from vllm_di.kernels.build import BuildError, default_cache, load_library
+
+log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-psabi")
@@ -32,13 +32,10 @@ def load(cache: Path | None = None) -> ctypes.CDLL:
             "the PATH"
         )
     target = (cache or default_cache()) / f"simulated-{_digest(compiler)}.so"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.is_file():
-                _compile(compiler, target)
-    return ctypes.CDLL(str(target))
+    built = load_library(target, lambda to: _compile(compiler, to))
+    if built.note:
+        log.warning("the simulated device was %s", built.note)
+    return built.library
 
 
 def _digest(compiler: str) -> str:
@@ -52,27 +49,23 @@ def _digest(compiler: str) -> str:
 
 
 def _compile(compiler: str, target: Path) -> None:
-    """In a folder beside ``target``, then renamed into place."""
     root = Path(torch.__file__).parent
     abi = int(torch.compiled_with_cxx11_abi())
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
-        library = Path(scratch) / target.name
-        command = [
-            compiler,
-            *FLAGS,
-            f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
-            f"-I{root / 'include'}",
-            f"-I{root / 'include/torch/csrc/api/include'}",
-            *(str(source) for source in sorted(SOURCES.glob("*.cpp"))),
-            f"-L{root / 'lib'}",
-            "-ltorch_cpu",
-            "-lc10",
-            "-o",
-            str(library),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line]
-            why = lines[0] if lines else done.stderr[-300:] or "no message"
-            raise BuildError(f"{Path(compiler).name} failed on the simulated device: {why}")
-        os.replace(library, target)
+    command = [
+        compiler,
+        *FLAGS,
+        f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
+        f"-I{root / 'include'}",
+        f"-I{root / 'include/torch/csrc/api/include'}",
+        *(str(source) for source in sorted(SOURCES.glob("*.cpp"))),
+        f"-L{root / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+        "-o",
+        str(target),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line]
+        why = lines[0] if lines else done.stderr[-300:] or "no message"
+        raise BuildError(f"{Path(compiler).name} failed on the simulated device: {why}")

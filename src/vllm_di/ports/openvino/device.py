@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import torch
 from torch import Tensor
 
+from vllm_di.cache import foreign_folder
 from vllm_di.components.device.host import HostDevice
 from vllm_di.components.interfaces import Device, DeviceMemory, Placement
 from vllm_di.errors import ConfigError, PortError
@@ -79,9 +81,13 @@ class OpenVinoDevice(Device):
             "PERFORMANCE_HINT": "LATENCY",
             "CPU_RUNTIME_CACHE_CAPACITY": str(KERNELS),
         }
-        if cache_dir is not None:
-            options["CACHE_DIR"] = cache_dir
-        return self._core.compile_model(model, "CPU", options)
+        if cache_dir is None:
+            return self._core.compile_model(model, "CPU", options)
+        # OpenVINO writes in place and does not check what it reads
+        with foreign_folder(Path(cache_dir).expanduser()) as folder:
+            if folder is not None:
+                options["CACHE_DIR"] = str(folder)
+            return self._core.compile_model(model, "CPU", options)
 
     def memory(self) -> DeviceMemory:
         return self._host.memory()
