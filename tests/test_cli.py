@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -222,3 +223,22 @@ def test_the_api_process_imports_neither_torch_nor_transformers() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_taken_address_is_noticed_before_the_engine_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object) -> None:
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr("vllm_di.server.engine_client.ProcessEngineClient.start", start)
+    path = tmp_path / "s"
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(path))
+        unix.listen()
+        port = taken.getsockname()[1]
+        for override in (f"server.port={port}", f"server.unix_socket={path}"):
+            status, out, error = call(capsys, "serve", *TINY, override)
+            assert (status, out) == (2, "")
+            (line,) = error.strip().splitlines()
+            assert override in line

@@ -12,6 +12,7 @@ from vllm_di.commands.arguments import Arguments, no_words
 from vllm_di.commands.say import say
 from vllm_di.containers.assembly import Assembly, assemble
 from vllm_di.server.engine_client import ProcessEngineClient
+from vllm_di.server.sockets import check_address
 
 
 def run(arguments: Arguments) -> int:
@@ -24,6 +25,7 @@ def run(arguments: Arguments) -> int:
 
 
 async def _serve(assembly: Assembly) -> None:
+    _check_address(assembly.server["server"])
     client = ProcessEngineClient()
     await client.start(assembly.encode())
     try:
@@ -40,6 +42,16 @@ async def _serve(assembly: Assembly) -> None:
                 await _quietly(watching)
     finally:
         await client.close()
+
+
+def _check_address(server: dict[str, Any]) -> None:
+    """Notice a taken address before the engine starts. Wrong types are found later, with their
+    place, and a server of another class may have other keys."""
+    values: list[Any] = [server.get(key) for key in ("host", "port", "unix_socket")]
+    host, port, path = values
+    is_known = isinstance(host, str) and isinstance(port, int) and isinstance(path, str | None)
+    if is_known and port in range(2**16):
+        check_address(host, port, path)
 
 
 async def _announce(assembly: Assembly, client: ProcessEngineClient) -> None:

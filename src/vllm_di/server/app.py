@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import closing
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,9 +23,10 @@ from vllm_di.server.auth import ApiKeys
 from vllm_di.server.config import ServerConfig
 from vllm_di.server.errors import unavailable
 from vllm_di.server.gate import Gate
-from vllm_di.server.listen import Listener, open_socket, remove_unix_socket, signals
+from vllm_di.server.listen import Listener, quiet_accepts, signals
 from vllm_di.server.routes import on_http_exception, routes
 from vllm_di.server.service import Service
+from vllm_di.server.sockets import listen
 
 _LAST_WORDS_SECONDS = 2.0
 """For interrupted streams to send their error event."""
@@ -84,10 +86,12 @@ class OpenAiServer(Server):
     async def run(self) -> None:
         """Listen at once, while the engine still starts; return after a drain. Raises ConfigError
         when the address cannot be had, EngineDeadError when the engine does not start."""
-        bound, self.address = open_socket(self._config)
-        listener = Listener(self.app, self._config)
-        with signals(self.stop):
-            serving = asyncio.create_task(listener.serve(sockets=[bound]))
+        config = self._config
+        listener = Listener(self.app, config)
+        listening = listen(config.host, config.port, config.unix_socket)
+        self.address = listening.address
+        with closing(listening), signals(self.stop), quiet_accepts():
+            serving = asyncio.create_task(listener.serve(sockets=[listening.socket]))
             starting = asyncio.create_task(self._start_engine())
             stopping = asyncio.create_task(self._stop.wait())
             log.info("listening on %s", self.address)
@@ -99,8 +103,6 @@ class OpenAiServer(Server):
                 for task in (starting, stopping):
                     task.cancel()
                 await asyncio.gather(serving, starting, stopping, return_exceptions=True)
-                bound.close()
-                remove_unix_socket(self._config.unix_socket)
         for task in (starting, serving):
             if not task.cancelled() and (error := task.exception()):
                 raise error

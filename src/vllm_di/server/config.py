@@ -35,6 +35,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     body_timeout_seconds: Interval = 60.0
     request_timeout_seconds: Interval | None = None
     keep_alive_seconds: Interval = 15.0
+    max_connections: Annotated[int, msgspec.Meta(ge=1, le=100_000)] | None = None
+    header_timeout_seconds: Interval = 20.0
+    write_timeout_seconds: Interval = 30.0
+    max_unsent_bytes: Annotated[int, msgspec.Meta(ge=128 * 2**10, le=2**30)] = 256 * 2**10
     idle_connection_seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 30
     drain_seconds: Seconds = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"

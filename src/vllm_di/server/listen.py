@@ -1,43 +1,52 @@
-"""Sockets, signals and the end of the process."""
+"""uvicorn in our own event loop, and signals."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import functools
 import logging
-import os
 import signal
 import socket
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from vllm_di.errors import ConfigError
 from vllm_di.server.config import ServerConfig
+from vllm_di.server.connection import ACCEPTED_AT_ONCE, Connection, Limits
+from vllm_di.server.rarely import Rarely
+from vllm_di.server.sockets import BACKLOG
 
 _CLOSING_SECONDS = 5
 """For connections to take their last bytes."""
+_TICKS_BETWEEN_CHECKS = 5
+"""uvicorn ticks ten times a second."""
+_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 log = logging.getLogger(__name__)
 
 
 class Listener(uvicorn.Server):
-    """uvicorn in our own event loop; signals are ours."""
+    """uvicorn with our connections, whose deadlines it checks twice a second."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+        limits = Limits.of(config)
+        connection: Any = functools.partial(Connection, limits=limits)
         super().__init__(
             uvicorn.Config(
                 app,
+                http=connection,
                 log_config=None,
-                log_level="warning",
+                log_level="error",  # warnings are about what clients sent
                 access_log=False,
                 ws="none",
                 lifespan="off",
                 proxy_headers=False,
                 server_header=False,
+                backlog=ACCEPTED_AT_ONCE,
                 timeout_keep_alive=config.idle_connection_seconds,
                 timeout_graceful_shutdown=_CLOSING_SECONDS,
             )
@@ -48,54 +57,40 @@ class Listener(uvicorn.Server):
         """uvicorn would take SIGTERM and raise it again at the end."""
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or ():  # asyncio takes one number for both of its backlogs
+            listening.listen(BACKLOG)
 
-def open_socket(config: ServerConfig) -> tuple[socket.socket, str]:
-    """A bound socket, and its address for people. Raises ConfigError."""
-    if config.unix_socket:
-        return _open_unix_socket(config.unix_socket), f"unix:{config.unix_socket}"
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _TICKS_BETWEEN_CHECKS == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.server_state.connections):
+                assert isinstance(connection, Connection)
+                connection.check(now)
+        return await super().on_tick(counter)
+
+
+@contextmanager
+def quiet_accepts() -> Iterator[None]:
+    """asyncio logs a traceback for each connection that it cannot accept for want of open files;
+    here that is one line a minute."""
+    loop = asyncio.get_running_loop()
+    line = Rarely(log)
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in _OUT_OF_RESOURCES:
+            line.warning("connections have to wait: %s", error.strerror)
+        else:
+            loop.default_exception_handler(context)
+
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(handle)
     try:
-        infos = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
-        family, kind, protocol, _, address = infos[0]
-        bound = socket.socket(family, kind, protocol)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-        except OSError:
-            bound.close()
-            raise
-    except OSError as error:
-        raise ConfigError(
-            f"server.host={config.host}, server.port={config.port}: cannot listen there: "
-            f"{error.strerror or error}; choose another with server.port=PORT (0 for a free one)"
-        ) from None
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    return bound, f"http://{host}:{bound.getsockname()[1]}"
-
-
-def _open_unix_socket(path: str) -> socket.socket:
-    """Only this user may connect. A socket left behind by a dead process is replaced."""
-    with suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise ConfigError(f"server.unix_socket={path}: something that is no socket is there")
-        os.unlink(path)
-    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        bound.bind(path)
-    except OSError as error:
-        bound.close()
-        raise ConfigError(
-            f"server.unix_socket={path}: cannot listen there: {error.strerror or error}"
-        ) from None
+        yield
     finally:
-        os.umask(before)
-    return bound
-
-
-def remove_unix_socket(path: str | None) -> None:
-    """At the end."""
-    if path:
-        Path(path).unlink(missing_ok=True)
+        loop.set_exception_handler(before)
 
 
 @contextmanager
