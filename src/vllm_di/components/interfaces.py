@@ -57,7 +57,8 @@ class Placement:
     rank: int = 0
     world_size: int = 1
     rendezvous: str = ""
-    """``tcp://127.0.0.1:PORT`` for more than one rank."""
+    """For more than one rank ``file://PATH``: a file of torch's FileStore, absent at first, in a
+    folder that the user alone can enter."""
     stage: int = 0
     """Which part of a pipeline this is; ranks are counted within a stage."""
     num_stages: int = 1

@@ -109,6 +109,18 @@ class Rendezvous:
         self._folder.cleanup()
 
 
+class GroupStore:
+    """Where ranks find each other: a file in a folder that the user alone can enter. ``address`` is
+    a ``Placement.rendezvous``."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="vllm-di-")
+        self.address = f"file://{self._folder.name}/store"
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+
 def connect(address: str) -> socket.socket:
     """The other end of a Rendezvous."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 from typing import Any
 
@@ -12,6 +11,7 @@ import msgspec
 import torch
 
 from vllm_di.components.interfaces import Communicator, Placement
+from vllm_di.components.transport import GroupStore
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.engine import WorkerContainer
 from vllm_di.containers.fill import opened
@@ -42,14 +42,14 @@ class Answers(msgspec.Struct, kw_only=True):
 def on_ranks(assembly: Assembly, world: int, *, deserter: int | None = None) -> list[Answers]:
     """Every rank's answers. A ``deserter`` dies before a last collective; it gives none. Raises
     AssertionError for a rank that failed or did not end."""
-    rendezvous = f"tcp://127.0.0.1:{_free_port()}" if world > 1 else ""
     if world == 1:
         return [_collectives(assembly, Placement())]
+    store = GroupStore()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", __name__])
     results = context.SimpleQueue()
     arguments = [
-        (assembly.encode(), rank, world, rendezvous, deserter, results) for rank in range(world)
+        (assembly.encode(), rank, world, store.address, deserter, results) for rank in range(world)
     ]
     processes = [context.Process(target=_rank, args=args, daemon=True) for args in arguments]
     for process in processes:
@@ -70,6 +70,7 @@ def on_ranks(assembly: Assembly, world: int, *, deserter: int | None = None) -> 
                 process.kill()
                 process.join()
         results.close()
+        store.close()
     errors = [f"rank {one.rank}: {one.error}" for one in found if one.error]
     assert not errors, "; ".join(errors)
     assert len(found) == wanted, f"{wanted - len(found)} of {world} ranks gave no answer"
@@ -152,10 +153,3 @@ def _deserted(assembly: Assembly, placement: Placement, deserter: int) -> Answer
 def _floats(world: int) -> torch.Tensor:
     """[world, 33], the same in every process."""
     return torch.randn(world, 33, generator=torch.Generator().manual_seed(11))
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any, TypeVar
 
 import torch
@@ -17,14 +18,14 @@ from vllm_di.components.communicator.shared_memory import SharedMemoryCommunicat
 from vllm_di.components.communicator.torch_distributed import TorchDistributedCommunicator
 from vllm_di.components.device.host import HostDevice
 from vllm_di.components.interfaces import Communicator, Placement
+from vllm_di.components.transport import GroupStore
 
 T = TypeVar("T")
 
 
 def free_address() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{sock.getsockname()[1]}"
+    """The name of a group that nobody is in; shared memory opens no file."""
+    return f"file:///nowhere/{uuid.uuid4()}"
 
 
 def join(placement: Placement, **more: Any) -> SharedMemoryCommunicator:
@@ -37,10 +38,10 @@ def on_threads(
     world: int, run: Callable[[SharedMemoryCommunicator], T], **settings: Any
 ) -> list[T]:
     """``run`` on every rank at once; results in rank order."""
-    address = free_address()
+    store = GroupStore()
 
     def one(rank: int) -> T:
-        communicator = join(Placement(rank, world, address), **settings)
+        communicator = join(Placement(rank, world, store.address), **settings)
         try:
             return run(communicator)
         finally:
@@ -48,15 +49,19 @@ def on_threads(
 
     with ThreadPoolExecutor(world) as pool:
         futures = [pool.submit(one, rank) for rank in range(world)]
+    store.close()
     return [future.result() for future in futures]
 
 
 def on_processes(world: int, run: Callable[..., T]) -> list[T]:
     """``run(shared, gloo)`` in a process for each rank; its results must be plain."""
     context = multiprocessing.get_context("spawn")
-    addresses = free_address(), free_address()
-    with context.Pool(world) as pool:
-        jobs = [(Placement(rank, world, addresses[0]), addresses[1], run) for rank in range(world)]
+    with (
+        closing(GroupStore()) as store,
+        closing(GroupStore()) as gloo,
+        context.Pool(world) as pool,
+    ):
+        jobs = [(Placement(rank, world, store.address), gloo.address, run) for rank in range(world)]
         return pool.starmap(_both, jobs, chunksize=1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from vllm_di.components.communicator.torch_distributed import TorchDistributedCo
 from vllm_di.components.device.simulated import HostSimulation
 from vllm_di.components.device.torch_device import TorchDevice
 from vllm_di.components.interfaces import Placement
+from vllm_di.components.transport import GroupStore
 from vllm_di.errors import ConfigError
 from vllm_di.kernels.simulated.module import Fault, SimulatedModule
 
@@ -237,7 +237,6 @@ def _rank(rank: int, rendezvous: str) -> None:
 
 
 def check_two_ranks_speak_through_its_group() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(_rank, (f"tcp://127.0.0.1:{port}",), nprocs=2)
+    store = GroupStore()
+    spawn(_rank, (store.address,), nprocs=2)
+    store.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import hashlib
 import os
 import socket
 import struct
@@ -178,6 +179,12 @@ def _kind(x: Tensor) -> int:
 # ------------------------------------------------------------------------------------------------
 # meeting
 
+
+def _address(placement: Placement) -> str:
+    """A name in the abstract namespace, which holds 107 bytes: paths may be longer."""
+    return f"\0vllm-di {hashlib.sha256(placement.rendezvous.encode()).hexdigest()}"
+
+
 Joined = tuple[int, list[int]]
 """File descriptors: of the memory, and of each rank's process."""
 
@@ -191,9 +198,7 @@ def _joined(placement: Placement, size: int, timeout: float) -> Iterator[Joined]
     """
     meet = _hand_out if placement.rank == 0 else _receive
     try:
-        memory, processes = meet(
-            placement, f"\0vllm-di {placement.rendezvous}", size, time.monotonic() + timeout
-        )
+        memory, processes = meet(placement, _address(placement), size, time.monotonic() + timeout)
     except TimeoutError:
         raise EngineDeadError(
             f"communicator=shared_memory: the {placement.world_size} ranks did not meet on this "

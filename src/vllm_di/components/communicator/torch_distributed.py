@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from datetime import timedelta
 from typing import Annotated
 
@@ -13,9 +15,20 @@ from torch import Tensor
 from vllm_di.components.interfaces import Communicator, Device, Placement
 from vllm_di.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
+INTERFACE = {
+    "GLOO_SOCKET_IFNAME": "{}",
+    "NCCL_SOCKET_IFNAME": "={}",
+    "HCCL_SOCKET_IFNAME": "={}",
+}
+"""How each library is told which network interface to listen on: it has no other switch that torch
+passes on, and would take the first that is not the loopback. ``=`` stands for the exact name."""
+
 
 class TorchDistributedCommunicator(Communicator):
-    """A process group of its own: it neither needs nor touches torch's default group."""
+    """torch's default process group, of which a worker process has one. ``interface`` is the
+    network interface that ranks talk over."""
 
     def __init__(
         self,
@@ -24,12 +37,21 @@ class TorchDistributedCommunicator(Communicator):
         *,
         backend: str,
         timeout: Annotated[float, msgspec.Meta(gt=0)],
+        interface: str = "lo",
     ) -> None:
         if not dist.is_backend_available(backend):
             raise ConfigError(f"this torch has no distributed backend {backend!r}")
         self.rank, self.world_size = placement.rank, placement.world_size
         self._opened = False
         if self.world_size > 1:
+            if not placement.rendezvous.startswith("file://"):
+                log.warning(
+                    "communicator=torch_distributed: the ranks meet at %s, a store without a "
+                    "secret; give them a file://PATH",
+                    placement.rendezvous,
+                )
+            for variable, form in INTERFACE.items():
+                os.environ[variable] = form.format(interface)
             dist.init_process_group(
                 backend,
                 init_method=placement.rendezvous,

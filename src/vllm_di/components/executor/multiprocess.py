@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import socket
 import threading
 from concurrent.futures import Future
 from typing import Annotated, Any
@@ -20,6 +19,7 @@ from vllm_di.components.executor.processes import (
 )
 from vllm_di.components.interfaces import Executor, Placement, WorkerLauncher
 from vllm_di.components.messages import StepPlan, StepResult, WorkerReport
+from vllm_di.components.transport import GroupStore
 from vllm_di.errors import ConfigError
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -40,6 +40,7 @@ class MultiprocessExecutor(Executor):
     ) -> None:
         self._launcher, self._world = launcher, tensor_parallel_size
         self._start_timeout, self._step_timeout = start_timeout, step_timeout
+        self._store: GroupStore | None = None
         self._workers: list[WorkerProcess] = []
         self._plans: queue.SimpleQueue[tuple[StepPlan, Future[StepResult]] | None]
         self._plans = queue.SimpleQueue()
@@ -82,11 +83,15 @@ class MultiprocessExecutor(Executor):
         for worker in self._workers:
             worker.reap()
         self._workers = []
+        if self._store is not None:
+            self._store.close()
+            self._store = None
 
     # -- inside -------------------------------------------------------------------------------
 
     def _spawn(self) -> None:
-        meeting = f"tcp://127.0.0.1:{_free_port()}" if self._world > 1 else ""
+        self._store = GroupStore()
+        meeting = self._store.address if self._world > 1 else ""
         for rank in range(self._world):
             placement = Placement(rank, self._world, meeting)
             worker = WorkerProcess(
@@ -125,10 +130,3 @@ def _agreed(reports: list[WorkerReport]) -> WorkerReport:
         weight_bytes=sum(r.weight_bytes for r in reports),
         details=reports[0].details | {"ranks": [r.details for r in reports]},
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
