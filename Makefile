@@ -49,10 +49,11 @@ format: venv  ## format the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: venv  ## start time, assembly time, step overhead, communicators
+bench: venv  ## start time, assembly time, step overhead, the queue, communicators
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.assembly
 	$(BIN)/python -m benchmarks.step_overhead
+	$(BIN)/python -m benchmarks.waiting_head
 	$(BIN)/python -m benchmarks.communicator
 
 bench-peers: venv  ## beside vLLM, llama.cpp, OpenVINO and transformers (installs them)

@@ -853,6 +853,22 @@ class Executor(ABC):
     def close(self) -> None: ...
 
 
+@dataclass(slots=True)
+class Prefix:
+    """What a scheduler keeps of one request for its cache manager, for as long as the request
+    lives: a preempted one comes back with it."""
+
+    token_ids: Sequence[int]
+    """Prompt and generated tokens. They only grow."""
+    salt: str | None = None
+    lookup: bool = True
+    """False: nothing may come from the cache, every token must run (to be scored)."""
+    keys: Any = None
+    """Belongs to the manager: the keys of the full blocks, each made once."""
+    admitted: bool = False
+    """Set by the manager. A later admission follows a preemption and counts in no statistics."""
+
+
 class KvCacheManager(ABC):
     """Hands out blocks, shares full ones by the hash of their tokens, evicts the least recently
     used."""
@@ -864,6 +880,21 @@ class KvCacheManager(ABC):
     def match_prefix(self, seq_id: int, token_ids: Sequence[int], salt: str | None) -> int:
         """Give ``seq_id`` the cached full blocks that its tokens start with, all but the last
         token's (which must run); return the number of tokens that they hold."""
+
+    def admit(
+        self, seq_id: int, prefix: Prefix, take: Callable[[int], int]
+    ) -> tuple[int, int] | None:
+        """Start ``seq_id`` with the cached blocks that its tokens begin with, and with blocks for
+        the ``take(cached)`` tokens behind them; return (cached, taken). None, and nothing has
+        changed, when ``take`` says 0 or there are too few blocks: the head of the queue asks again
+        in each step, so a refusal should be cheap."""
+        cached = self.match_prefix(seq_id, prefix.token_ids, prefix.salt) if prefix.lookup else 0
+        count = take(cached)
+        if count <= 0 or self.allocate(seq_id, cached + count) is None:
+            self.free(seq_id)
+            return None
+        prefix.admitted = True
+        return cached, count
 
     @abstractmethod
     def allocate(self, seq_id: int, num_tokens: int) -> list[int] | None:
@@ -892,7 +923,8 @@ class KvCacheManager(ABC):
 
     @abstractmethod
     def stats(self) -> tuple[int, int]:
-        """(tokens looked up, tokens found) since the start."""
+        """(tokens looked up, tokens found) since the start, each request counted once: when it is
+        first admitted."""
 
 
 class Scheduler(ABC):

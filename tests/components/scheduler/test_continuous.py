@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -11,8 +12,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from tests.components.scheduler.fakes import BLOCK, VOCAB, World, expected, report
 
-from vllm_di.components.messages import SampledToken, SamplingParams, StepResult
-from vllm_di.errors import ConfigError, QueueFullError, RequestError
+from vllm_di.components.kv_cache_manager import paged
+from vllm_di.components.messages import (
+    PromptLogprobs,
+    SampledToken,
+    SamplingParams,
+    StepResult,
+    TokenLogprobs,
+)
+from vllm_di.errors import ConfigError, EngineDeadError, QueueFullError, RequestError
 
 prompts = st.lists(st.integers(0, 3), min_size=1, max_size=30)
 
@@ -271,6 +279,152 @@ def test_a_result_for_an_aborted_sequence_is_dropped() -> None:
     assert not world.scheduler.abort("a")
     token = SampledToken(plan.scheduled[0].seq_id, 5)
     assert world.scheduler.update(plan, StepResult(plan.step, [token])) == []
+    assert world.kv.num_free_blocks == world.num_free
+
+
+def _tokens(*pairs: tuple[int, int]) -> list[SampledToken]:
+    return [SampledToken(seq_id, token) for seq_id, token in pairs]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "more", "words"),
+    [
+        ([], {}, "gave 0 tokens for sequence 1, not one token"),
+        ([(1, 5), (1, 6)], {}, "gave 2 tokens for sequence 1"),
+        ([(1, 5), (1, 5)], {}, "gave 2 tokens for sequence 1"),
+        ([(1, -1)], {}, r"token -1 for sequence 1, outside the vocabulary \[0, 1000\)"),
+        ([(1, VOCAB)], {}, "token 1000 for sequence 1"),
+        ([(1, 5)], {"logprobs": 0}, "no log-probabilities for sequence 1"),
+        ([(1, 5)], {"prompt_logprobs": 0}, "has 0 prompt log-probabilities of 1"),
+    ],
+)
+def test_a_result_that_does_not_fit_ends_its_sequence_and_no_other(
+    tokens: list[tuple[int, int]],
+    more: dict[str, Any],
+    words: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = World(report(40))
+    world.add("bad", [1, 2], max_tokens=4, **more)
+    world.add("good", [3, 4], max_tokens=4)
+    plan = world.scheduler.schedule()
+    assert plan is not None
+    own = [t for t in world.executor.submit(plan).result().tokens if t.seq_id == 2]
+    result = StepResult(plan.step, [*_tokens(*tokens), *own])
+    outputs = {o.request_id: o for o in world.scheduler.update(plan, result)}
+    assert {n: o.finish_reason for n, o in outputs.items()} == {"bad": "error", "good": None}
+    assert re.search(words, outputs["bad"].error or "")
+    assert outputs["bad"].token_ids == []
+    assert re.search(words, caplog.text)
+    assert "'bad' ends" in caplog.text
+    world.out["good"] += outputs["good"].token_ids
+    world.run()
+    assert world.out["good"] == expected([3, 4], SamplingParams(max_tokens=4))
+    assert world.kv.num_free_blocks == world.num_free
+
+
+def test_a_token_for_a_prompt_that_goes_on_ends_it() -> None:
+    world = World(report(40))
+    world.add("long", [1] * 30)
+    plan = world.scheduler.schedule()
+    assert plan is not None
+    assert not plan.scheduled[0].samples
+    (output,) = world.scheduler.update(plan, StepResult(plan.step, _tokens((1, 5))))
+    assert output.error == "the step gave 1 tokens for sequence 1, not none, its prompt goes on"
+
+
+def test_prompt_logprobs_come_in_order() -> None:
+    world = World(report(40))
+    world.add("long", [1] * 30, prompt_logprobs=0)
+    plan = world.scheduler.schedule()
+    assert plan is not None
+    positions = [TokenLogprobs([1], [-1.0], 1)] * 16
+    scored = [PromptLogprobs(1, 2, positions)]
+    (output,) = world.scheduler.update(plan, StepResult(plan.step, [], scored))
+    assert output.error is not None
+    assert "go on at position 2, not 1" in output.error
+
+
+def test_a_result_for_a_sequence_outside_its_step_is_told_and_dropped(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = World(report(40), max_num_seqs=1)
+    asked = {n: world.add(n, [p], max_tokens=4) for n, p in (("a", 1), ("b", 2))}
+    plan = world.scheduler.schedule()
+    assert plan is not None
+    result = world.executor.submit(plan).result()
+    stray = StepResult(plan.step, [*result.tokens, *_tokens((2, 7))], failed={99: "NaN"})
+    (output,) = world.scheduler.update(plan, stray)
+    assert "names sequence 2, which had no part in it" in caplog.text
+    assert "names sequence 99" in caplog.text
+    world.out["a"] += output.token_ids
+    world.run()
+    for name, request in asked.items():
+        assert world.out[name] == expected(request.prompt_token_ids, request.params)
+
+
+def test_the_result_of_another_step_ends_the_engine() -> None:
+    world = World(report(40))
+    world.add("a", [1])
+    plan = world.scheduler.schedule()
+    assert plan is not None
+    with pytest.raises(EngineDeadError, match="step 1 was answered with the result of 2"):
+        world.scheduler.update(plan, StepResult(2, _tokens((1, 5))))
+
+
+class Hashes:
+    """Counts what the cache manager hashes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        plain = paged._hash
+
+        def counted(parent: bytes, token_ids: Any) -> bytes:
+            self.count += 1
+            return plain(parent, token_ids)
+
+        monkeypatch.setattr(paged, "_hash", counted)
+
+
+def test_a_block_is_hashed_once_a_request_and_a_prompt_is_counted_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The head of the queue waits for room, step after step; others are preempted and come back."""
+    hashes = Hashes(monkeypatch)
+    world = World(report(12), max_num_batched_tokens=48)
+    prompts = {f"r{i}": [10 * i + j for j in range(20)] for i in range(4)}
+    asked = {n: world.add(n, p, max_tokens=24, ignore_eos=True) for n, p in prompts.items()}
+    world.run()
+    stats = world.scheduler.stats()
+    assert stats.num_preemptions > 0
+    assert any(not plan.new for plan in world.executor.plans), "somebody waited"
+    for name, request in asked.items():
+        assert world.out[name] == expected(request.prompt_token_ids, request.params)
+    assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (80, 0)
+    assert hashes.count <= 4 * (44 // BLOCK)
+
+
+def test_a_cached_prompt_that_waits_is_counted_and_hashed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(report(12), max_num_batched_tokens=48)
+    prompt = list(range(17))
+    world.add("first", prompt, max_tokens=1)
+    world.run()
+    world.add("long", [7] * 30, max_tokens=12, ignore_eos=True)
+    world.step()
+    hashes = Hashes(monkeypatch)
+    world.add("again", [*prompt, *range(100, 120)], max_tokens=1)
+    for _ in range(5):
+        world.step()
+        assert world.out["again"] == []
+    assert hashes.count <= 5 + 3, "the prompt's blocks, and those that the other one filled"
+    before = world.scheduler.stats()
+    assert before.prefix_cache_queries == 17 + 30
+    world.run()
+    stats = world.scheduler.stats()
+    assert stats.prefix_cache_queries == 17 + 30 + 37
+    assert stats.prefix_cache_hits % BLOCK == 0
     assert world.kv.num_free_blocks == world.num_free
 
 

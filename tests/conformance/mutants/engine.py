@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vllm_di.components.executor.inline import InlineExecutor
 from vllm_di.components.graph.eager import EagerGraph
-from vllm_di.components.interfaces import BatchPlan, LayerCache, Model
+from vllm_di.components.interfaces import BatchPlan, LayerCache, Model, Prefix
 from vllm_di.components.kv_cache_manager import paged
 from vllm_di.components.kv_cache_manager.paged import PagedKvCacheManager
 from vllm_di.components.loader.safetensors import SafetensorsLoader
@@ -23,32 +23,18 @@ from vllm_di.components.scheduler.sequence import Sequence as Running
 
 
 class NoSalt(PagedKvCacheManager):
-    def match_prefix(self, seq_id: int, token_ids: Sequence[int], salt: str | None) -> int:
-        return super().match_prefix(seq_id, token_ids, None)
+    def admit(
+        self, seq_id: int, prefix: Prefix, take: Callable[[int], int]
+    ) -> tuple[int, int] | None:
+        return super().admit(seq_id, Prefix(prefix.token_ids), take)
 
 
 class NoParent(PagedKvCacheManager):
     """Knows a block by its own tokens, whatever came before."""
 
-    def match_prefix(self, seq_id: int, token_ids: Sequence[int], salt: str | None) -> int:
-        table = self._tables[seq_id] = paged._Table()
-        if not self._caching:
-            return 0
+    def _key_at(self, prefix: Prefix, index: int) -> bytes:
         size = self.block_size
-        for start in range(0, (len(token_ids) - 1) // size * size, size):
-            block = self._block_of.get(paged._hash(b"", token_ids[start : start + size]))
-            if block is None:
-                break
-            self._hold(block)
-            table.blocks.append(block)
-        table.num_committed = len(table.blocks)
-        return table.num_committed * size
-
-    def commit(self, seq_id: int, token_ids: Sequence[int], num_computed: int) -> None:
-        table = self._tables.get(seq_id) if self._caching else None
-        while table and (table.num_committed + 1) * self.block_size <= num_computed:
-            table.last_hash = b""
-            super().commit(seq_id, token_ids, (table.num_committed + 1) * self.block_size)
+        return paged._hash(b"", prefix.token_ids[index * size : (index + 1) * size])
 
 
 class KeepsABlock(PagedKvCacheManager):
@@ -82,12 +68,18 @@ class SharesABlock(PagedKvCacheManager):
 class MatchesTooMuch(PagedKvCacheManager):
     """Claims one token of every prompt that shares nothing to be a full block more."""
 
-    def match_prefix(self, seq_id: int, token_ids: Sequence[int], salt: str | None) -> int:
-        found = super().match_prefix(seq_id, token_ids, salt)
-        if 0 < found < len(token_ids) - 2:
-            self.allocate(seq_id, found + 1)
-            return found + 1
-        return found
+    def admit(
+        self, seq_id: int, prefix: Prefix, take: Callable[[int], int]
+    ) -> tuple[int, int] | None:
+        extra = 0
+
+        def taken(cached: int) -> int:
+            nonlocal extra
+            extra = int(0 < cached < len(prefix.token_ids) - 2)
+            return take(cached + extra)
+
+        found = super().admit(seq_id, prefix, taken)
+        return None if found is None else (found[0] + extra, found[1])
 
 
 class NeverForgets(PagedKvCacheManager):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from vllm_di.components.interfaces import KvCacheManager, Scheduler, StructuredOutput
+from vllm_di.components.interfaces import KvCacheManager, Prefix, Scheduler, StructuredOutput
 from vllm_di.components.messages import (
     EngineRequest,
     EngineStats,
@@ -21,6 +21,7 @@ from vllm_di.components.messages import (
     WorkerReport,
 )
 from vllm_di.components.scheduler.queue import WaitingQueue
+from vllm_di.components.scheduler.results import misfits, wants_scores
 from vllm_di.components.scheduler.sequence import Sequence
 from vllm_di.components.scheduler.validate import validate
 from vllm_di.errors import ConfigError, QueueFullError, RequestError
@@ -69,6 +70,7 @@ class ContinuousScheduler(Scheduler):
         self._report, self._limits, self._kv = worker_report, limits, kv_cache_manager
         self._depth = worker_report.depth
         self._structured = structured_output
+        self._eos_ids = frozenset(worker_report.eos_token_ids)
         self._max_seqs, self._max_tokens = max_num_seqs, max_num_batched_tokens
         self._max_waiting = max_waiting
         self._usable = kv_cache_manager.num_free_blocks
@@ -94,10 +96,10 @@ class ContinuousScheduler(Scheduler):
             request=request,
             arrival=self._num_arrived,
             max_tokens=max_tokens,
-            stop_ids=frozenset(request.params.stop_token_ids),
-            eos_ids=frozenset(self._report.eos_token_ids),
+            eos_ids=self._eos_ids,
             queued_at=time.monotonic(),
-            token_ids=list(request.prompt_token_ids),
+            token_ids=request.prompt_token_ids,
+            prefix=Prefix(request.prompt_token_ids, request.cache_salt),
         )
         self._by_request[request.request_id] = sequence
         self._waiting.push(sequence)
@@ -165,11 +167,10 @@ class ContinuousScheduler(Scheduler):
             sequence = self._waiting.first()
             if not self._prefill_allowed(step):
                 return
-            cached = self._match(sequence)
-            count = self._chunk(step, sequence, len(sequence.token_ids) - cached)
-            if count <= 0 or self._kv.allocate(sequence.seq_id, cached + count) is None:
-                self._kv.free(sequence.seq_id)
+            admitted = self._admit(step, sequence)
+            if admitted is None:
                 return
+            cached, count = admitted
             self._waiting.pop()
             self._start(step, sequence, cached)
             self._take(step, sequence, count)
@@ -186,12 +187,15 @@ class ContinuousScheduler(Scheduler):
         most = self._limits.max_prefill_rows
         return most is None or step.prefills < most
 
-    def _match(self, sequence: Sequence) -> int:
-        """Tokens of the sequence that the prefix cache holds."""
-        request = sequence.request
-        if request.params.prompt_logprobs is not None and not sequence.reported:
-            return 0  # every prompt token must run to be scored
-        return self._kv.match_prefix(sequence.seq_id, sequence.token_ids, request.cache_salt)
+    def _admit(self, step: _Step, sequence: Sequence) -> tuple[int, int] | None:
+        """Blocks for a waiting sequence: (tokens from the prefix cache, tokens to run now)."""
+        # every token of a prompt that is to be scored must run
+        sequence.prefix.lookup = not wants_scores(sequence)
+
+        def take(cached: int) -> int:
+            return self._chunk(step, sequence, len(sequence.token_ids) - cached)
+
+        return self._kv.admit(sequence.seq_id, sequence.prefix, take)
 
     def _chunk(self, step: _Step, sequence: Sequence, remaining: int) -> int:
         """How many of the remaining tokens may run in this step."""
@@ -252,6 +256,7 @@ class ContinuousScheduler(Scheduler):
         self._waiting.push_back(sequence)
 
     def _start(self, step: _Step, sequence: Sequence, cached: int) -> None:
+        sequence.begin()
         sequence.num_computed = cached
         if sequence.num_cached < 0:
             sequence.num_cached = min(cached, sequence.prompt_len)
@@ -293,29 +298,39 @@ class ContinuousScheduler(Scheduler):
     # -- results ------------------------------------------------------------------------------
 
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
-        outputs: dict[int, TokenOutput] = {}
+        # what was aborted or preempted while the step ran is gone, or runs under another id
+        live = {
+            share.seq_id: self._running[share.seq_id]
+            for share in plan.scheduled
+            if share.seq_id in self._running
+        }
+        failed = misfits(plan, result, live, self._report.vocab_size) | result.failed
+        outputs = []
         for share in plan.scheduled:
-            sequence = self._running.get(share.seq_id)
-            if sequence is None or share.seq_id in result.failed:
-                continue  # aborted or preempted while the step ran; or its blocks hold anything
+            sequence = live.get(share.seq_id)
+            if sequence is None:
+                continue
+            if share.seq_id in failed:  # its blocks may hold anything
+                outputs.append(self._fail(sequence, failed[share.seq_id]))
+                del live[share.seq_id]
+                continue
             done = share.num_computed + share.num_tokens
             self._kv.commit(share.seq_id, sequence.token_ids, done)
         for scored in result.prompt_logprobs:
-            sequence = self._running.get(scored.seq_id)
-            if sequence is not None and not sequence.reported:
+            sequence = live.get(scored.seq_id)
+            if sequence is not None and wants_scores(sequence):
                 sequence.prompt_logprobs += scored.positions
-        for seq_id, reason in result.failed.items():
-            sequence = self._running.get(seq_id)
-            if sequence is not None:
-                output = self._output(sequence, [])
-                output.finish_reason, output.error = "error", reason
-                outputs[seq_id] = output
-                self._forget(sequence)
         for sampled in result.tokens:
-            sequence = self._running.get(sampled.seq_id)
+            sequence = live.get(sampled.seq_id)
             if sequence is not None:
-                outputs[sampled.seq_id] = self._append(sequence, sampled.token_id, sampled.logprobs)
-        return list(outputs.values())
+                outputs.append(self._append(sequence, sampled.token_id, sampled.logprobs))
+        return outputs
+
+    def _fail(self, sequence: Sequence, reason: str) -> TokenOutput:
+        output = self._output(sequence, [])
+        output.finish_reason, output.error = "error", reason
+        self._forget(sequence)
+        return output
 
     def _append(
         self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None

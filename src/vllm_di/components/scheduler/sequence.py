@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vllm_di.components.interfaces import Prefix
 from vllm_di.components.messages import EngineRequest, FinishReason, TokenLogprobs
 
 
@@ -16,11 +17,14 @@ class Sequence:
     arrival: int
     """Order of arrival, which breaks ties."""
     max_tokens: int
-    stop_ids: frozenset[int]
     eos_ids: frozenset[int]
     queued_at: float
     token_ids: list[int]
-    """Prompt and generated tokens."""
+    """Prompt and generated tokens. Until it first runs this is the request's own list, which other
+    choices share."""
+    prefix: Prefix
+    stop_ids: frozenset[int] = frozenset()
+    """Made when it first runs."""
     num_computed: int = 0
     """Tokens whose keys and values are in the cache, counting a step in flight."""
     num_cached: int = -1
@@ -34,6 +38,13 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     reported: bool = False
     """True once an output was sent."""
+
+    def begin(self) -> None:
+        """Before it first runs: lists of its own."""
+        if self.token_ids is self.request.prompt_token_ids:
+            self.token_ids = list(self.token_ids)
+            self.prefix.token_ids = self.token_ids
+            self.stop_ids = frozenset(self.request.params.stop_token_ids)
 
     @property
     def prompt_len(self) -> int:

@@ -1,0 +1,97 @@
+"""What of a step's result does not fit its plan. A part that gives such a result is broken, and a
+token more or less is a wrong answer: the sequence ends with an error that says so."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+
+from vllm_di.components.messages import StepPlan, StepResult
+from vllm_di.components.scheduler.sequence import Sequence
+from vllm_di.errors import EngineDeadError
+
+log = logging.getLogger(__name__)
+
+
+def misfits(
+    plan: StepPlan, result: StepResult, live: Mapping[int, Sequence], vocab_size: int
+) -> dict[int, str]:
+    """seq_id to a reason, of the plan's live sequences that cannot go on. Raises EngineDeadError
+    for the result of another step: whose tokens these are, nobody knows."""
+    if result.step != plan.step:
+        raise EngineDeadError(f"step {plan.step} was answered with the result of {result.step}")
+    counts = Counter(token.seq_id for token in result.tokens)
+    found: dict[int, str] = {}
+    for share in plan.scheduled:
+        seq_id, count = share.seq_id, counts[share.seq_id]
+        if seq_id in live and seq_id not in result.failed and count != share.samples:
+            wanted = "one token" if share.samples else "none, its prompt goes on"
+            found[seq_id] = f"the step gave {count} tokens for sequence {seq_id}, not {wanted}"
+    for token in result.tokens:
+        sequence = live.get(token.seq_id)
+        if sequence is None:
+            continue
+        if not 0 <= token.token_id < vocab_size:
+            found.setdefault(
+                token.seq_id,
+                f"the step gave token {token.token_id} for sequence {token.seq_id}, outside the "
+                f"vocabulary [0, {vocab_size})",
+            )
+        if sequence.request.params.logprobs is not None and token.logprobs is None:
+            found.setdefault(
+                token.seq_id,
+                f"the step gave no log-probabilities for sequence {token.seq_id}, which asked for "
+                "them",
+            )
+    _check_scores(plan, result, live, found)
+    for seq_id, reason in found.items():
+        log.error("step %d: %s; its request %r ends", plan.step, reason, _name(live[seq_id]))
+    planned = {share.seq_id for share in plan.scheduled}
+    scores = (scored.seq_id for scored in result.prompt_logprobs)
+    for seq_id in sorted({*counts, *result.failed, *scores} - planned):
+        log.error(
+            "step %d: the result names sequence %d, which had no part in it; that entry is dropped",
+            plan.step,
+            seq_id,
+        )
+    return found
+
+
+def _check_scores(
+    plan: StepPlan, result: StepResult, live: Mapping[int, Sequence], found: dict[int, str]
+) -> None:
+    """The prompt's log-probabilities come piece after piece, and are complete with the first
+    token."""
+    known = {
+        share.seq_id: len(live[share.seq_id].prompt_logprobs)
+        for share in plan.scheduled
+        if share.seq_id in live and wants_scores(live[share.seq_id])
+    }
+    for scored in result.prompt_logprobs:
+        if scored.seq_id in known:
+            if scored.start != known[scored.seq_id] + 1:
+                found.setdefault(
+                    scored.seq_id,
+                    f"the prompt log-probabilities of sequence {scored.seq_id} go on at position "
+                    f"{scored.start}, not {known[scored.seq_id] + 1}",
+                )
+            known[scored.seq_id] += len(scored.positions)
+    for share in plan.scheduled:
+        if share.samples and share.seq_id in known and share.seq_id not in result.failed:
+            expected = live[share.seq_id].prompt_len - 1
+            if known[share.seq_id] != expected:
+                found.setdefault(
+                    share.seq_id,
+                    f"sequence {share.seq_id} has {known[share.seq_id]} prompt log-probabilities "
+                    f"of {expected}",
+                )
+
+
+def wants_scores(sequence: Sequence) -> bool:
+    """Whether its prompt's log-probabilities are still to be told."""
+    return sequence.request.params.prompt_logprobs is not None and not sequence.reported
+
+
+def _name(sequence: Sequence) -> str:
+    return sequence.request.request_id
