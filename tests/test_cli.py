@@ -146,6 +146,27 @@ def test_config_show_masks_secrets(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "  # command line: model=tiny" not in out
 
 
+def test_config_show_masks_secrets_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """What is declared secret, wherever it stands; no number for its name."""
+    (tmp_path / "server").mkdir()
+    text = (
+        "_target_: vllm_di.server.app.OpenAiServer\n"
+        "licence: abc-1  # secret: what the vendor sold\n"
+        "peers: [{password: abc-2}]  # others\n"
+    )
+    (tmp_path / "server" / "leaky.yaml").write_text(text)
+    words = ["config", "show", *TINY, "server=leaky", "--config-dir", str(tmp_path), "--origins"]
+    _, out, _ = call(capsys, *words, "+server.api_key=abc-3", "+server.hf_token=abc-4")
+    assert "abc-" not in out
+    assert out.count('"********"') == 4
+    _, plain, _ = call(capsys, "config", "show", *TINY)
+    assert "****" not in plain
+    assert "max_num_batched_tokens: 512" in plain
+    assert "max_tokens" in plain
+
+
 def test_complete_and_chat_answer(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,13 @@ class QueueFullError(RequestError):
         self.retry_after = retry_after
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an exception that is none of ours says, with its class: ``OSError: no such device``."""
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    return f"{name}: {text[:most]}{'...' if len(text) > most else ''}" if text else name
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """A ready-made tail for a message: ``; did you mean 'x'?`` or nothing."""
     close = difflib.get_close_matches(name, sorted(options), n=1, cutoff=0.5)

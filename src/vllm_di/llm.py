@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,8 @@ from vllm_di.containers.fill import Launcher, opened
 from vllm_di.errors import RequestError, nearest
 from vllm_di.frontend.outputs import RequestOutput
 from vllm_di.frontend.processor import Generation, RequestProcessor
+
+log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -44,6 +47,8 @@ class LLM:
         chosen = [f"platform={platform}"] if platform else []
         chosen += model_overrides(model) if model else []
         self.assembly: Assembly = assemble([*chosen, *overrides], config_dirs)
+        for warning in self.assembly.warnings:
+            log.warning("%s", warning)
         apart = _by_container(objects)
         with ExitStack() as stack:
             front = stack.enter_context(

@@ -13,6 +13,7 @@ import yaml
 from vllm_di import cli
 from vllm_di.conformance import matrix
 from vllm_di.conformance.report import Case, CheckResult, Outcome, Report, ReportError
+from vllm_di.containers.evidence import report_files
 from vllm_di.containers.manifest import LEVELS
 from vllm_di.containers.ports import conf_of_project
 from vllm_di.containers.tree import ConfigFiles
@@ -110,7 +111,6 @@ def test_only_hardware_gets_a_tick(tree: ConfigFiles, tmp_path: Path) -> None:
         ("runtime-tested", 1, "0.3.9", "runtime-tested"),
         ("runtime-tested", 1, "0.4.0", "declared"),
         ("runtime-tested", 1, "1.0.0", "declared"),
-        ("none", 400, "0.1.0", "none"),
     ],
 )
 def test_a_report_that_is_old_loses_its_level(
@@ -118,7 +118,7 @@ def test_a_report_that_is_old_loses_its_level(
 ) -> None:
     found = column(tree, write(tmp_path, level=level, days=days), version=version)
     assert found.level == wanted
-    expired = wanted != level or level == "none"
+    expired = wanted != level
     assert found.evidence[0].expired == expired
     assert ("expired" in matrix.cell_text(found.cells["float32"])) == expired
 
@@ -132,8 +132,23 @@ def test_the_newest_run_of_a_device_counts(tree: ConfigFiles, tmp_path: Path) ->
     assert found.level == "contract-tested"
 
 
-def test_a_part_of_a_run_gives_nothing(tree: ConfigFiles, tmp_path: Path) -> None:
-    assert column(tree, write(tmp_path, partial=True)).evidence == []
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [({"partial": True}, "a part of the suite"), ({"level": "none"}, "not even its first checks")],
+    ids=str,
+)
+def test_a_report_without_a_level_is_refused(
+    tree: ConfigFiles, tmp_path: Path, fields: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ReportError, match=rf"chip\.json: a report that shows no level.*{why}"):
+        column(tree, write(tmp_path, **fields))
+
+
+def test_a_recorded_report_bears_the_name_of_its_platform() -> None:
+    files = report_files(ConfigFiles([conf_of_project()]))
+    assert files
+    for file in files:
+        assert file.name == f"{Report.read(file).platform}.json"
 
 
 def test_a_platform_that_is_not_installed_shows_its_report(
@@ -178,7 +193,7 @@ def test_the_page_is_that_of_the_reports() -> None:
 def test_every_platform_has_the_level_of_its_reports() -> None:
     """What a start announces is what was shown, neither more nor less."""
     tree = ConfigFiles([conf_of_project()])
-    found = matrix.build(tree, matrix.report_files(tree), __version__, TODAY)
+    found = matrix.build(tree, report_files(tree), __version__, TODAY)
     for column in found.platforms:
         text = tree.options("platform")[column.name].read_text(encoding="utf-8")
         assert yaml.safe_load(text)["platform"]["level"] == column.level, column.name

@@ -151,7 +151,7 @@ def test_one_option_in_two_trees_is_refused(root: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "other", {"attention/paged.yaml": "_target_: x.Y\n"})
     tree = ConfigTree([root, other])
     with pytest.raises(PortError, match=r"attention=paged is defined twice: .*conf.* and .*other"):
-        tree.refuse_duplicates()
+        tree.compose(["platform=cpu", "attention=paged"])
 
 
 def test_another_root_adds_options(root: Path, tmp_path: Path) -> None:

@@ -27,10 +27,12 @@ def test_defaults() -> None:
     manifest = read()
     assert manifest.capabilities.dtypes == ("float32",)
     assert manifest.detect.modules == ()
-    assert manifest.announcement == "platform chip: declared (not hardware-tested)"
-    old = read(interface=served_versions()[0]).announcement
+    assert manifest.announcement() == "platform chip: declared (not hardware-tested)"
+    old = read(interface=served_versions()[0]).announcement()
     assert f"which the minor after {INTERFACE_VERSION} will not serve" in old
-    assert read(level="hardware-tested").announcement == "platform chip: hardware-tested"
+    assert read(level="hardware-tested").announcement() == "platform chip: hardware-tested"
+    claimed = read().announcement("hardware-tested")
+    assert "chip: declared (hardware-tested is claimed; no recorded report shows it)" in claimed
 
 
 @pytest.mark.parametrize(
@@ -100,10 +102,31 @@ def test_a_wrong_override_is_named() -> None:
 
 
 def test_a_simulated_device_is_contract_tested_at_most() -> None:
-    asked = ["platform=cpu", "model=tiny", "loader=dummy", "platform.level=hardware-tested"]
-    assert assemble(asked).platform.level == "hardware-tested"
+    asked = ["platform=cpu", "model=tiny", "loader=dummy"]
+    assert assemble(asked).platform.level == "runtime-tested"
     simulated = assemble([*asked, "+device.simulated=true"])
     assert simulated.platform.level == "contract-tested"
     assert simulated.server["server"]["level"] == "contract-tested"
+    assert simulated.settings["claimed_level"] is None
     lower = assemble([*asked, "+device.simulated=true", "platform.level=declared"])
     assert lower.platform.level == "declared"
+
+
+def test_a_level_without_a_report_is_a_claim() -> None:
+    """What start, ``explain`` and ``/version`` say of a manifest that claims more."""
+    asked = ["platform=cuda", "model=tiny", "platform.level=hardware-tested"]
+    found = assemble(asked)
+    assert (found.platform.level, found.settings["claimed_level"]) == (
+        "declared",
+        "hardware-tested",
+    )
+    assert found.announcement.startswith("platform cuda: declared (hardware-tested is claimed;")
+    assert found.server["server"]["level"] == "declared"
+    assert found.server["server"]["claimed_level"] == "hardware-tested"
+    assert "command line: platform.level=hardware-tested" in found.place("claimed_level")
+
+
+def test_no_platform_of_ours_claims_more_than_its_reports_show() -> None:
+    for option in ConfigFiles.find().options("platform"):
+        found = assemble([f"platform={option}", "model=tiny", "model.num_hidden_layers=20"])
+        assert found.settings["claimed_level"] is None, option

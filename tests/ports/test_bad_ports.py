@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from tests.ports.packages import FILES, installed
 
 from vllm_di import LLM, SamplingParams
-from vllm_di.containers.assembly import assemble
-from vllm_di.containers.tree import ConfigFiles
-from vllm_di.errors import ConfigError, PortError
+from vllm_di.cli import main
+from vllm_di.errors import ConfigError
 
 PLATFORM, PROVIDER = "mychip/conf/platform/mychip.yaml", "mychip/provider.py"
 ASKED = ["platform=mychip", "model=tiny", "model.dtype=float32"]
@@ -143,18 +143,164 @@ def test_what_the_user_chose_instead_is_not_held_against_the_port(tmp_path: Path
         assert start("ops=torch") == start("ops.linear=torch")
 
 
-def test_a_port_with_the_name_of_a_platform_of_ours_is_refused(tmp_path: Path) -> None:
-    with (
-        installed(tmp_path, FILES, port="cpu"),
-        pytest.raises(PortError, match=r"mychip_port is installed as port 'cpu'.*platform=cpu"),
-    ):
-        ConfigFiles.find()
+class Bad(NamedTuple):
+    """A port that cannot be used, and what is said where it is asked for."""
+
+    files: dict[str, str]
+    message: str
+    asked: tuple[str, ...] = tuple(ASKED)
+    names: tuple[tuple[str, str], ...] = ()
+    """Of its distribution."""
 
 
-def test_an_option_of_ours_cannot_be_replaced(tmp_path: Path) -> None:
-    files = FILES | {"mychip/conf/attention/sdpa.yaml": FILES["mychip/conf/attention/mychip.yaml"]}
-    with (
-        installed(tmp_path, files),
-        pytest.raises(PortError, match=r"option attention=sdpa is defined twice: .*rename one"),
-    ):
-        assemble(ASKED)
+PLACE = "conf/communicator/mychip.yaml:2: communicator: mychip.provider"
+"""The first slot that names the module."""
+NAMED = "conf/attention/mychip.yaml:2: attention: mychip.provider.MyChipAttention"
+IMPORT = "from pathlib import Path\n"
+INIT = "self.kv_layout, self.log = kv_layout, log"
+TWICE = {"mychip/conf/attention/sdpa.yaml": FILES["mychip/conf/attention/mychip.yaml"]}
+WITH_BASE = WITH_OPS | {"mychip/conf/ops/base.yaml": "eps: 1\n"}
+BROKEN = {
+    "has a syntax error": Bad(
+        changed(PROVIDER, IMPORT, "def broken(:\n"),
+        f"{PLACE} cannot be imported: SyntaxError: invalid syntax (provider.py, line 4)",
+    ),
+    "lacks a library": Bad(
+        changed(PROVIDER, IMPORT, f"{IMPORT}import ctypes\nctypes.CDLL('libmychip.so.3')\n"),
+        f"{PLACE} cannot be imported: OSError: libmychip.so.3: cannot open shared object file",
+    ),
+    "needs a package": Bad(
+        changed(PROVIDER, IMPORT, f"{IMPORT}import mychip_driver\n"),
+        f"{PLACE} needs the package 'mychip_driver', which is not installed",
+    ),
+    "needs another name of a package": Bad(
+        changed(PROVIDER, IMPORT, "from pathlib import Path, Road\n"),
+        f"{PLACE} cannot be imported: ImportError: cannot import name 'Road' from 'pathlib'",
+    ),
+    "has a driver too old": Bad(
+        changed(PROVIDER, IMPORT, f"{IMPORT}raise RuntimeError('driver\\n  too old')\n"),
+        f"{PLACE} cannot be imported: RuntimeError: driver too old",
+    ),
+    "ends the process when imported": Bad(
+        changed(PROVIDER, IMPORT, f"{IMPORT}raise SystemExit('no device')\n"),
+        f"{PLACE} cannot be imported: SystemExit: no device",
+    ),
+    "fails to import its package": Bad(
+        WITH_OPS | {"mychip/__init__.py": "1 / 0\n"},
+        "ops.library: mychip.ops cannot be imported: ZeroDivisionError: division by zero",
+    ),
+    "computes its classes and fails": Bad(
+        WITH_OPS | {PROVIDER: "def __getattr__(name):\n    raise ValueError(name)\n"},
+        f"{PLACE} cannot give MyChipCommunicator: ValueError: ",
+    ),
+    "fails to build": Bad(
+        changed(PROVIDER, INIT, "raise OSError(19, 'No such device')"),
+        f"{NAMED} cannot be built: OSError: [Errno 19] No such device",
+    ),
+    "ends the process when built": Bad(
+        changed(PROVIDER, INIT, "raise SystemExit(3)"), f"{NAMED} cannot be built: SystemExit: 3"
+    ),
+    "fails an assertion without a word": Bad(
+        changed(PROVIDER, INIT, "assert False"), f"{NAMED} cannot be built: AssertionError"
+    ),
+    "has annotations that mean nothing": Bad(
+        changed(PROVIDER, "log: str | None, loud: bool", "log: 'Strnig', loud: bool"),
+        "attention: the constructor of mychip.provider.MyChipAttention cannot be read: NameError",
+    ),
+    "has a platform that is not YAML": Bad(
+        WITH_OPS | {PLATFORM: "platform: {name: mychip\n"}, "mychip.yaml"
+    ),
+    "has a platform in another encoding": Bad(
+        WITH_OPS | {PLATFORM: "\x00"}, "platform/mychip.yaml"
+    ),
+    "has a platform that is a list": Bad(
+        WITH_OPS | {PLATFORM: "- mychip\n"}, "platform/mychip.yaml: platform: expected a mapping"
+    ),
+    "names an option that is not there": Bad(
+        changed(PLATFORM, "override /attention: mychip", "override /attention: mychop"),
+        "attention/mychop",
+    ),
+    "includes what is not there": Bad(
+        changed("mychip/conf/ops/mychip.yaml", "base", "bass"), "bass"
+    ),
+    "has no conf": Bad(
+        {"mychip/__init__.py": ""},
+        "port 'mychip' (mychip_port) is installed but has no conf/ folder",
+    ),
+    "bears the name of a platform of ours": Bad(
+        FILES,
+        "mychip_port is installed as port 'openvino', but platform=openvino is defined in conf/",
+        ("platform=openvino", *ASKED[1:]),
+        (("port", "openvino"),),
+    ),
+    "has an option of ours": Bad(
+        WITH_OPS | TWICE,
+        "command line: attention=sdpa: option attention=sdpa is defined twice: conf/attention/",
+        ("platform=cpu", "attention=sdpa"),
+    ),
+    "shares what our options share": Bad(WITH_BASE, "option ops=base is defined twice: conf/ops/"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_where_it_is_used_a_port_that(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line with slot, place and text."""
+    bad = BROKEN[what]
+    with installed(tmp_path, bad.files, **dict(bad.names)):
+        status, _, err = call(capsys, "complete", "hello", *bad.asked)
+    said = [s for s in err.splitlines() if s.startswith("vllm-di: ") and "warning: " not in s]
+    assert (status, len(said)) == (2, 1), err
+    assert bad.message in said[0], err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_elsewhere_nobody_is_stopped_by_a_port_that(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, others = BROKEN[what], [["--help"], ["help"], ["help", "platform"], ["help", "ops"]]
+    others += [["matrix"], ["explain", "--slot", "attention"], ["__complete", "serve", "platform="]]
+    cpu = ["platform=cpu", "model=tiny", "ops=torch"]
+    others += [["explain", *cpu], ["config", "show", *cpu], ["serve", "--help"]]
+    with installed(tmp_path, bad.files, **dict(bad.names)):
+        for words in others:
+            status, out, err = call(capsys, *words)
+            assert (status, "Traceback" in err) == (0, False), (words, err)
+            assert out, words
+            wanted = "defined" in bad.message or "no conf/" in bad.message
+            if words[0] in ("help", "matrix", "config"):
+                assert ("warning: " in err) >= wanted, (words, err)
+
+
+def test_what_one_lists_of_a_port_that_is_no_yaml(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``help platform`` and ``matrix`` show the others, and say what is missing."""
+    with installed(tmp_path, BROKEN["has a platform that is not YAML"].files):
+        _, out, _ = call(capsys, "help", "platform")
+        assert "platform=mychip: " in out
+        assert "platform=openvino: " in out
+        _, out, err = call(capsys, "matrix")
+        assert "openvino" in out
+        assert "warning: platform mychip is left out: " in err
+
+
+def test_a_report_of_a_port_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with installed(tmp_path, WITH_OPS | {"mychip/reports/mychip.json": "{"}):
+        status, _, err = call(capsys, "matrix")
+        assert (status, "a report is left out: " in err) == (0, True)
+        status, _, err = call(capsys, "config", "show", *ASKED)
+        assert (status, "mychip.json: this conformance report cannot be read" in err) == (0, True)
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """-> exit status, standard output, standard error."""
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    out, err = capsys.readouterr()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, out, err

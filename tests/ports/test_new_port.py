@@ -10,11 +10,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from tests.ports.packages import installed
 
-from vllm_di.commands.arguments import UsageError
+from vllm_di import cli
+from vllm_di.commands.arguments import VERBS, WITHOUT_OVERRIDES, WORDS, UsageError
 from vllm_di.commands.new_port import check_name, write_port
 from vllm_di.conformance.matrix import Matrix
-from vllm_di.containers.ports import Port
+from vllm_di.containers.ports import Port, conf_of_project
 from vllm_di.containers.tree import ConfigFiles
 from vllm_di.errors import VllmDiError
 
@@ -72,6 +74,43 @@ def test_the_matrix_shows_it_beside_the_platforms_of_the_wheel(folder: Path) -> 
 def test_without_its_driver_it_says_what_is_missing(folder: Path) -> None:
     with pytest.raises(AssertionError, match="the package torch_acme is not installed; install"):
         python(folder, "-m", "vllm_di.cli", "complete", "x", "platform=acme", path=folder / "site")
+
+
+def commands() -> list[list[str]]:
+    tree = ConfigFiles([conf_of_project()])
+    acme = ["platform=acme", "device.simulated=true", "model=tiny", "model.dtype=float32"]
+    found = [[verb, "--help"] for verb in VERBS]
+    found += [[v, w, "--help"] for v, w in WORDS.items() if w.isidentifier()]
+    found += [["help", group] for group in tree.groups()]
+    found += [["help", "ops=acme"], ["help", "platform=acme"], ["matrix"], ["explain", *acme]]
+    found += [["config", "show", *acme, "--origins"], ["explain", "--slot", "ops"]]
+    sizes = ["--input-len", "4", "--output-len", "2", "--repeats", "1", "--warmup", "1"]
+    return [
+        *found,
+        ["complete", "x", *acme, "--max-tokens", "2"],
+        ["bench", "latency", *acme, *sizes],
+    ]
+
+
+def test_every_command_runs_where_a_scaffolded_port_is_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And each verb's ``--help`` speaks of that verb."""
+    port = tmp_path / "port"
+    files = {str(f.relative_to(port)): f.read_text() for f in write_port("acme", port)}
+    files = {name: text for name, text in files.items() if name.startswith("acme/")}
+    with installed(tmp_path, files, name="vllm_di_acme", port="acme"):
+        for words in commands():
+            with pytest.raises(SystemExit) as ended:
+                cli.main(words)
+            out, err = capsys.readouterr()
+            assert (ended.value.code, "Traceback" in err) == (0, False), (words, err)
+            if words[-1] == "--help" and words[0] != "help":
+                assert out.startswith(f"vllm-di {words[0]} "), words
+                assert VERBS[words[0]] in out
+                assert ("group=option" in out) == (words[0] not in WITHOUT_OVERRIDES)
+            if words == ["help", "ops=acme"]:
+                assert "ops.rms_norm" in out, "the keys that it shares with ours"
 
 
 def test_a_vendor_writes_less_than_300_lines(tmp_path: Path) -> None:

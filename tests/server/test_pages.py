@@ -32,6 +32,7 @@ def test_models_and_version() -> None:
             "version": vllm_di.__version__,
             "platform": None,  # as no config names one here
             "level": None,
+            "claimed_level": None,
             "interface": INTERFACE_VERSION,
         }
 

@@ -15,10 +15,22 @@ VERBS = {
     "conform": "run the conformance suite on a platform",
     "explain": "which class fills each slot, and who chose it",
     "matrix": "which platform can do what, by recorded conformance reports",
-    "new-port": "a package of its own for new hardware: new-port NAME",
+    "new-port": "write a package of its own for new hardware, in ./vllm-di-NAME: new-port NAME",
     "config": "show the composed config: config show",
     "help": "groups, options and their keys: help [GROUP[=OPTION]]",
 }
+
+
+WORDS = {
+    "complete": '"PROMPT"',
+    "bench": "latency|throughput|serve",
+    "new-port": "NAME",
+    "config": "show",
+    "help": "[GROUP[=OPTION]]",
+}
+"""Verb to the plain words that it takes."""
+WITHOUT_OVERRIDES = ("matrix", "new-port")
+"""Verbs that compose no config."""
 
 
 class UsageError(VllmDiError):

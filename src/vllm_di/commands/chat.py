@@ -18,7 +18,7 @@ def run(arguments: Arguments) -> int:
     from vllm_di.llm import LLM
 
     with LLM(overrides=arguments.overrides, config_dirs=arguments.config_dirs) as llm:
-        say(llm.assembly.platform.announcement)
+        say(llm.assembly.announcement)
         messages = list(start)
         while (line := _ask()) is not None:
             if line == "/new":

@@ -3,13 +3,24 @@ request."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+from collections.abc import Collection
 from typing import Any
 
 from vllm_di.commands.arguments import Arguments, UsageError
+from vllm_di.commands.say import warn
+from vllm_di.containers.tree import ConfigFiles
+from vllm_di.errors import ConfigError
 
-SECRET = re.compile(r"(^|_)(key|token|password|secret)s?$", re.IGNORECASE)
-"""Keys whose values are masked. Names of files and of environment variables are no secrets."""
+SECRETS = frozenset(
+    ["api_key", "api_keys", "auth_token", "access_token", "hf_token", "password", "secret"]
+)
+"""Keys whose values are masked, wherever they stand. A key is declared a secret too by a comment
+behind it that begins so: ``licence: null  # secret: the licence key``."""
+SECRET_TEXT = re.compile(r"secret\b", re.IGNORECASE)
+STAGE = re.compile(r"^stages\.\d+\.")
 MASK = "********"
 
 
@@ -20,31 +31,56 @@ def run(arguments: Arguments) -> int:
     from vllm_di.containers.assembly import assemble
 
     assembly = assemble(arguments.overrides, arguments.config_dirs)
+    warn(assembly.warnings)
     workers = assembly.workers
     nodes = {**assembly.server, **assembly.engine}
     if len(workers) == 1:
         nodes |= workers[0]
     else:
         nodes["stages"] = {str(stage): worker for stage, worker in enumerate(workers)}
-    for line in lines({**assembly.settings, **nodes}):
-        key, text = line
+    declared = declared_secrets(ConfigFiles.find(arguments.config_dirs))
+    for key, text, masked in lines({**assembly.settings, **nodes}, declared):
         origin = assembly.place(key) if "--origins" in arguments.switches and ":" in text else ""
+        if masked and origin.startswith("command line"):
+            origin = "command line"  # the override as typed holds the value
         print(f"{text}  # {origin}" if origin and not text.endswith(":") else text)
     return 0
 
 
-def lines(values: dict[str, Any], prefix: str = "", indent: int = 0) -> list[tuple[str, str]]:
-    """(dotted key, line of YAML) for a nest of mappings."""
-    import json
+def declared_secrets(tree: ConfigFiles) -> set[str]:
+    """Dotted keys, such as ``server.licence``, that a comment in some option declares secret."""
+    found = set()
+    for group in tree.groups():
+        for path in tree.options(group).values():
+            with contextlib.suppress(ConfigError):  # another option's file is not asked for
+                file = tree.read(path)
+                prefix = "" if file.is_global else f"{group}."
+                found |= {prefix + k for k, t in file.texts.items() if SECRET_TEXT.match(t)}
+    return found
 
+
+def lines(
+    values: dict[str, Any], secrets: Collection[str], prefix: str = "", indent: int = 0
+) -> list[tuple[str, str, bool]]:
+    """(dotted key, line of YAML, whether its value is masked) for a nest of mappings."""
     found = []
     for name, value in values.items():
         key, margin = f"{prefix}{name}", "  " * indent
-        if SECRET.search(name) and value is not None and not isinstance(value, dict):
-            value = MASK
-        if isinstance(value, dict) and value:
-            found.append((key, f"{margin}{name}:"))
-            found += lines(value, f"{key}.", indent + 1)
+        secret = name in SECRETS or STAGE.sub("", key) in secrets
+        shown = MASK if secret and value is not None else _masked(value)
+        if isinstance(shown, dict) and shown:
+            found.append((key, f"{margin}{name}:", False))
+            found += lines(shown, secrets, f"{key}.", indent + 1)
         else:
-            found.append((key, f"{margin}{name}: {json.dumps(value, ensure_ascii=False)}"))
+            text = f"{margin}{name}: {json.dumps(shown, ensure_ascii=False)}"
+            found.append((key, text, secret))
     return found
+
+
+def _masked(value: Any) -> Any:
+    """Secrets within lists masked too."""
+    if isinstance(value, list):
+        return [_masked(v) for v in value]
+    if isinstance(value, dict):
+        return {k: MASK if k in SECRETS and v is not None else _masked(v) for k, v in value.items()}
+    return value

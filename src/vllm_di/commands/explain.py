@@ -7,6 +7,7 @@ import sys
 import msgspec
 
 from vllm_di.commands.arguments import Arguments, no_words
+from vllm_di.commands.say import warn
 from vllm_di.commands.table import print_table
 
 
@@ -22,6 +23,7 @@ def run(arguments: Arguments) -> int:
         print_table(["option", "what it is"], [list(row) for row in found.items()])
         return 0
     assembly = assemble(arguments.overrides, arguments.config_dirs)
+    warn(assembly.warnings)
     told = explain(
         assembly,
         config_dirs=arguments.config_dirs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_di.commands.arguments import (
     ALIASES,
@@ -12,11 +12,14 @@ from vllm_di.commands.arguments import (
     VERB_OPTIONS,
     VERB_SWITCHES,
     VERBS,
+    WITHOUT_OVERRIDES,
+    WORDS,
     Arguments,
     UsageError,
 )
+from vllm_di.commands.say import warn
 from vllm_di.commands.table import print_table
-from vllm_di.errors import nearest
+from vllm_di.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from vllm_di.containers.tree import ConfigFiles
@@ -27,7 +30,10 @@ def run(arguments: Arguments) -> int:
     from vllm_di.containers.tree import ConfigFiles
 
     tree = ConfigFiles.find(arguments.config_dirs)
+    warn(tree.warnings())
     asked = [*arguments.words, *arguments.overrides]
+    if arguments.verb not in ("", "help"):  # a verb's own words, such as a prompt, are no groups
+        asked = [word for word in asked if word.partition("=")[0] in tree.groups()]
     for word in asked:
         group, _, option = word.partition("=")
         groups = tree.groups()
@@ -36,27 +42,42 @@ def run(arguments: Arguments) -> int:
         options = tree.options(group)
         if option and option not in options:
             raise UsageError(f"group {group!r} has no option {option!r}{nearest(option, options)}")
-        for name in [option] if option else options:
-            _option(tree, group, name, options[name])
+        if option:
+            tree.refuse_clash(group, option)
+            _option(tree, group, option, options[option])
+            continue
+        for name, path in options.items():
+            try:
+                _option(tree, group, name, path)
+            except ConfigError as error:
+                if tree.port_of(path) is None:
+                    raise
+                print(f"{group}={name}: {error}\n")
     if not asked:
         _overview(tree, arguments.verb)
     return 0
 
 
 def _overview(tree: ConfigFiles, verb: str) -> None:
-    print("vllm-di VERB [group=option ...] [key.in.a.node=value ...] [--flags]\n")
+    composes = verb not in WITHOUT_OVERRIDES
     if verb and verb != "help":
-        print(f"{verb}: {VERBS[verb]}\n")
+        usage = f"vllm-di {verb}{f' {WORDS[verb]}' if verb in WORDS else ''}"
+        overrides = " [group=option ...] [key.in.a.node=value ...]" if composes else ""
+        print(f"{usage}{overrides} [--flags]\n\n{VERBS[verb]}\n")
         own = VERB_SWITCHES.get(verb, {}) | VERB_OPTIONS.get(verb, {})
         if own:
             print_table(["flag", "what it does"], [list(row) for row in own.items()])
             print()
     else:
+        print("vllm-di VERB [group=option ...] [key.in.a.node=value ...] [--flags]\n")
         print_table(["verb", "what it does"], [list(row) for row in VERBS.items()])
         print()
     flags = [[name, text] for name, text in (SWITCHES | OPTIONS).items()]
-    flags += [[name, f"short for {text}"] for name, (_, text) in ALIASES.items()]
+    if composes:
+        flags += [[name, f"short for {text}"] for name, (_, text) in ALIASES.items()]
     print_table(["flag", "what it does"], flags)
+    if not composes:
+        return
     print()
     rows = [[group, ", ".join(tree.options(group))] for group in tree.groups()]
     print_table(["group", "options"], rows)
@@ -65,22 +86,16 @@ def _overview(tree: ConfigFiles, verb: str) -> None:
 
 def _option(tree: ConfigFiles, group: str, name: str, path: Path) -> None:
     """One option: its summary, then its keys with default and text, shared ones too."""
-    import yaml
-
-    file = tree.read(path)
+    files = tree.with_included(path)
+    file, sources = tree.read(path), [(tree.read(f), tree.values(f)) for f in files]
     print(f"{group}={name}: {file.summary}" if file.summary else f"{group}={name}")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    sources = [(file, values)]
-    if "base" in str(values.get("defaults", "")):
-        base = path.parent / "base.yaml"
-        sources.append((tree.read(base), yaml.safe_load(base.read_text(encoding="utf-8"))))
     rows, seen = [], set()
     for source, content in sources:
         for key in source.lines:
             if key in seen or key.endswith("_target_") or key.split(".")[0] == "defaults":
                 continue
             seen.add(key)
-            value = content
+            value: Any = content
             for part in key.split("."):
                 value = value.get(part) if isinstance(value, dict) else None
             if not isinstance(value, dict):

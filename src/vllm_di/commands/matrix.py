@@ -9,8 +9,10 @@ from pathlib import Path
 import msgspec
 
 from vllm_di.commands.arguments import Arguments, UsageError, no_words
+from vllm_di.commands.say import warn
 from vllm_di.commands.table import print_table
 from vllm_di.conformance import matrix
+from vllm_di.containers.evidence import report_files
 from vllm_di.containers.tree import ConfigFiles
 from vllm_di.version import __version__
 
@@ -21,13 +23,14 @@ def run(arguments: Arguments) -> int:
     if arguments.overrides:
         raise UsageError(f"matrix takes no overrides, and {arguments.overrides[0]!r} is one")
     tree = ConfigFiles.find(arguments.config_dirs)
-    files = matrix.report_files(tree)
+    files = report_files(tree)
     if folder := arguments.options.get("--reports"):
         if not Path(folder).is_dir():
             raise UsageError(f"--reports {folder}: no such folder")
         files += Path(folder).glob("*.json")
     today = datetime.datetime.now(datetime.UTC).date()
     found = matrix.build(tree, files, __version__, today)
+    warn(found.problems)
     if "--json" in arguments.switches:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
     elif "--markdown" in arguments.switches:

@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from vllm_di.commands.arguments import Arguments, no_words
-from vllm_di.commands.say import say
+from vllm_di.commands.say import say, warn
 from vllm_di.containers.assembly import Assembly, assemble
 from vllm_di.server.engine_client import ProcessEngineClient
 from vllm_di.server.sockets import check_address
@@ -20,6 +20,7 @@ def run(arguments: Arguments) -> int:
     no_words(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     assembly = assemble(arguments.overrides, arguments.config_dirs)
+    warn(assembly.warnings)
     asyncio.run(_serve(assembly))
     return 0
 
@@ -57,7 +58,7 @@ def _check_address(server: dict[str, Any]) -> None:
 async def _announce(assembly: Assembly, client: ProcessEngineClient) -> None:
     """Say what starts, how far it is, and where it listens."""
     server = assembly.server["server"]
-    say(f"model {assembly.settings['model_name']}, {assembly.platform.announcement}")
+    say(f"model {assembly.settings['model_name']}, {assembly.announcement}")
     stage = ""
     while client.state == "starting":
         if client.stage != stage:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import yaml
 
-from vllm_di.conformance.report import Outcome, Report
+from vllm_di.conformance.report import Outcome, Report, ReportError
+from vllm_di.containers.evidence import port_of_report, report_files
 from vllm_di.containers.manifest import LEVELS, Capabilities, Level, Manifest, read_manifest
 from vllm_di.containers.ports import conf_of_project
 from vllm_di.containers.tree import ConfigFiles, shown
+from vllm_di.errors import ConfigError
 from vllm_di.version import __version__
 
 VALID = datetime.timedelta(days=180)
@@ -33,9 +34,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     file: str
     """Path of the report."""
-    level: Level | Literal["none"]
+    level: Level
     """Reached when it ran."""
-    counts_as: Level | Literal["none"]
+    counts_as: Level
     """Now."""
     ran: datetime.date
     expires: datetime.date
@@ -55,7 +56,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
     outcome: Outcome | Literal["declared"]
     """``declared``: the manifest claims it and no report that counts speaks of it."""
-    level: Level | Literal["none"] = "declared"
+    level: Level = "declared"
     """That the evidence gives it."""
     expired: bool = False
     evidence: str | None = None
@@ -65,7 +66,7 @@ class Column(msgspec.Struct, frozen=True, kw_only=True):
     """One platform."""
 
     name: str
-    level: Level | Literal["none"]
+    level: Level
     maintainer: str | None
     evidence: list[Evidence]
     """The newest run of each device and each set of overrides; the strongest first."""
@@ -78,31 +79,46 @@ class Matrix(msgspec.Struct, frozen=True):
     on: datetime.date
     features: list[str]
     platforms: list[Column]
+    problems: list[str] = []
+    """What is wrong with ports that are left out, a line each."""
 
 
 def build(tree: ConfigFiles, files: Iterable[Path], version: str, on: datetime.date) -> Matrix:
     """The matrix of all platforms of ``tree``, from report ``files``, for vllm-di ``version``.
 
-    Raises ReportError for a file that is no report, ConfigError for a wrong manifest.
+    Raises ReportError for a file that is no report or shows no level, ConfigError for a wrong
+    manifest. A port out of tree is left out instead, with a line in ``problems``.
     """
-    options = tree.options("platform").items()
-    manifests = {option: _manifest(tree, option, path) for option, path in options}
+    manifests, problems = {}, tree.warnings()
+    for option, path in tree.options("platform").items():
+        try:
+            manifests[option] = _manifest(tree, option, path)
+        except ConfigError as error:
+            if tree.port_of(path) is None:
+                raise
+            problems.append(f"platform {option} is left out: {error}")
     runs: dict[str, list[Evidence]] = {name: [] for name in manifests}
     for file in sorted(files):
-        report = Report.read(file)
-        if not report.partial:
-            runs.setdefault(report.platform, []).append(_evidence(file, report, version, on))
+        try:
+            report = _evidence_of(file)
+        except ReportError as error:
+            if port_of_report(tree, file) is None:
+                raise
+            problems.append(f"a report is left out: {error}")
+            continue
+        runs.setdefault(report.platform, []).append(_evidence(file, report, version, on))
     columns = [_column(name, manifests.get(name), found) for name, found in sorted(runs.items())]
     rows = {feature: None for column in columns for feature in column.cells}
-    return Matrix(on, sorted(rows, key=_place), columns)
+    return Matrix(on, sorted(rows, key=_place), columns, problems)
 
 
-def report_files(tree: ConfigFiles) -> list[Path]:
-    """The project's recorded reports, and those that ports ship in a folder beside their conf/."""
-    conf = conf_of_project()
-    folders = [conf.parent / "conformance" / "reports"]
-    folders += [port.conf.parent / "reports" for port in tree.ports if port.conf]
-    return [file for folder in folders for file in folder.glob("*.json")]
+def _evidence_of(file: Path) -> Report:
+    """A report that shows a level. Raises ReportError for another."""
+    report = Report.read(file)
+    if report.partial or report.level == "none":
+        why = "a part of the suite was run" if report.partial else "not even its first checks hold"
+        raise ReportError(f"{file}: a report that shows no level is no evidence: {why}")
+    return report
 
 
 def declared(capabilities: Capabilities) -> list[str]:
@@ -122,7 +138,7 @@ def declared(capabilities: Capabilities) -> list[str]:
 
 def _manifest(tree: ConfigFiles, option: str, path: Path) -> Manifest:
     lines = tree.read(path).lines
-    node = yaml.safe_load(path.read_text(encoding="utf-8")).get("platform")
+    node = tree.values(path).get("platform")
     foreign = tree.port_of(path) is not None
 
     def place(key: str) -> str:
@@ -133,14 +149,15 @@ def _manifest(tree: ConfigFiles, option: str, path: Path) -> Manifest:
 
 def _evidence(file: Path, report: Report, version: str, on: datetime.date) -> Evidence:
     ran = report.started.date()
+    assert report.level != "none"  # refused before
     late = on > ran + VALID or _minors(report.versions.get("vllm-di", version), version) > MINORS
-    fallen: Level | Literal["none"] = (
+    fallen: Level = (
         "runtime-tested" if report.level == LEVELS[-1] and on <= ran + 2 * VALID else "declared"
     )
     return Evidence(
         file=str(file),
         level=report.level,
-        counts_as=fallen if late and report.level != "none" else report.level,
+        counts_as=fallen if late else report.level,
         ran=ran,
         expires=ran + VALID,
         expired=late,
@@ -156,13 +173,15 @@ def _evidence(file: Path, report: Report, version: str, on: datetime.date) -> Ev
 
 def _minors(old: str, new: str) -> int:
     """How many minors ``new`` is ahead; many where the major differs."""
-    (a, b), (c, d) = (tuple(map(int, v.split(".")[:2])) for v in (old, new))
+    try:
+        (a, b), (c, d) = (tuple(map(int, v.split(".")[:2])) for v in (old, new))
+    except ValueError:  # a report may say anything
+        return 100
     return d - b if a == c else 100
 
 
 def _rank(evidence: Evidence) -> tuple[int, datetime.date]:
-    level = evidence.counts_as
-    return (LEVELS.index(level) if level in LEVELS else -1, evidence.ran)
+    return LEVELS.index(evidence.counts_as), evidence.ran
 
 
 def _column(name: str, manifest: Manifest | None, runs: Sequence[Evidence]) -> Column:

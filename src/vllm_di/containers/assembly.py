@@ -22,7 +22,8 @@ from vllm_di.containers.engine import (
     WorkerContainer,
     slots,
 )
-from vllm_di.containers.manifest import LEVELS, Manifest, read_manifest
+from vllm_di.containers.evidence import Recorded, read_recorded, shown_level
+from vllm_di.containers.manifest import LEVELS, Level, Manifest, read_manifest
 from vllm_di.containers.origins import Origin, place_of
 from vllm_di.containers.registered import KEY as ARCHITECTURES
 from vllm_di.containers.registered import compose
@@ -30,7 +31,7 @@ from vllm_di.containers.stages import KEY, Stage, check_layers, split
 from vllm_di.containers.tree import shown
 from vllm_di.errors import ConfigError, nearest
 
-SETTINGS = ("model_name", "trust", "checkpoint", "platform")
+SETTINGS = ("model_name", "trust", "checkpoint", "claimed_level", "platform")
 """Top-level keys that are no slots."""
 
 STAND_INS = {"tokenizer": "bytes", "chat_template": "plain"}
@@ -60,6 +61,8 @@ class Assembly(msgspec.Struct):
     choices: dict[str, Choice]
     packages: list[str]
     """Packages whose classes a node may name."""
+    warnings: list[str] = []
+    """What is wrong on this machine that this assembly does not use: a port that is broken."""
 
     def nodes(self, container: type[DeclarativeContainer], stage: int = 0) -> dict[str, Any]:
         """Slot to node for one container."""
@@ -71,6 +74,11 @@ class Assembly(msgspec.Struct):
     def platform(self) -> Manifest:
         """The platform's manifest, as it was checked."""
         return msgspec.convert(self.settings["platform"], Manifest)
+
+    @property
+    def announcement(self) -> str:
+        """What a start says of the platform and its level, in one line."""
+        return self.platform.announcement(self.settings["claimed_level"])
 
     def platform_of(self, stage: int) -> Manifest:
         """That of a stage, which is the whole's where there are no stages."""
@@ -105,9 +113,10 @@ def assemble(overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = 
     process that builds them.
     """
     tree = ConfigTree.find(config_dirs)
+    reports, unreadable = read_recorded(tree)
     parts = split(tree, overrides)
     whole = compose(tree, parts.around)
-    values = _resolved(tree, whole)
+    values = _resolved(tree, whole, reports)
     found = Assembly(
         server={s: values[s] for s in slots(ServerContainer)},
         engine={s: values[s] for s in slots(EngineContainer)},
@@ -116,12 +125,17 @@ def assemble(overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = 
         origins=dict(whole.origins),
         choices={group: Choice(*choice) for group, choice in whole.choices.items()},
         packages=["vllm_di", *_ports(tree), *_trusted(values.get("trust"))],
+        warnings=[*tree.warnings(), *unreadable],
     )
-    return _add_stages(found, tree, whole, parts.stages) if parts.stages else found
+    return _add_stages(found, tree, whole, parts.stages, reports) if parts.stages else found
 
 
 def _add_stages(
-    found: Assembly, tree: ConfigTree, whole: Composition, stages: list[Stage]
+    found: Assembly,
+    tree: ConfigTree,
+    whole: Composition,
+    stages: list[Stage],
+    reports: list[Recorded],
 ) -> Assembly:
     """A worker for each stage in place of the one; its keys have the places ``stages.N.KEY``."""
     workers = slots(WorkerContainer)
@@ -135,7 +149,7 @@ def _add_stages(
             composition = compose(tree, stage.overrides, stage.sources)
             for slot in (*found.server, *found.engine):
                 composition.values[slot] = whole.values[slot]  # what a worker's keys may point to
-            values = _resolved(tree, composition)
+            values = _resolved(tree, composition, reports)
         except ConfigError as error:
             raise type(error)(f"{KEY}.{index}: {error}") from None
         found.workers.append({s: values[s] for s in workers})
@@ -150,12 +164,17 @@ def _add_stages(
     return found
 
 
-def _resolved(tree: ConfigTree, composition: Composition) -> dict[str, Any]:
+def _resolved(
+    tree: ConfigTree, composition: Composition, reports: list[Recorded]
+) -> dict[str, Any]:
     """Plain data, with what the checkpoint decides, checked for slots and settings."""
+    if not isinstance(composition.values.get("platform"), DictConfig):
+        path = tree.options("platform")[composition.choices["platform"][0]]
+        raise ConfigError(f"{shown(path)}: platform: expected a mapping")
     _resolve_checkpoint(tree, composition)
     _resolve_ops(tree, composition)
     _resolve_halves(tree, composition)
-    _lower_level(composition)
+    _lower_level(composition, reports)
     values = _plain(composition)
     known = [*SLOTS, *SETTINGS, KEY]
     for key in values:
@@ -176,14 +195,28 @@ def _ports(tree: ConfigTree) -> list[str]:
     return [p.package.split(".")[0] for p in tree.ports if not p.problem]
 
 
-def _lower_level(composition: Composition) -> None:
-    """What runs on a simulated device is contract-tested at most, whatever the platform is."""
+def _lower_level(composition: Composition, reports: list[Recorded]) -> None:
+    """A level is what a recorded report shows: what the manifest says beyond it becomes
+    ``claimed_level``. What runs on a simulated device is contract-tested at most."""
     values = composition.values
-    level, most = OmegaConf.select(values, "platform.level"), "contract-tested"
-    above = level in LEVELS and LEVELS.index(level) > LEVELS.index(most)
-    if above and OmegaConf.select(values, "device.simulated") is True:
-        values.platform.level = most
-        composition.origins["platform.level"] = Origin("auto", text="the device is simulated")
+    level = values.platform.get("level")
+    if level not in LEVELS:
+        return  # the manifest's check says so
+    shown = shown_level(reports, composition.choices["platform"][0])
+    if LEVELS.index(level) > LEVELS.index(shown):
+        place = place_of(composition.origins, "platform.level")
+        values.claimed_level = level
+        composition.origins["claimed_level"] = Origin("auto", text=f"{place}, without a report")
+        level, why = shown, "what a recorded conformance report shows"
+        _set_level(composition, level, why)
+    simulated = OmegaConf.select(values, "device.simulated") is True
+    if simulated and LEVELS.index(level) > LEVELS.index("contract-tested"):
+        _set_level(composition, "contract-tested", "the device is simulated")
+
+
+def _set_level(composition: Composition, level: Level, why: str) -> None:
+    composition.values.platform.level = level
+    composition.origins["platform.level"] = Origin("auto", text=why)
 
 
 def _checked_manifest(tree: ConfigTree, composition: Composition, node: Any) -> dict[str, Any]:

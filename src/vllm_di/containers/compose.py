@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vllm_di.containers.origins import Origin
 from vllm_di.containers.tree import ConfigFiles, shown
-from vllm_di.errors import ConfigError, nearest
+from vllm_di.errors import ConfigError, PortError, nearest
 
 _LOCK = threading.Lock()
 
@@ -53,11 +53,13 @@ class ConfigTree(ConfigFiles):
         for override in parsed:
             self._check(override, said)
         values, defaults = self._hydra([_text(o) for o in parsed], said)
-        return Composition(
-            values,
-            self._origins(parsed, defaults, said),
-            self._choices(parsed, defaults, automatic, said),
-        )
+        choices = self._choices(parsed, defaults, automatic, said)
+        for group, (option, origin) in choices.items():
+            try:
+                self.refuse_clash(group, option)
+            except PortError as error:
+                raise PortError(f"{origin}: {error}") from None
+        return Composition(values, self._origins(parsed, defaults, said), choices)
 
     # -- overrides ---------------------------------------------------------------------------
 
@@ -134,7 +136,7 @@ class ConfigTree(ConfigFiles):
 
     def _searched(self) -> list[str]:
         """The override that tells Hydra of the other trees."""
-        extra = ",".join(f"'file://{root}'" for root in self.roots[1:])
+        extra = ",".join("'file://{}'".format(str(r).replace("'", r"\'")) for r in self.roots[1:])
         return [f"hydra.searchpath=[{extra}]"] if extra else []
 
     def _merged(self, choices: dict[str, str]) -> Iterator[tuple[Path, str]]:

@@ -8,8 +8,6 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from vllm_di.containers.manifest import Detect, read_detect
 from vllm_di.containers.tree import shown
 from vllm_di.errors import ConfigError, PortError
@@ -59,8 +57,7 @@ def detect_platform(tree: ConfigFiles) -> tuple[str, str]:
 
 def _detect_node(path: Path, tree: ConfigFiles) -> Detect:
     """A platform's conditions, checked, from the YAML as it stands."""
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    platform = document.get("platform") if isinstance(document, dict) else None
+    platform = tree.values(path).get("platform")
     node = platform.get("detect") if isinstance(platform, dict) else None
     lines = tree.read(path).lines
     return read_detect(node or {}, lambda key: f"{shown(path)}:{lines.get(key, 1)}")

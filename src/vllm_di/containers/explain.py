@@ -58,6 +58,9 @@ class Explanation(msgspec.Struct, frozen=True):
     platform: str
     platform_reason: str
     level: str
+    """That its recorded reports show."""
+    claimed_level: str | None
+    """That the manifest claims beyond it."""
     interface: str
     """Version of the interfaces of this engine."""
     announcement: str
@@ -93,8 +96,9 @@ def explain(
         platform=platform.name,
         platform_reason=str(assembly.choices["platform"].origin),
         level=platform.level,
+        claimed_level=assembly.settings["claimed_level"],
         interface=INTERFACE_VERSION,
-        announcement=platform.announcement,
+        announcement=assembly.announcement,
         rows=rows,
         ops=paths,
         fusions=fusions,

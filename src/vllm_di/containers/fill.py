@@ -21,7 +21,7 @@ from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.engine import DERIVED, EngineContainer, WorkerContainer
 from vllm_di.containers.schema import Part, check
 from vllm_di.containers.trial import try_out
-from vllm_di.errors import ConfigError, nearest
+from vllm_di.errors import ConfigError, PortError, VllmDiError, nearest, one_line
 
 C = TypeVar("C", bound=DeclarativeContainer)
 
@@ -89,6 +89,13 @@ def _provider(
             built = part.cls(**kwargs)
         except ConfigError as error:
             raise type(error)(f"{assembly.place(path + '._target_')}: {path}: {error}") from error
+        except VllmDiError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise PortError(
+                f"{assembly.place(path + '._target_')}: {path}: {part.cls.__module__}."
+                f"{part.cls.__qualname__} cannot be built: {one_line(error)}"
+            ) from error
         close: Callable[[], None] | None = getattr(built, "close", None)
         if close is not None:
             stack.callback(close)

@@ -69,7 +69,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     """The option's name."""
     level: Level
-    """The support level that its recorded conformance reports give it (docs/support-matrix.md)."""
+    """The support level that its recorded conformance reports give it (docs/support-matrix.md).
+    What it says beyond them is a claim, and is shown as one."""
     interface: str | None = None
     """Version of the interfaces that it was written for; required of a port out of tree."""
     maintainer: str | None = None
@@ -86,10 +87,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         names = (m.split(".")[0] for m in (*self.requires, *self.detect.modules))
         return list(dict.fromkeys(names))
 
-    @property
-    def announcement(self) -> str:
-        """What a start says of it, in one line."""
+    def announcement(self, claimed: Level | None = None) -> str:
+        """What a start says of it, in one line. ``claimed`` is a level that no report shows."""
         caution = "" if self.level == LEVELS[-1] else f" (not {LEVELS[-1]})"
+        if claimed:
+            caution = f" ({claimed} is claimed; no recorded report shows it)"
         old = self.interface not in (None, INTERFACE_VERSION)
         ending = (
             f"; written for interfaces {self.interface}, which the minor after {INTERFACE_VERSION} "

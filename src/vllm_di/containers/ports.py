@@ -7,13 +7,14 @@ runs before a node of the config names it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from importlib import metadata, util
 from pathlib import Path
 
 import msgspec
 
-from vllm_di.errors import PortError
+from vllm_di.errors import PortError, one_line
 
 GROUP = "vllm_di.ports"
 
@@ -39,26 +40,39 @@ def conf_of_project() -> Path:
 
 
 def find_ports(entry_points: Iterable[metadata.EntryPoint] | None = None) -> list[Port]:
-    """All installed ports in name order. Raises PortError when two packages claim one name."""
+    """All installed ports in name order. Of two packages with one name neither can be used: their
+    ``problem`` names the other."""
     found: dict[str, Port] = {}
-    for entry in metadata.entry_points(group=GROUP) if entry_points is None else entry_points:
-        distribution = entry.dist.name if entry.dist else "an unknown distribution"
+    for entry in _entry_points() if entry_points is None else entry_points:
+        distribution = (entry.dist and entry.dist.name) or "an unknown distribution"
         port = _locate(entry.name, entry.value.split(":")[0].strip(), distribution)
         rival = found.get(port.name)
         if rival and rival.package != port.package:
-            raise PortError(
-                f"two packages are installed as port {port.name!r}: {rival.distribution} and "
-                f"{port.distribution}; uninstall one"
+            both = f"{rival.distribution} and {port.distribution}"
+            port = Port(
+                port.name, port.package, both, None, "two packages claim this name; uninstall one"
             )
         found[port.name] = port
     return [found[name] for name in sorted(found)]
 
 
+def _entry_points() -> Iterable[metadata.EntryPoint]:
+    """Those of our group; of every distribution that can be read, where one cannot."""
+    try:
+        return metadata.entry_points(group=GROUP)
+    except Exception:  # somebody's entry_points.txt is damaged: the parser raises what it likes
+        found: list[metadata.EntryPoint] = []
+        for distribution in metadata.distributions():
+            with contextlib.suppress(Exception):
+                found += distribution.entry_points.select(group=GROUP)
+        return found
+
+
 def _locate(name: str, package: str, distribution: str) -> Port:
     try:
         spec = util.find_spec(package.split(".")[0])
-    except (ImportError, ValueError) as error:
-        return Port(name, package, distribution, None, f"cannot be found: {error}")
+    except Exception as error:  # a finder of somebody's may raise anything
+        return Port(name, package, distribution, None, f"cannot be found: {one_line(error)}")
     places = list(spec.submodule_search_locations or []) if spec else []
     if not places:
         return Port(name, package, distribution, None, f"package {package!r} is not importable")

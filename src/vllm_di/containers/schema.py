@@ -21,7 +21,7 @@ from dependency_injector.containers import DeclarativeContainer
 
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.engine import DERIVED, GIVEN, SLOTS, slots
-from vllm_di.errors import ConfigError, PortError, nearest
+from vllm_di.errors import ConfigError, PortError, VllmDiError, nearest, one_line
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def check(
             needs[slot] = parts[slot].needs()
         else:
             raise ConfigError(f"opening {container.__name__} needs {slot}")
-        todo.extend(needs[slot])
+        todo.extend(sorted(needs[slot]))  # which error comes first must not depend on hashes
     try:
         order = [s for s in graphlib.TopologicalSorter(needs).static_order() if s in needs]
     except graphlib.CycleError as error:
@@ -118,9 +118,16 @@ def find_class(target: str, packages: list[str], place: str, slot: str) -> type:
         raise PortError(
             f"{place}: {slot}: {module_name} needs the package {missing!r}, which is not installed"
         ) from None
-    except ImportError as error:
-        raise PortError(f"{place}: {slot}: {module_name} cannot be imported: {error}") from error
-    found = getattr(module, class_name, None)
+    except (Exception, SystemExit) as error:
+        raise PortError(
+            f"{place}: {slot}: {module_name} cannot be imported: {one_line(error)}"
+        ) from error
+    try:
+        found = getattr(module, class_name, None)
+    except Exception as error:  # a module may compute its attributes
+        raise PortError(
+            f"{place}: {slot}: {module_name} cannot give {class_name}: {one_line(error)}"
+        ) from error
     if not isinstance(found, type):
         names = [
             n
@@ -154,13 +161,15 @@ class _Inspector:
                 f"{place}: {path}._target_: expected the dotted name of a class, got {target!r}"
             )
         cls = find_class(target, self.assembly.packages, place, path)
-        self._implements(cls, kind, path, place)
         try:
+            self._implements(cls, kind, path, place)
             return self._arguments(path, node, cls)
-        except NameError as error:
-            raise ConfigError(
-                f"{path}: {cls.__qualname__}: its annotations cannot be read: {error}"
-            ) from None
+        except VllmDiError:
+            raise
+        except Exception as error:
+            raise PortError(
+                f"{place}: {path}: the constructor of {target} cannot be read: {one_line(error)}"
+            ) from error
 
     def _implements(self, cls: type, kind: type, path: str, place: str) -> None:
         wanted: frozenset[str] = getattr(kind, "__abstractmethods__", frozenset())

@@ -6,15 +6,17 @@ No Hydra here, so that ``--help`` and tab completion are quick.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import yaml
 
 from vllm_di.containers.origins import YamlFile, read_yaml
 from vllm_di.containers.ports import Port, conf_of_project, find_ports
-from vllm_di.errors import ConfigError, PortError
+from vllm_di.errors import ConfigError, PortError, one_line
 
 
 class ConfigFiles:
@@ -34,13 +36,11 @@ class ConfigFiles:
             if not folder.is_dir():
                 raise ConfigError(f"--config-dir {folder}: no such folder")
             own.append(folder.resolve())
-        tree = cls([conf_of_project(), *(p.conf for p in ports if p.conf), *own], ports)
-        tree.refuse_duplicates()
-        return tree
+        return cls([conf_of_project(), *(p.conf for p in ports if p.conf), *own], ports)
 
     def groups(self) -> list[str]:
         """All groups, in name order."""
-        return sorted({d.name for r in self.roots for d in r.iterdir() if any(d.glob("*.yaml"))})
+        return sorted({file.parent.name for r in self.roots for file in r.glob("*/*.yaml")})
 
     def options(self, group: str) -> dict[str, Path]:
         """Option to file, in name order; ``base`` files hold what options share and are none."""
@@ -52,35 +52,93 @@ class ConfigFiles:
         if path not in self._files:
             try:
                 self._files[path] = read_yaml(path)
-            except yaml.YAMLError as error:
-                raise ConfigError(f"{shown(path)}: not valid YAML: {error}") from None
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{shown(path)}: not valid YAML: {one_line(error)}") from None
+            except OSError as error:
+                raise ConfigError(f"{shown(path)}: {one_line(error)}") from None
         return self._files[path]
+
+    def values(self, path: Path) -> dict[str, Any]:
+        """What a file holds as it stands: not composed, nothing interpolated. Raises
+        ConfigError."""
+        self.read(path)
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(found, dict):
+            raise ConfigError(f"{shown(path)}: expected a mapping, got {found!r}")
+        return found
+
+    def file(self, group: str, option: str) -> Path | None:
+        """The file that Hydra takes for an option, or for what options include: the first."""
+        files = (root / group / f"{option}.yaml" for root in self.roots)
+        return next((file for file in files if file.is_file()), None)
+
+    def with_included(self, path: Path) -> list[Path]:
+        """An option's file and those that it builds on, wherever they lie; the nearest first.
+        Raises ConfigError for one that is not there."""
+        found = [path]
+        for name in self.read(path).includes:
+            included = self.file(path.parent.name, name)
+            if included is None:
+                raise ConfigError(f"{shown(path)}: defaults: there is no {path.parent.name}/{name}")
+            if included not in found:
+                found += [f for f in self.with_included(included) if f not in found]
+        return found
 
     def port_of(self, path: Path) -> Port | None:
         """The port that a config file belongs to."""
         return next((p for p in self.ports if p.conf and path.is_relative_to(p.conf)), None)
 
-    def refuse_duplicates(self) -> None:
-        """One option, one owner: Hydra would take the first file and say nothing. The same holds of
-        a platform's name."""
+    def refuse_clash(self, group: str, option: str) -> None:
+        """Raise PortError for an option that has two owners."""
+        if text := self.clashes.get((group, option)):
+            raise PortError(text)
+
+    @cached_property
+    def clashes(self) -> dict[tuple[str, str], str]:
+        """(group, option) to why nobody may have it. One option, one owner: Hydra would take the
+        first file and say nothing. The same holds of a platform's name, and of what an option
+        includes."""
+        found: dict[tuple[str, str], str] = {}
+        owners: dict[tuple[str, str], Path] = {}
+        for root in self.roots:
+            for file in sorted(root.glob("*/*.yaml")):
+                key = (file.parent.name, file.stem)
+                rival = owners.setdefault(key, file)
+                if rival == file:
+                    continue
+                text = (
+                    f"option {key[0]}={key[1]} is defined twice: {shown(rival)} and {shown(file)}; "
+                    "rename one"
+                )
+                if key[1] != "base":
+                    found[key] = text
+                found |= {(key[0], name): text for name in self._including(file)}
         for port in self.ports:
             ours = self.roots[0] / "platform" / f"{port.name}.yaml"
             if ours.is_file():
-                raise PortError(
+                found["platform", port.name] = (
                     f"{port.distribution} is installed as port {port.name!r}, but "
                     f"platform={port.name} is defined in {shown(ours)}; uninstall it"
                 )
-        owners: dict[tuple[str, str], Path] = {}
-        for root in self.roots:
-            for file in root.glob("*/*.yaml"):
-                key = (file.parent.name, file.stem)
-                rival = owners.setdefault(key, file)
-                if rival != file:
-                    raise PortError(
-                        f"option {key[0]}={key[1]} is defined twice: "
-                        f"{shown(rival)} and {shown(file)}; "
-                        "rename one"
-                    )
+        return found
+
+    def _including(self, file: Path) -> list[str]:
+        """Options of a file's own folder that build on it."""
+        found = []
+        for other in file.parent.glob("*.yaml"):
+            with contextlib.suppress(ConfigError):  # said where the option is asked for
+                if file.stem in self.read(other).includes:
+                    found.append(other.stem)
+        return found
+
+    def warnings(self) -> list[str]:
+        """What is wrong with ports, a line each: an error only where their names are asked for."""
+        broken = [
+            f"port {port.name!r} ({port.distribution}) cannot be used: {port.problem}"
+            for port in self.ports
+            if port.problem
+        ]
+        return [*broken, *dict.fromkeys(self.clashes.values())]
 
 
 def shown(path: Path) -> str:

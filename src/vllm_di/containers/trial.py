@@ -54,7 +54,7 @@ def check_claims(table: OpTable, assembly: Assembly, stage: int = 0) -> None:
                     f"{place}: ops: {name}.implements names {op!r}, which is no op"
                     f"{nearest(op, OpTable.OPS)}"
                 )
-            if getattr(type(library), op) is getattr(TorchOps, op):
+            if getattr(type(library), op, None) in (None, getattr(TorchOps, op)):
                 raise PortError(
                     f"{place}: ops: {name}.implements names {op!r}, but {name} has no method "
                     f"{op} of its own"

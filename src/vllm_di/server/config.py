@@ -25,6 +25,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     served_model_name: str | None = None
     platform: str | None = None
     level: str | None = None
+    claimed_level: str | None = None
     api_key_file: str | None = None
     api_key_env: str | None = None
     insecure: bool = False

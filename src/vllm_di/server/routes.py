@@ -121,6 +121,7 @@ class Pages:
                 "version": __version__,
                 "platform": config.platform,
                 "level": config.level,
+                "claimed_level": config.claimed_level,
                 "interface": INTERFACE_VERSION,
             }
         )

@@ -17,6 +17,7 @@ from vllm_di.conformance.subject import Subject
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.engine import EngineContainer, WorkerContainer, slots
 from vllm_di.containers.fill import Launcher, open_worker, opened
+from vllm_di.errors import PortError
 
 CYCLES, WARM = 50, 25
 LEAK_PER_CYCLE = 320 * 1024
@@ -91,11 +92,13 @@ def test_a_failed_start_is_undone(subject: Subject, failing: str) -> None:
         probes.CLOSED.clear()
         base = footprint()
         torch.set_num_threads(other)
-        with pytest.raises(probes.Injected, match=slot):
+        with pytest.raises((probes.Injected, PortError), match=slot) as failed:
             load_and_allocate(changed)
         restored = torch.get_num_threads() == other
     finally:
         torch.set_num_threads(threads)
+    cause = failed.value if failed.type is probes.Injected else failed.value.__cause__
+    assert isinstance(cause, probes.Injected), failed.value
     assert list(reversed(probes.CLOSED)) == probes.BUILT, (
         f"built {', '.join(probes.BUILT)}; closed {', '.join(probes.CLOSED)}"
     )

@@ -44,6 +44,16 @@ def test_the_name_is_the_option(subject: Subject) -> None:
     assert subject.manifest.name == option
 
 
+def test_the_level_is_one_that_a_report_shows(subject: Subject, record: Record) -> None:
+    """Record a report first, then write its level into the manifest."""
+    claimed = subject.assembly().settings["claimed_level"]
+    record.figure(shown=subject.manifest.level)
+    assert claimed is None, (
+        f"the manifest claims {claimed}, but the recorded reports show {subject.manifest.level}: "
+        "write that level, or record a report (conform --json) that shows the other"
+    )
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
