@@ -7,8 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
 from vllm_di.containers.compose import Composition, ConfigTree
 from vllm_di.containers.origins import Origin
 from vllm_di.containers.tree import shown
@@ -74,10 +72,14 @@ def registrations(tree: ConfigTree) -> dict[str, dict[str, Path]]:
     """Architecture to the options that register it, each with its file."""
     found: dict[str, dict[str, Path]] = {}
     for option, path in tree.options("model").items():
-        file = tree.read(path)
+        try:
+            file = tree.read(path)
+        except ConfigError as error:  # an option that is not asked for stops nobody
+            log.warning("model=%s is passed over: %s", option, error)
+            continue
         if KEY not in file.lines:
             continue
-        names = yaml.safe_load(path.read_text(encoding="utf-8"))[KEY]
+        names = tree.values(path)[KEY]
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             place = f"{shown(path)}:{file.lines[KEY]}"
             log.warning("%s: model.%s: expected a list of class names, got %r", place, KEY, names)
