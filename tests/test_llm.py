@@ -250,3 +250,13 @@ def test_a_sampler_that_fails_costs_its_step_and_no_more(alone: list[list[int]])
         with pytest.raises(RequestError, match="sampling failed: ZeroDivisionError: thirteen"):
             llm.generate(PROMPTS[:1], bad)
         assert tokens(llm, PROMPTS[:2]) == alone[:2]
+
+
+def test_parameters_that_leave_no_token_are_the_requests_fault() -> None:
+    params = SamplingParams(allowed_token_ids=[65], stop_token_ids=[65], min_tokens=2, max_tokens=4)
+    with LLM("tiny", overrides=TINY) as llm:
+        with pytest.raises(RequestError, match="leave none") as caught:
+            llm.generate("hello", params)
+        assert len(tokens(llm, ["fine"], greedy(3))[0]) == 3
+    error = caught.value
+    assert (error.status, error.param, error.code) == (400, "allowed_token_ids", "no_token_left")

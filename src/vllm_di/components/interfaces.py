@@ -752,6 +752,10 @@ class SequenceState:
 class Sampler(ABC):
     """Chooses one token for each row."""
 
+    request_faults: ClassVar[frozenset[str]] = frozenset()
+    """Of the reasons that ``sample`` gives for failed rows, those that a request's own parameters
+    cause: such a request is answered with 400, the others with 500."""
+
     @abstractmethod
     def sample(
         self, logits: Tensor, rows: Sequence[SequenceState]

@@ -70,7 +70,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _in_range("min_p", self.min_p, 0.0, 1.0)
         _in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _in_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        # logits are fp32: they are divided by it and must stay finite
+        _in_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _in_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None:
             _in_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
@@ -88,7 +89,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if len(self.stop) > 16 or any(not s for s in self.stop):
             raise RequestError("stop: at most 16 strings, none of them empty", param="stop")
         for token, bias in (self.logit_bias or {}).items():
-            _in_range(f"logit_bias[{token}]", bias, -100.0, 100.0)
+            if not -100.0 <= bias <= 100.0:
+                _in_range(f"logit_bias[{token}]", bias, -100.0, 100.0)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids must not be empty", param="allowed_token_ids")
         if any(not word.strip() for word in self.bad_words):
@@ -213,6 +215,8 @@ class StepResult(msgspec.Struct, frozen=True):
     failed: dict[int, str] = {}
     """seq_id to a reason, for sequences that failed alone (NaN logits, say). The others of the step
     are good."""
+    refused: list[int] = []
+    """Those of ``failed`` whose reason is the request's own parameters."""
     hidden: HiddenStates | None = None
     """Of a stage that is not the last: it goes to the next one, never to the engine."""
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -26,14 +26,14 @@ def encode_prompt(
     return ids
 
 
-def check_token_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
+def check_token_ids(ids: Collection[int], vocab_size: int, param: str) -> None:
     """Raise RequestError for an id outside the model's vocabulary."""
-    for token_id in ids:
-        if not 0 <= token_id < vocab_size:
-            raise RequestError(
-                f"{param}: token id {token_id} is outside the vocabulary [0, {vocab_size - 1}]",
-                param=param,
-            )
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
+        raise RequestError(
+            f"{param}: token id {wrong} is outside the vocabulary [0, {vocab_size - 1}]",
+            param=param,
+        )
 
 
 def fitted(params: SamplingParams, num_prompt: int, max_model_len: int) -> SamplingParams:
@@ -58,13 +58,13 @@ def fitted(params: SamplingParams, num_prompt: int, max_model_len: int) -> Sampl
 def bad_words_token_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
     """Each word as it reads at the start of a text and after a space, which are different
     tokens."""
-    found: list[list[int]] = []
+    found: dict[tuple[int, ...], None] = {}
     for word in words:
         for text in (word.lstrip(), " " + word.lstrip()):
             ids = tokenizer.encode(text, add_special_tokens=False)
-            if ids and ids not in found:
-                found.append(ids)
-    return found
+            if ids:
+                found[tuple(ids)] = None
+    return [list(ids) for ids in found]
 
 
 def fan_out(

@@ -121,7 +121,7 @@ class CompletionAnswer(Answer):
         choice.texts.append(text)
         choice.token_ids += self._token_ids(update)
         if logprobs is not None:
-            choice.logprobs = joined(choice.logprobs, logprobs) if choice.logprobs else logprobs
+            choice.add_logprobs(logprobs)
         if update.finish_reason is not None:
             choice.finish_reason, choice.stop_reason = update.finish_reason, update.stop_reason
 
@@ -203,3 +203,12 @@ class _Choice:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.has_begun = False
+
+    def add_logprobs(self, piece: dict[str, Any]) -> None:
+        """At the end of what is there: joining anew would copy the whole for each token."""
+        if self.logprobs is None:
+            self.logprobs = piece
+            return
+        for name, values in piece.items():
+            if values is not None:
+                self.logprobs[name] += values

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from itertools import accumulate
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
 
@@ -16,13 +16,21 @@ from vllm_di.components.messages import SamplingParams
 from vllm_di.errors import RequestError, nearest
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-TokenIds = list[Int]
+Prompt = Annotated[list[Int], msgspec.Meta(max_length=2**20)]
+"""As long as the longest contexts there are."""
+VocabularyIds = Annotated[list[Int], msgspec.Meta(max_length=2**18)]
+"""As many as the largest vocabularies have."""
 FewTokenIds = Annotated[list[Int], msgspec.Meta(max_length=1024)]
-Stop = Annotated[str, msgspec.Meta(max_length=1024)]
 ShortText = Annotated[str, msgspec.Meta(max_length=1024)]
-BadWords = Annotated[list[ShortText], msgspec.Meta(max_length=256)]
+Stops = Annotated[list[ShortText], msgspec.Meta(max_length=16)]
+BadWords = Annotated[
+    list[Annotated[str, msgspec.Meta(max_length=128)]], msgspec.Meta(max_length=256)
+]
 LogitBias = Annotated[dict[Int, float], msgspec.Meta(max_length=4096)]
 Object = dict[str, Any]
+"""JSON that goes on as it came. The body's length and depth bound it."""
+Messages = Annotated[list[Object], msgspec.Meta(max_length=16_384)]
+Tools = Annotated[list[Object], msgspec.Meta(max_length=1024)]
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -47,14 +55,14 @@ class GenerateRequest(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     logit_bias: LogitBias | None = None
     seed: Int | None = None
-    stop: Stop | list[Stop] | None = None
+    stop: ShortText | Stops | None = None
     stop_token_ids: FewTokenIds | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Int | None = None
     max_tokens: Int | None = None
     ignore_eos: bool | None = None
     prompt_logprobs: Int | None = None
-    allowed_token_ids: TokenIds | None = None
+    allowed_token_ids: VocabularyIds | None = None
     bad_words: BadWords | None = None
     skip_special_tokens: bool | None = None
     # structured output, for the engine to take or to refuse
@@ -81,7 +89,7 @@ class GenerateRequest(msgspec.Struct, kw_only=True):
 class ChatRequest(GenerateRequest, kw_only=True):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Object], msgspec.Meta(min_length=1)]
+    messages: Annotated[list[Object], msgspec.Meta(min_length=1, max_length=16_384)]
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
@@ -89,9 +97,9 @@ class ChatRequest(GenerateRequest, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: Object | None = None
     # for the tool parser
-    tools: list[Object] | None = None
+    tools: Tools | None = None
     tool_choice: Any = None
-    functions: list[Object] | None = None
+    functions: Tools | None = None
     function_call: Any = None
     # for the reasoning parser
     reasoning_effort: Any = None
@@ -103,13 +111,13 @@ class ChatRequest(GenerateRequest, kw_only=True):
     echo: Any = None
     audio: Any = None
     web_search_options: Any = None
-    modalities: list[str] | None = None
+    modalities: Annotated[list[ShortText], msgspec.Meta(max_length=16)] | None = None
 
 
 class CompletionRequest(GenerateRequest, kw_only=True):
     """``POST /v1/completions``."""
 
-    prompt: str | list[str | Int | list[Int]]
+    prompt: str | Annotated[list[str | Int | Prompt], msgspec.Meta(max_length=2**20)]
     echo: bool | None = None
     logprobs: Int | None = None
     suffix: Any = None
@@ -120,21 +128,21 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Object] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Object | None = None
     chat_template: Any = None
-    tools: list[Object] | None = None
+    tools: Tools | None = None
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: TokenIds
+    tokens: Prompt
 
 
 IGNORED = frozenset(
@@ -202,7 +210,7 @@ def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]
     _check_depth(body, max_depth)
     try:
         given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        request = msgspec.json.decode(body, type=kind)
+        request = _decode(body, kind)
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at ")
         field = re.search(r"\$\.(\w+)", place)
@@ -213,6 +221,37 @@ def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     unknown = given.keys() - IGNORED - set(kind.__struct_fields__)
     return request, sorted(unknown)
+
+
+def _decode(body: bytes, kind: type[T]) -> T:
+    """Strictly, but a float without a fraction may stand for an integer: JSON knows no other
+    numbers, and some clients write 5.0."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        if not str(error).startswith("Expected `int"):
+            raise
+        fields: dict[str, Any] = msgspec.json.decode(body)
+        for name in _takes_integers(kind) & fields.keys():
+            fields[name] = _integral(fields[name])
+        return msgspec.convert(fields, kind)
+
+
+def _takes_integers(kind: type[msgspec.Struct]) -> set[str]:
+    """Names of fields that are integers or lists of them."""
+    return {f.name for f in msgspec.structs.fields(kind) if _mentions_int(f.type)}
+
+
+def _mentions_int(kind: Any) -> bool:
+    return kind is int or any(_mentions_int(inner) for inner in get_args(kind))
+
+
+def _integral(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_integral(item) for item in value]
+    return value
 
 
 def refuse_unknown(kind: type[msgspec.Struct], names: list[str]) -> None:
@@ -275,15 +314,22 @@ def _structured_output(request: GenerateRequest) -> Object | None:
     return wanted or None
 
 
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+"""Its end is optional: one without an end is passed over once, not from each quote in it."""
+_SIGN = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_PIECE = 1 << 16
 
 
 def _check_depth(body: bytes, limit: int) -> None:
-    """Refuse deep nesting before any parser recurses into it."""
+    """Refuse deep nesting before any parser recurses into it. One pass, without a loop in Python
+    over the body."""
     if body.count(b"[") + body.count(b"{") <= limit:
         return
-    brackets = _STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
-    if any(depth > limit for depth in accumulate(map(_STEP.__getitem__, brackets))):
-        raise RequestError(f"the JSON is nested deeper than {limit}", code="invalid_json")
+    signs = memoryview(_STRING.sub(b"", body).translate(_SIGN, _NOT_BRACKETS)).cast("b")
+    depth = 0
+    for start in range(0, len(signs), _PIECE):
+        depths = list(accumulate(signs[start : start + _PIECE], initial=depth))
+        depth = depths[-1]
+        if max(depths) > limit:
+            raise RequestError(f"the JSON is nested deeper than {limit}", code="invalid_json")

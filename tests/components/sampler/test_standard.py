@@ -196,10 +196,12 @@ def test_masks_that_leave_nothing_fail_the_row_alone() -> None:
 
 
 def test_a_penalty_beyond_floats_fails_the_row_alone() -> None:
-    rows = [row(0, prompt=[3], repetition_penalty=1e-44, temperature=0), row(1, temperature=0)]
-    logits = torch.ones(2, 9)
+    rows = [row(0, prompt=[3], repetition_penalty=0.01, temperature=0), row(1, temperature=0)]
+    logits = torch.full((2, 9), 1e37)
     tokens, failed = sampler().sample(logits, rows)
-    assert list(failed) == [0] and [t.seq_id for t in tokens] == [1]
+    assert list(failed) == [0] and "beyond what a float holds" in failed[0]
+    assert failed[0] not in sampler().request_faults, "it is not the request's fault alone"
+    assert [t.seq_id for t in tokens] == [1]
 
 
 # -- log-probabilities ----------------------------------------------------------------------------

@@ -134,7 +134,9 @@ class StandardModelRunner(ModelRunner):
             tokens, others = [], {state.seq_id: reason for _, state in sampled}
         if failed:
             tokens = [token for token in tokens if token.seq_id not in failed]
-        return StepResult(plan.step, tokens, prompts, failed | others)
+        faults = self._sampler.request_faults
+        refused = [seq_id for seq_id, reason in others.items() if reason in faults]
+        return StepResult(plan.step, tokens, prompts, failed | others, refused)
 
     def _wanted_rows(
         self, plan: StepPlan

@@ -18,10 +18,8 @@ from vllm_di.components.sampler.adjust import Adjustments, adjust
 from vllm_di.components.sampler.logprobs import report
 
 NOT_FINITE = "the model gave logits that are not finite (NaN or infinity)"
-NONE_LEFT = (
-    "no token can be chosen: allowed_token_ids, bad_words and min_tokens together leave none, "
-    "or a penalty went beyond what a float holds"
-)
+NONE_LEFT = "no token can be chosen: allowed_token_ids, bad_words and min_tokens leave none"
+TOO_LARGE = "a penalty took the model's logits beyond what a float holds"
 
 
 class RowState:
@@ -70,6 +68,8 @@ class StandardSampler(Sampler):
     """Penalties, masks and biases where a row asks for them; argmax or top-k, top-p, min-p by the
     op table."""
 
+    request_faults = frozenset([NONE_LEFT])
+
     def __init__(self, ops: OpTable) -> None:
         self._greedy, self._random = ops.greedy_sample, ops.top_k_top_p_sample
         self._group: Group | None = None
@@ -93,7 +93,7 @@ class StandardSampler(Sampler):
             pairs = zip(rows, _listed(best), strict=True)
             return [SampledToken(row.seq_id, token) for row, token in pairs], {}
         raw = self._raw(logits, group) if group.reported else None
-        dead = self._adjust(logits, rows, group) if group.adjusted else set()
+        dead = self._adjust(logits, rows, group) if group.adjusted else {}
         ids = self._choose(logits, rows, group)
         reports = self._reports(raw, ids, group)
         tokens = [
@@ -101,7 +101,7 @@ class StandardSampler(Sampler):
             for i, row in enumerate(rows)
             if i not in dead
         ]
-        return tokens, {rows[i].seq_id: NONE_LEFT for i in dead}
+        return tokens, {rows[i].seq_id: reason for i, reason in dead.items()}
 
     @torch.inference_mode()
     def prompt_logprobs(
@@ -121,12 +121,19 @@ class StandardSampler(Sampler):
             return logits[group.reported]  # a copy
         return logits
 
-    def _adjust(self, logits: Tensor, rows: Sequence[SequenceState], group: Group) -> set[int]:
-        """-> rows without a token left; they get a harmless one, which nobody is told."""
+    def _adjust(
+        self, logits: Tensor, rows: Sequence[SequenceState], group: Group
+    ) -> dict[int, str]:
+        """-> rows without a token to choose, and why; they get a harmless one, which nobody is
+        told."""
         owned = [(i, rows[i], group.states[i].adjustments) for i in group.adjusted]
         adjust(logits, [(i, row, own) for i, row, own in owned if own is not None])
         peaks = logits.amax(-1).tolist()
-        dead = {i for i in group.adjusted if not math.isfinite(peaks[i])}
+        dead = {
+            i: NONE_LEFT if peaks[i] == -math.inf else TOO_LARGE
+            for i in group.adjusted
+            if not math.isfinite(peaks[i])
+        }
         for i in dead:
             logits[i] = 0.0
         return dead

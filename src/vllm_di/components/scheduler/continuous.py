@@ -311,7 +311,8 @@ class ContinuousScheduler(Scheduler):
             if sequence is None:
                 continue
             if share.seq_id in failed:  # its blocks may hold anything
-                outputs.append(self._fail(sequence, failed[share.seq_id]))
+                status = 400 if share.seq_id in result.refused else 500
+                outputs.append(self._fail(sequence, failed[share.seq_id], status))
                 del live[share.seq_id]
                 continue
             done = share.num_computed + share.num_tokens
@@ -326,9 +327,14 @@ class ContinuousScheduler(Scheduler):
                 outputs.append(self._append(sequence, sampled.token_id, sampled.logprobs))
         return outputs
 
-    def _fail(self, sequence: Sequence, reason: str) -> TokenOutput:
+    def _fail(self, sequence: Sequence, reason: str, status: int) -> TokenOutput:
         output = self._output(sequence, [])
-        output.finish_reason, output.error = "error", reason
+        output.finish_reason, output.error, output.error_status = "error", reason, status
+        if status == 400:
+            params = sequence.request.params
+            masks = ("allowed_token_ids", "bad_words", "min_tokens")
+            output.error_param = next((name for name in masks if getattr(params, name)), None)
+            output.error_code = "no_token_left"
         self._forget(sequence)
         return output
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from vllm_di.components.messages import EngineRequest, WorkerReport
 from vllm_di.errors import RequestError
@@ -39,9 +39,9 @@ def validate(request: EngineRequest, report: WorkerReport, num_usable_blocks: in
     return max_tokens
 
 
-def _in_vocabulary(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
-    for token in token_ids:
-        if not 0 <= token < vocab_size:
-            raise RequestError(
-                f"{name}: token id {token} is outside the vocabulary [0, {vocab_size})", param=name
-            )
+def _in_vocabulary(name: str, token_ids: Collection[int], vocab_size: int) -> None:
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
+        wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
+        raise RequestError(
+            f"{name}: token id {wrong} is outside the vocabulary [0, {vocab_size})", param=name
+        )
