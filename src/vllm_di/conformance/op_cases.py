@@ -57,9 +57,24 @@ class Maker:
         return torch.randperm(count, generator=self._generator)
 
     def view(self, *shape: int) -> Tensor:
-        """Rows of a wider tensor: stride 1 in the last dimension, gaps between rows."""
-        *rest, last = shape
-        return self.real(*rest, last + 3)[..., 1 : last + 1]
+        """Rows of a wider tensor: stride 1 in the last dimension, NaN in the gaps between rows."""
+        return with_gaps(self.real(*shape))
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    """The same numbers in rows of a wider tensor, with NaN between them: whoever reads what is not
+    its own shows it."""
+    *rest, last = x.shape
+    wide = torch.full((*rest, last + 3), float("nan"), dtype=x.dtype)
+    wide[..., 1 : last + 1] = x
+    return wide[..., 1 : last + 1]
+
+
+def heads_with_gaps(x: Tensor) -> Tensor:
+    """[tokens, heads, head_size], with NaN between tokens, as q, k and v are views of one
+    product."""
+    viewed: Tensor = with_gaps(x.flatten(1)).unflatten(1, x.shape[1:])
+    return viewed
 
 
 def cases(op: str, dtype: torch.dtype, seed: int) -> Iterator[OpCase]:
@@ -84,7 +99,8 @@ def rms_norm(make: Maker) -> Iterator[OpCase]:
 def add_rms_norm(make: Maker) -> Iterator[OpCase]:
     for case in rms_norm(make):
         x, weight, eps = case.args
-        yield case._replace(args=(x, make.real(*x.shape), weight, eps))
+        residual = make.real(*x.shape) if x.is_contiguous() else make.view(*x.shape)
+        yield case._replace(args=(x, residual, weight, eps))
 
 
 def rotary_embedding(make: Maker) -> Iterator[OpCase]:
@@ -99,7 +115,10 @@ def rotary_embedding(make: Maker) -> Iterator[OpCase]:
             max_position_embeddings=40,
         )
         q, k = make.real(tokens, heads, head), make.real(tokens, kv_heads, head)
+        if viewed := tokens > 1:
+            q, k = heads_with_gaps(q), heads_with_gaps(k)
         label = f"{tokens}x{heads}/{kv_heads}x{head} rotary={rotary} interleaved={interleaved}"
+        label += f" view={viewed}"
         yield OpCase(label, (make.whole(40, tokens), q, k, table, interleaved))
 
 
@@ -112,7 +131,9 @@ def rotary_write_kv(make: Maker) -> Iterator[OpCase]:
         if tokens > 1:
             slots[1] = -1
         caches = [make.real(blocks, heads, block_size, size) for _ in "kv"]
-        args = (positions, q, k, make.real(*k.shape), table, interleaved, *caches, slots)
+        v = make.real(*k.shape)
+        v = v if k.is_contiguous() else heads_with_gaps(v)
+        args = (positions, q, k, v, table, interleaved, *caches, slots)
         yield case._replace(args=args, writes=(6, 7))
 
 
@@ -132,7 +153,8 @@ def linear(make: Maker) -> Iterator[OpCase]:
         x = make.view(rows, inputs) if rows % 2 else make.real(rows, inputs)
         weight = make.real(outputs, inputs) / inputs**0.5
         args = (x, weight, bias)
-        yield OpCase(f"{rows}x{inputs}->{outputs} bias={biased}", args, "pack_linear", inputs > 64)
+        label = f"{rows}x{inputs}->{outputs} bias={biased} view={rows % 2 == 1}"
+        yield OpCase(label, args, "pack_linear", inputs > 64)
     for rows, (inputs, outputs) in itertools.product((1, 4), sizes):
         wide = (make.real(rows, inputs), make.real(outputs, inputs), None, torch.float32)
         yield OpCase(f"{rows}x{inputs}->{outputs} wide", wide, "pack_linear", True)
@@ -150,8 +172,9 @@ def gated_linear(make: Maker) -> Iterator[OpCase]:
     ):
         bias = make.real(2 * width) if biased else None
         weight = make.real(2 * width, inputs) / inputs**0.5
-        args = (make.real(rows, inputs), weight, bias, act)
-        label = f"{rows}x{inputs}->{width} bias={biased} {act}"
+        x = make.view(rows, inputs) if rows % 2 else make.real(rows, inputs)
+        args = (x, weight, bias, act)
+        label = f"{rows}x{inputs}->{width} bias={biased} {act} view={rows % 2 == 1}"
         yield OpCase(label, args, "pack_gated_linear", True)
 
 
@@ -168,9 +191,10 @@ def quantized_linear(make: Maker) -> Iterator[OpCase]:
     ):
         dense = make.real(outputs, inputs, dtype=torch.float32)
         weight = by_channel(dense) if kind == "int8" else by_group(dense, int(kind[-1]))
-        x, bias = make.real(rows, inputs), make.real(outputs) if biased else None
+        x = make.view(rows, inputs) if rows % 2 else make.real(rows, inputs)
+        bias = make.real(outputs) if biased else None
         slack = _rounding(x, weight.dequantize(torch.float32))
-        label = f"{rows}x{inputs}->{outputs} {kind} bias={biased}"
+        label = f"{rows}x{inputs}->{outputs} {kind} bias={biased} view={rows % 2 == 1}"
         yield OpCase(label, (x, weight, bias), "pack_quantized", True, slack=slack)
 
 
@@ -181,22 +205,23 @@ def gated_quantized_linear(make: Maker) -> Iterator[OpCase]:
     ):
         dense = make.real(2 * width, inputs, dtype=torch.float32) / inputs**0.5
         weight = by_channel(dense) if kind == "int8" else by_group(dense, int(kind[-1]))
-        x = make.real(rows, inputs)
+        x = make.view(rows, inputs) if rows % 2 else make.real(rows, inputs)
         wide = weight.dequantize(torch.float32)
         off, y = _rounding(x, wide), x.float() @ wide.T
         gate, up = y.abs().chunk(2, -1)
         off_gate, off_up = off.chunk(2, -1)
         # silu and gelu have slopes below 1.2, and stay below what they are given
         slack = 1.2 * off_gate * (up + off_up) + off_up * gate
-        label = f"{rows}x{inputs}->{width} {kind} {act}"
+        label = f"{rows}x{inputs}->{width} {kind} {act} view={rows % 2 == 1}"
         args = (x, weight, None, act)
         yield OpCase(label, args, "pack_gated_quantized", True, slack=slack)
 
 
 def embedding(make: Maker) -> Iterator[OpCase]:
     for tokens, vocab, hidden in itertools.product(ROWS, (1, 5, 99), (1, 30, 64, 97)):
-        args = (make.whole(vocab, tokens), make.real(vocab, hidden))
-        yield OpCase(f"{tokens} of {vocab}x{hidden}", args)
+        table = make.view(vocab, hidden) if tokens % 2 else make.real(vocab, hidden)
+        label = f"{tokens} of {vocab}x{hidden} view={tokens % 2 == 1}"
+        yield OpCase(label, (make.whole(vocab, tokens), table))
 
 
 def fused_experts(make: Maker) -> Iterator[OpCase]:
@@ -204,13 +229,15 @@ def fused_experts(make: Maker) -> Iterator[OpCase]:
     for (tokens, (experts, k), (hidden, inter)), act in itertools.product(
         shapes, ("silu", "gelu_tanh")
     ):
-        x = make.real(tokens, hidden)
+        x = make.view(tokens, hidden) if tokens % 2 else make.real(tokens, hidden)
         gate_up = make.real(experts, 2 * inter, hidden) / hidden**0.5
         down = make.real(experts, hidden, inter) / inter**0.5
         weights, ids = make.uniform(tokens, experts).topk(k)
         weights = weights / weights.sum(-1, keepdim=True)  # as a router's
         args = (x, gate_up, down, weights, ids, act)
-        yield OpCase(f"{tokens}x{hidden} {k} of {experts} {act}", args, long=True)
+        yield OpCase(
+            f"{tokens}x{hidden} {k} of {experts} {act} view={tokens % 2 == 1}", args, long=True
+        )
     for hidden in (16, 64, 30, 8):
         gate_up, down = make.real(4, 24, hidden), make.real(4, hidden, 12)
         ids = torch.zeros(3, 1, dtype=torch.int64)
@@ -223,6 +250,7 @@ def greedy_sample(make: Maker) -> Iterator[OpCase]:
     for rows, vocab in itertools.product(ROWS[1:], (1, 2, 15, 16, 17, 64, 99, 320, 1000)):
         logits = make.real(rows, vocab, dtype=torch.float32)
         yield OpCase(f"{rows}x{vocab}", (logits,))
+        yield OpCase(f"{rows}x{vocab} view=True", (with_gaps(logits),))
         # many equal maxima: the lowest id wins
         yield OpCase(f"{rows}x{vocab} ties", ((logits * 1.5).round(),))
     for vocab in (1, 17, 64, 320):
@@ -238,7 +266,7 @@ def top_k_top_p_sample(make: Maker) -> Iterator[OpCase]:
     ):
         logits = 2 * make.real(rows, vocab, dtype=torch.float32)
         args = (
-            logits,
+            with_gaps(logits) if rows == 3 else logits,
             torch.full((rows,), min(k or vocab, vocab), dtype=torch.int64),
             torch.full((rows,), p, dtype=torch.float32),
             torch.full((rows,), least, dtype=torch.float32),

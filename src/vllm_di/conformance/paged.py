@@ -20,6 +20,9 @@ from vllm_di.components.messages import KvSpec
 from vllm_di.components.ops.torch import attend
 from vllm_di.conformance.outcomes import NotDeclared
 
+GAP = 8
+"""Elements between two tokens: 16 bytes, as vendors' kernels align heads."""
+
 
 @dataclass
 class Load:
@@ -159,6 +162,16 @@ def poison(
     layout.write(cache, nan, nan, torch.arange(count, device=device))
 
 
+def _beside_nan(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device whose tokens have NaN between them, as q, k and v are views of one
+    product. x [tokens, heads, head_size]."""
+    size = x.shape[1] * x.shape[2]
+    wide = torch.full((len(x), size + GAP), float("nan"), dtype=x.dtype)
+    wide[:, :size] = x.flatten(1)
+    viewed: Tensor = wide.to(device)[:, :size].unflatten(1, x.shape[1:])
+    return viewed
+
+
 def attend_through(
     backend: AttentionBackend, batch: Paged, cache: LayerCache, spec: AttentionSpec
 ) -> Tensor:
@@ -166,7 +179,7 @@ def attend_through(
     device = batch.plan.positions.device
     backend.check(spec)
     metadata = backend.build(batch.plan)
-    q, k, v = (t.to(device) for t in (batch.q.clone(), batch.k.clone(), batch.v.clone()))
+    q, k, v = (_beside_nan(t, device) for t in (batch.q, batch.k, batch.v))
     try:
         return backend.forward(q, k, v, cache, metadata, spec)
     except NotImplementedError as error:  # a compiled program has it inside

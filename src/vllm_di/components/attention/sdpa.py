@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_di.components import products
 from vllm_di.components.attention.spec import check_spec
 from vllm_di.components.interfaces import (
     AttentionBackend,
@@ -125,10 +126,10 @@ def _attend_padded(
     # [seqs, queries, kv_heads, group, head_size]
     grouped = q[batch.rows].unflatten(2, (spec.num_kv_heads, -1))
     grouped = grouped.permute(0, 2, 3, 1, 4)
-    scores = (grouped @ keys.transpose(-1, -2)).float() * spec.scale
+    scores = products.matmul(grouped, keys.mT).float() * spec.scale
     if spec.soft_cap is not None:
         scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
     # finite: a query beyond a sequence's last may see nothing
     weights = torch.where(seen[:, None, None], scores, -1e30).softmax(-1).to(q.dtype)
-    mixed = (weights @ values).permute(0, 3, 1, 2, 4)
+    mixed = products.matmul(weights, values).permute(0, 3, 1, 2, 4)
     return mixed.flatten(0, 1).flatten(1, 2)[batch.places]

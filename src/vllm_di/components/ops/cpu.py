@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_di.components import products
 from vllm_di.components.interfaces import Activation, Device, OpLibrary, Recorder, Replay
 from vllm_di.components.ops.cpu_packing import (
     TYPES,
@@ -244,7 +244,7 @@ class CpuOps(OpLibrary):
             return self._reference.linear(x, weight, bias, out_dtype)
         dtype = out_dtype or x.dtype
         if weight.plain is not None and len(x) >= (self._rows_for_onednn or 0) and dtype is x.dtype:
-            return F.linear(x, weight.plain, bias)
+            return products.linear(x, weight.plain, bias)
         return self._product(x, weight, bias, dtype, NO_GATE)
 
     def pack_gated_linear(self, weight: Tensor) -> Any:

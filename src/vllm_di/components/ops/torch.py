@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_di.components import products
 from vllm_di.components.interfaces import Activation, OpLibrary
 
 
@@ -52,10 +53,12 @@ class TorchOps(OpLibrary):
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         if out_dtype is None or out_dtype == x.dtype:
-            return F.linear(x, weight, bias)
+            return products.linear(x, weight, bias)
         # a wide copy of a slice of the weight at a time: the whole one would double the memory
         starts = range(0, weight.shape[0], 8192)
-        parts = [F.linear(x.to(out_dtype), weight[i : i + 8192].to(out_dtype)) for i in starts]
+        parts = [
+            products.linear(x.to(out_dtype), weight[i : i + 8192].to(out_dtype)) for i in starts
+        ]
         out = torch.cat(parts, -1)
         return out if bias is None else out + bias
 
@@ -68,7 +71,9 @@ class TorchOps(OpLibrary):
     ) -> Tensor:
         starts = range(0, weight.shape[0], 8192)  # a slice at a time, as above
         slices = (weight.rows(slice(start, start + 8192)) for start in starts)
-        out = torch.cat([F.linear(x.float(), s.dequantize(torch.float32)) for s in slices], -1)
+        out = torch.cat(
+            [products.linear(x.float(), s.dequantize(torch.float32)) for s in slices], -1
+        )
         return (out if bias is None else out + bias).to(out_dtype or x.dtype)
 
     def gated_linear(
@@ -99,7 +104,7 @@ class TorchOps(OpLibrary):
         out = torch.zeros_like(x, dtype=torch.float32)
         for expert in topk_ids.unique().tolist():
             rows, place = torch.where(topk_ids == expert)
-            hidden = F.linear(act(F.linear(x[rows], gate_up[expert])), down[expert])
+            hidden = products.linear(act(products.linear(x[rows], gate_up[expert])), down[expert])
             out.index_add_(0, rows, hidden.float() * topk_weights[rows, place, None].float())
         return out.to(x.dtype)
 
@@ -202,15 +207,15 @@ def attend(
     keys, values = keys.to(q.dtype), values.to(q.dtype)
     if soft_cap is None:
         heads = q.transpose(0, 1)[None]  # [1, heads, queries, head_size]
-        out = F.scaled_dot_product_attention(
-            heads, keys[None], values[None], attn_mask=seen, scale=scale, enable_gqa=group > 1
-        )
+        out = products.attention(heads, keys[None], values[None], seen, scale, grouped=group > 1)
         return out[0].transpose(0, 1)
     grouped = q.unflatten(1, (-1, group)).float()  # [queries, kv_heads, group, head_size]
-    scores = torch.einsum("qkgd,kld->kgql", grouped, keys.float()) * scale
+    # -> [kv_heads, group, queries, length]
+    scores = products.matmul(grouped.permute(1, 2, 0, 3), keys.float().mT[:, None]) * scale
     scores = soft_cap * torch.tanh(scores / soft_cap)
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    return torch.einsum("kgql,kld->qkgd", weights, values.float()).flatten(1, 2).to(q.dtype)
+    mixed = products.matmul(weights, values.float()[:, None])
+    return mixed.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import msgspec
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_di.components import products
 from vllm_di.components.interfaces import OpLibrary
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.errors import ConfigError, PortError
@@ -191,10 +191,10 @@ class TritonOps(OpLibrary):
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         if out_dtype is None or out_dtype == x.dtype:
-            return F.linear(x, weight, bias)
+            return products.linear(x, weight, bias)
         if out_dtype != torch.float32 or x.is_cpu:  # torch has it for accelerators alone
             return self._reference.linear(x, weight, bias, out_dtype)
-        out = torch.mm(x, weight.t(), out_dtype=out_dtype)  # summed in fp32 and left there
+        out = products.wide_product(x, weight)
         return out if bias is None else out + bias
 
     # -- attention ------------------------------------------------------------------------------

@@ -104,13 +104,14 @@ def _compare_rounded(found: Tensor, wanted: Tensor, slack: Tensor) -> None:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """On the device, with the strides that it has on the host."""
+    """On the device, with the strides that it has on the host and what lies in the gaps."""
     if not isinstance(value, Tensor) or value.device == device:
         return value
     if value.is_contiguous():
         return value.to(device)
-    whole = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-    return whole.copy_(value)
+    count = value.untyped_storage().nbytes() // value.itemsize
+    whole = value.as_strided((count,), (1,), 0).to(device)
+    return whole.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 def _wide(value: Any) -> Any:

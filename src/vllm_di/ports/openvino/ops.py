@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_di.components import products
 from vllm_di.components.interfaces import Activation
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.components.quantized import QuantizedWeight
@@ -61,7 +61,9 @@ class OpenVinoOps(TorchOps):
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         dtype = out_dtype or x.dtype
-        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return products.linear(
+            x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        )
 
     def pack_quantized(self, weight: QuantizedWeight) -> Compressed:
         rows, groups = weight.scale.shape
@@ -92,8 +94,8 @@ class OpenVinoOps(TorchOps):
     ) -> Tensor:
         """Every expert on every token, weighted with zero where it was not chosen."""
         act = self.silu_and_mul if activation == "silu" else self.gelu_tanh_and_mul
-        inner = act(x @ gate_up.transpose(1, 2))  # [experts, tokens, inter]
-        out = (inner @ down.transpose(1, 2)).float()  # [experts, tokens, hidden]
+        inner = act(products.matmul(x, gate_up.mT))  # [experts, tokens, inter]
+        out = products.matmul(inner, down.mT).float()  # [experts, tokens, hidden]
         weights = x.new_zeros((x.shape[0], gate_up.shape[0]), dtype=torch.float32)
         weights = weights.scatter_add(1, topk_ids, topk_weights.float())
         return (out * weights.t()[..., None]).sum(0).to(x.dtype)
