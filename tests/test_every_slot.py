@@ -15,7 +15,6 @@ from tests.local_client import LocalEngineClient
 from vllm_di import LLM, SamplingParams
 from vllm_di.containers.assembly import Assembly, assemble
 from vllm_di.containers.engine import (
-    SLOTS,
     EngineContainer,
     ServerContainer,
     WorkerContainer,
@@ -61,11 +60,6 @@ def test_server(slot: str) -> None:
     assert status == 200, body
     assert body["choices"][0]["message"]["role"] == "assistant"
     assert probes.CALLS[slot] > 0
-
-
-def test_every_slot_is_tried() -> None:
-    containers = (ServerContainer, EngineContainer, WorkerContainer)
-    assert set(SLOTS) == {slot for c in containers for slot in slots(c)}
 
 
 def test_explain_names_the_probe() -> None:

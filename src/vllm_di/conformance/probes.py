@@ -51,14 +51,26 @@ def __getattr__(name: str) -> type:
     return made
 
 
+NO_USE = ("close", "describe", "recorder")
+"""Methods that only look at a part or put it away: a call of them is no use of it."""
+
+
 def counting(base: type, slot: str) -> type:
     names = [n for k in SLOTS[slot].__mro__[:-1] for n in vars(k) if not n.startswith("_")]
+    counted = {n for n in names if n not in NO_USE}
     namespace: dict[str, Any] = {}
-    for name in names:
+    set_plainly: Any = base.__setattr__
+    for name in counted:
         method = getattr(base, name, None)
-        if callable(method) and not isinstance(method, type) and name != "close":
+        if callable(method) and not isinstance(method, type):
             namespace[name] = _counted(slot, method)
-    return type(f"Counting{base.__name__}", (base,), namespace)
+
+    def assign(self: Any, name: str, value: Any) -> None:
+        # a table of ops binds the chosen library's methods to itself in its constructor
+        wrapped = name in counted and inspect.isroutine(value)
+        set_plainly(self, name, _counted(slot, value) if wrapped else value)
+
+    return type(f"Counting{base.__name__}", (base,), namespace | {"__setattr__": assign})
 
 
 def _counted(slot: str, method: Callable[..., Any]) -> Callable[..., Any]:
