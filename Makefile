@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test vendor-schemas vendor-llama-cpp test-slow test-mutants sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
+.PHONY: serve test vendor-schemas vendor-llama-cpp test-slow test-mutants faults sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -27,6 +27,9 @@ test-slow: venv  ## the suites that take minutes
 
 test-mutants: venv  ## every mutant against every check that needs no process of its own
 	$(BIN)/python -m pytest -m mutants tests/conformance $(ARGS)
+
+faults: venv  ## kill, stop, damage and starve running servers: nothing may be lost (a quarter of an hour)
+	$(BIN)/python -m tests.rigs.faults $(ARGS)
 
 sanitize: venv  ## tests of the kernels under the address sanitizer
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \

@@ -87,8 +87,7 @@ async def sockets(assembly: Assembly) -> dict[int, list[tuple[str, int]]]:
         asked = EngineRequest(request_id="a", prompt_token_ids=[1, 2, 3], params=params)
         async for _ in client.generate(asked):
             pass
-        assert client._process is not None
-        engine = psutil.Process(client._process.pid)
+        engine = psutil.Process(client.pid)
         running = [engine, *engine.children(recursive=True)]
         return {p.pid: [*addresses(p.pid, listening=True)] for p in running}
     finally:

@@ -80,8 +80,7 @@ def test_death_reaches_every_open_request() -> None:
     async def play() -> None:
         async with started() as client:
             await client.wait_ready()
-            assert client._process is not None
-            pid = client._process.pid
+            pid = client.pid
             open_requests = [tokens(client, request(str(i), [1], 1900)) for i in range(3)]
             killing = asyncio.get_running_loop().call_later(0.3, os.kill, pid, signal.SIGKILL)
             answers = await asyncio.wait_for(

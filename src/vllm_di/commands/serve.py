@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_di.commands.arguments import Arguments, no_words
 from vllm_di.commands.say import say, warn
+from vllm_di.components.messages import WorkerReport
 from vllm_di.containers.assembly import Assembly, assemble
 from vllm_di.server.engine_client import ProcessEngineClient
 from vllm_di.server.sockets import check_address
@@ -56,24 +57,29 @@ def _check_address(server: dict[str, Any]) -> None:
 
 
 async def _announce(assembly: Assembly, client: ProcessEngineClient) -> None:
-    """Say what starts, how far it is, and where it listens."""
+    """Say what starts, how far it is, and where it listens; again for an engine that follows one
+    that died."""
     server = assembly.server["server"]
     say(f"model {assembly.settings['model_name']}, {assembly.announcement}")
     stage = ""
-    while client.state == "starting":
+    while client.state != "dead":
         if client.stage != stage:
             stage = client.stage
-            say(f"engine: {stage}")
-        await asyncio.sleep(0.1)
-    if client.state == "ready" and client.report is not None:
-        report = client.report
-        tokens = report.num_blocks * report.block_size
-        say(
-            f"ready: {report.dtype} weights of {report.weight_bytes / 2**20:.0f} MiB, "
-            f"KV cache for {tokens} tokens"
-        )
-        where = server["unix_socket"] or f"http://{server['host']}:{server['port']}"
-        say(f"listening on {where} (API under /v1)")
+            if client.state == "ready" and client.report is not None:
+                say(_ready(client.report))
+                where = server["unix_socket"] or f"http://{server['host']}:{server['port']}"
+                say(f"listening on {where} (API under /v1)")
+            else:
+                say(f"engine: {stage}")
+        await asyncio.sleep(0.1 if client.state == "starting" else 1.0)
+
+
+def _ready(report: WorkerReport) -> str:
+    tokens = report.num_blocks * report.block_size
+    return (
+        f"ready: {report.dtype} weights of {report.weight_bytes / 2**20:.0f} MiB, "
+        f"KV cache for {tokens} tokens"
+    )
 
 
 async def _quietly(task: asyncio.Task[Any] | Coroutine[Any, Any, Any]) -> None:

@@ -26,6 +26,7 @@ from vllm_di.components.messages import (
     HiddenStates,
     KvSpec,
     LimitsReport,
+    Peer,
     SampledToken,
     SamplingParams,
     StepPlan,
@@ -837,6 +838,8 @@ class Executor(ABC):
 
     depth: int = 1
     """Steps that may be in flight at once; the report of ``start`` says it too."""
+    patience: float | None = None
+    """Seconds after which whoever watches this process may take a step for hung; None: never."""
 
     @abstractmethod
     def start(self) -> WorkerReport:
@@ -853,6 +856,11 @@ class Executor(ABC):
 
     def check_alive(self) -> None:
         """Raise EngineDeadError when a worker is gone."""
+
+    def processes(self) -> list[Peer]:
+        """The processes of the workers, and which of them give no sign of life. Called from any
+        thread, between ``start`` and ``close``."""
+        return []
 
     def close(self) -> None: ...
 
@@ -989,6 +997,16 @@ class Engine(ABC):
     @abstractmethod
     def reset_prefix_cache(self) -> None: ...
 
+    patience: float | None = None
+    """Its executor's."""
+
+    def check_alive(self) -> None:
+        """Raise EngineDeadError when a worker is gone. Called while there is nothing to do."""
+
+    def processes(self) -> list[Peer]:
+        """Its executor's. Called from any thread."""
+        return []
+
     def close(self) -> None: ...
 
 
@@ -1121,6 +1139,10 @@ class EngineClient(ABC):
     report: WorkerReport | None
     on_stats: Callable[[EngineStats], None] | None = None
     """Called with the engine's gauges and totals after each of its messages."""
+    silent: Sequence[str] = ()
+    """Processes of a ready engine that give no sign of life: ``engine``, ``worker 1``."""
+    restarts: int = 0
+    """How often within ten minutes an engine that died may be replaced. The server sets it."""
 
     @abstractmethod
     def generate(self, request: EngineRequest) -> AsyncIterator[TokenOutput]:
@@ -1130,6 +1152,13 @@ class EngineClient(ABC):
     @abstractmethod
     async def wait_ready(self) -> None:
         """Raises EngineDeadError when the start failed."""
+
+    async def wait_dead(self) -> None:
+        """Raises EngineDeadError once the engine is dead for good. Waits for ever where nobody
+        can tell."""
+        from asyncio import Event
+
+        await Event().wait()
 
     @abstractmethod
     async def close(self) -> None: ...

@@ -247,6 +247,16 @@ class LimitsReport(msgspec.Struct, frozen=True, kw_only=True):
     """Block 0 is kept free for padding."""
 
 
+class Peer(msgspec.Struct, frozen=True):
+    """A process that another one has started."""
+
+    name: str
+    """What errors call it: ``worker 1``, ``stage 0``."""
+    pid: int
+    silent: bool = False
+    """Whether its heartbeat has stopped."""
+
+
 class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     """What only the device knows, told once by ``executor.start()``; cache manager and scheduler
     are built from it."""

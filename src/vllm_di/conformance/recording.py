@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm_di.components.interfaces import Engine, Executor
-from vllm_di.components.messages import ScheduledSequence, StepPlan, StepResult, WorkerReport
+from vllm_di.components.messages import Peer, ScheduledSequence, StepPlan, StepResult, WorkerReport
 from vllm_di.conformance.subject import Subject
 from vllm_di.containers.engine import EngineContainer
 from vllm_di.containers.fill import Launcher, opened
@@ -18,7 +18,7 @@ class RecordingExecutor(Executor):
     """Passes everything on to another executor, and looks at each plan on its way."""
 
     def __init__(self, inner: Executor) -> None:
-        self._inner, self.depth = inner, inner.depth
+        self._inner, self.depth, self.patience = inner, inner.depth, inner.patience
         self.plans: list[StepPlan] = []
         self.report: WorkerReport
         self._tables: dict[int, list[int]] = {}
@@ -37,6 +37,9 @@ class RecordingExecutor(Executor):
 
     def check_alive(self) -> None:
         self._inner.check_alive()
+
+    def processes(self) -> list[Peer]:
+        return self._inner.processes()
 
     # closed by its own container
 

@@ -1,16 +1,21 @@
 """The engine in a process of its own: ``python -m vllm_di.containers.engine_process SOCKET``.
 
-The assembly comes on standard input. One thread reads requests, the main thread runs the engine.
+The assembly comes on standard input. The first of two connections to the socket is
+for the heartbeat. One thread reads requests, the main thread runs the engine.
 The process ends when the socket does, or with a last message when the engine fails.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import signal
 import sys
 import threading
+import time
+from collections.abc import Iterator
 
+from vllm_di.components.heartbeat import Beat, Heart
 from vllm_di.components.interfaces import Engine
 from vllm_di.components.messages import EngineOutputs, TokenOutput
 from vllm_di.components.transport import Codec, Connection, Failure, connect
@@ -19,12 +24,15 @@ from vllm_di.containers.fill import open_engine
 from vllm_di.errors import EngineDeadError, RequestError
 from vllm_di.server import wire
 
+IDLE_SECONDS = 1.0
+"""An idle engine looks after its workers this often."""
 Inbox = queue.SimpleQueue[wire.ToEngine | None]
 
 
 def main() -> None:
     # an interrupt at the keyboard reaches the whole group: the API process decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    heart = Heart(sys.argv[1])
     assembly = Assembly.decode(sys.stdin.buffer.read())
     codec: Codec[wire.ToEngine] = Codec(wire.ToEngine)
     connection = Connection(connect(sys.argv[1]), codec)
@@ -32,8 +40,10 @@ def main() -> None:
     try:
         connection.send(wire.Stage("load"))
         with open_engine(assembly) as engine:
-            connection.send(wire.Ready(engine.report))
-            serve(engine, connection)
+            pulse = Pulse(engine)
+            heart.state = pulse.beat
+            connection.send(wire.Ready(engine.report, engine.patience))
+            serve(engine, connection, pulse)
     except BrokenPipeError:
         return  # the API process is gone
     except Exception as error:
@@ -44,12 +54,37 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def serve(engine: Engine, connection: Connection[wire.ToEngine]) -> None:
+class Pulse:
+    """What the heartbeat tells of the engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._began: float | None = None
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """The engine is at work in the block."""
+        self._began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._began = None
+
+    def beat(self) -> Beat:
+        began = self._began
+        busy = 0.0 if began is None else time.monotonic() - began
+        return Beat(busy, self._engine.processes())
+
+
+def serve(engine: Engine, connection: Connection[wire.ToEngine], pulse: Pulse) -> None:
     """Run until the peer closes."""
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, inbox), name="requests", daemon=True).start()
     while True:
         messages = _drain(inbox, wait=not engine.has_work())
+        if not messages and not engine.has_work():
+            engine.check_alive()
+            continue
         refused = []
         for message in messages:
             if message is None:
@@ -63,7 +98,8 @@ def serve(engine: Engine, connection: Connection[wire.ToEngine]) -> None:
                 engine.abort(message.request_id)
             else:
                 engine.reset_prefix_cache()
-        outputs = engine.step()
+        with pulse.step():
+            outputs = engine.step()
         if refused or outputs.outputs or messages:
             answer = EngineOutputs(outputs=[*refused, *outputs.outputs], stats=outputs.stats)
             connection.send(wire.Outputs(answer))
@@ -78,9 +114,11 @@ def _read(connection: Connection[wire.ToEngine], inbox: Inbox) -> None:
 
 
 def _drain(inbox: Inbox, *, wait: bool) -> list[wire.ToEngine | None]:
-    """All messages that are there; with ``wait`` at least one."""
-    messages = [inbox.get()] if wait else []
+    """All messages that are there; with ``wait`` none only after ``IDLE_SECONDS``."""
+    messages = []
     try:
+        if wait:
+            messages.append(inbox.get(timeout=IDLE_SECONDS))
         while True:
             messages.append(inbox.get_nowait())
     except queue.Empty:

@@ -1,8 +1,8 @@
 """A worker in a process of its own: ``python -m vllm_di.containers.worker_process PLACEMENT
 SOCKET``.
 
-The placement is JSON, the assembly comes on standard input, commands over the Unix socket. The
-process ends when the socket does.
+The placement is JSON, the assembly comes on standard input. Two connections go to the Unix socket:
+the first for the heartbeat, the second for commands. The process ends when they do.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import msgspec
 
 from vllm_di.components.executor import rpc
+from vllm_di.components.heartbeat import Heart
 from vllm_di.components.interfaces import Placement, Worker
 from vllm_di.components.transport import Codec, Connection, Failure, connect
 from vllm_di.containers.assembly import Assembly
@@ -25,6 +26,7 @@ def main() -> None:
     placement = msgspec.json.decode(sys.argv[1], type=Placement)
     # an interrupt at the keyboard reaches the whole group: the executor decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Heart(sys.argv[2])
     assembly = Assembly.decode(sys.stdin.buffer.read())
     codec: Codec[rpc.Command] = Codec(rpc.Command)
     connection = Connection(connect(sys.argv[2]), codec)

@@ -54,6 +54,7 @@ class OpenAiServer(Server):
         self._config = config
         self._engine = engine_client
         engine_client.on_stats = metrics.engine
+        engine_client.restarts = config.engine_restarts
         self._service = Service(
             tokenizer,
             chat_template,
@@ -85,7 +86,8 @@ class OpenAiServer(Server):
 
     async def run(self) -> None:
         """Listen at once, while the engine still starts; return after a drain. Raises ConfigError
-        when the address cannot be had, EngineDeadError when the engine does not start."""
+        when the address cannot be had, EngineDeadError when the engine does not start, or
+        died and is not replaced."""
         config = self._config
         listener = Listener(self.app, config)
         listening = listen(config.host, config.port, config.unix_socket)
@@ -97,13 +99,14 @@ class OpenAiServer(Server):
             log.info("listening on %s", self.address)
             try:
                 await _first_to_end(stopping, serving, or_to_fail=starting)
+                failed = [starting] if starting.done() else []  # not while it drains
                 await self._drain()
             finally:
                 listener.should_exit = True
                 for task in (starting, stopping):
                     task.cancel()
                 await asyncio.gather(serving, starting, stopping, return_exceptions=True)
-        for task in (starting, serving):
+        for task in (*failed, serving):
             if not task.cancelled() and (error := task.exception()):
                 raise error
 
@@ -111,11 +114,13 @@ class OpenAiServer(Server):
         await self._engine.wait_ready()
         _ = self._service.processor  # tells the metrics about the engine
         log.info("ready: %s on %s", self._config.name, self.address)
+        await self._engine.wait_dead()
 
     async def _drain(self) -> None:
         """Refuse what is new, let what runs end, then end it."""
         admission = self._service.admission
         admission.draining = True
+        self._engine.restarts = 0
         log.info("stopping: %d texts in flight", admission.in_flight)
         idle = asyncio.create_task(admission.wait_idle())
         hurry = asyncio.create_task(self._stop_now.wait())

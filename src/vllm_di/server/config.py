@@ -42,6 +42,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_unsent_bytes: Annotated[int, msgspec.Meta(ge=128 * 2**10, le=2**30)] = 256 * 2**10
     idle_connection_seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 30
     drain_seconds: Seconds = 30.0
+    engine_restarts: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 1
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property

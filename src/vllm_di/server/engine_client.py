@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 
 from vllm_di.components.interfaces import EngineClient
 from vllm_di.components.messages import EngineRequest, TokenOutput, WorkerReport
-from vllm_di.components.transport import Codec, Failure, Rendezvous, read_frame
+from vllm_di.components.transport import Codec, Failure
 from vllm_di.errors import EngineDeadError, RequestError, VllmDiError
 from vllm_di.server import wire
+from vllm_di.server.engine_watch import EngineProcess
 
-CLOSE_SECONDS = 10.0
+RESTART_SECONDS = 600.0
+"""Restarts are counted within this time."""
 ENGINE = (sys.executable, "-m", "vllm_di.containers.engine_process")
+
+log = logging.getLogger(__name__)
 
 
 class ProcessEngineClient(EngineClient):
     """Starts the engine process and shares one socket among all requests.
 
     ``start`` returns at once; ``wait_ready`` waits for the weights. When the process dies, every
-    open request gets an EngineDeadError and ``state`` is ``dead`` at once.
+    open request gets an EngineDeadError at once. An engine that was ready is then replaced, up to
+    ``restarts`` times in ten minutes: ``state`` is ``starting`` meanwhile, and ``dead`` where there
+    is no other.
     """
 
     def __init__(self) -> None:
@@ -32,26 +39,31 @@ class ProcessEngineClient(EngineClient):
         self._error: VllmDiError | None = None
         self._codec: Codec[wire.ToClient] = Codec(wire.ToClient)
         self._inboxes: dict[str, asyncio.Queue[TokenOutput | VllmDiError]] = {}
-        self._settled = asyncio.Event()
-        self._writer: asyncio.StreamWriter | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._settled, self._dead = asyncio.Event(), asyncio.Event()
+        self._engine: EngineProcess | None = None
+        self._deaths: list[float] = []
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, assembly: bytes, command: Sequence[str] = ENGINE) -> None:
         """Start the process and send it the assembly."""
-        self._rendezvous = Rendezvous()
-        self._process = await asyncio.create_subprocess_exec(
-            *command, self._rendezvous.address, stdin=asyncio.subprocess.PIPE
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(assembly)
-        self._process.stdin.close()
-        self._task = asyncio.create_task(self._run(self._process))
+        self._engine = await EngineProcess.spawn(command, assembly)
+        self._task = asyncio.create_task(self._run(command, assembly))
 
     async def wait_ready(self) -> None:
         await self._settled.wait()
         if self._error is not None:
             raise self._error
+
+    async def wait_dead(self) -> None:
+        await self._dead.wait()
+        assert self._error is not None
+        raise self._error
+
+    @property
+    def pid(self) -> int:
+        """Of the engine process."""
+        assert self._engine is not None
+        return self._engine.pid
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenOutput]:
         if self.state != "ready":
@@ -76,75 +88,50 @@ class ProcessEngineClient(EngineClient):
                 self._send(wire.Abort(request_id))
 
     async def close(self) -> None:
-        """End the engine process: closing the socket asks it to, a signal tells it, another makes
-        it."""
-        if self._writer is not None:
-            self._writer.close()
-        if self._process is not None:
-            for signal in (None, self._process.terminate, self._process.kill):
-                with contextlib.suppress(ProcessLookupError):
-                    if signal is not None:
-                        signal()
-                try:
-                    await asyncio.wait_for(self._process.wait(), CLOSE_SECONDS)
-                except TimeoutError:
-                    continue
-                break
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        if self._engine is not None:
+            await self._engine.close()
 
     # -- inside -------------------------------------------------------------------------------
 
     def _send(self, message: wire.ToEngine) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(self._codec.frame(message))
+        assert self._engine is not None
+        self._engine.send(self._codec.frame(message))
 
-    async def _run(self, process: asyncio.subprocess.Process) -> None:
-        """Read until the process ends; then nobody waits for it any longer."""
-        error: VllmDiError | None = None
+    async def _run(self, command: Sequence[str], assembly: bytes) -> None:
+        """One engine after the other, until there is to be no more."""
+        while True:
+            assert self._engine is not None
+            error = await self._serve(self._engine)
+            again = self._may_restart(error)
+            await self._engine.close()
+            if not again:
+                return
+            self._engine = await EngineProcess.spawn(command, assembly)
+
+    async def _serve(self, engine: EngineProcess) -> VllmDiError:
+        """Take messages until the process ends; returns why it did."""
+        watching: asyncio.Task[None] | None = None
         try:
-            reader = await self._accept(process)
+            await engine.accept()
+            watching = asyncio.create_task(engine.watch(self._hear))
             while True:
-                self._take(self._codec.decode(await read_frame(reader)))
+                self._take(self._codec.decode(await engine.receive()), engine)
         except (asyncio.IncompleteReadError, ConnectionError):
-            error = self._error
+            error: VllmDiError = await engine.ending()
         except VllmDiError as failure:
             error = failure
-        if error is None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), 2)
-            code = process.returncode
-            how = (
-                "closed its connection"
-                if code is None
-                else f"was killed by signal {-code}"
-                if code < 0
-                else f"ended with exit status {code}"
-            )
-            error = EngineDeadError(f"the engine process {how}")
-        self._die(error)
-
-    async def _accept(self, process: asyncio.subprocess.Process) -> asyncio.StreamReader:
-        loop = asyncio.get_running_loop()
-        self._rendezvous.socket.setblocking(False)
-        accepting = asyncio.ensure_future(loop.sock_accept(self._rendezvous.socket))
-        ended = asyncio.ensure_future(process.wait())
-        try:
-            await asyncio.wait((accepting, ended), return_when=asyncio.FIRST_COMPLETED)
-            if not accepting.done():
-                raise EngineDeadError(
-                    f"the engine process ended with exit status {process.returncode} at its start"
-                )
-            sock, _ = accepting.result()
+        except Exception as failure:
+            log.error("the engine said what nobody understands", exc_info=failure)
+            error = EngineDeadError(f"{type(failure).__name__}: {failure}")
         finally:
-            accepting.cancel()
-            ended.cancel()
-            self._rendezvous.close()
-        reader, self._writer = await asyncio.open_unix_connection(sock=sock)
-        return reader
+            if watching is not None:
+                watching.cancel()
+        return error
 
-    def _take(self, message: wire.ToClient) -> None:
+    def _take(self, message: wire.ToClient, engine: EngineProcess) -> None:
         if isinstance(message, wire.Outputs):
             if self.on_stats is not None:
                 self.on_stats(message.outputs.stats)
@@ -153,19 +140,44 @@ class ProcessEngineClient(EngineClient):
                 if inbox is not None:
                     inbox.put_nowait(output)
         elif isinstance(message, wire.Stage):
-            self.stage = message.name
+            again = "restart: " if self._deaths else ""
+            self.stage = again + message.name
         elif isinstance(message, wire.Ready):
-            self.report = message.report
-            self.state, self.stage = "ready", "ready"
+            self.report, engine.patience = message.report, message.patience
+            self.state, self.stage, self.failure, self._error = "ready", "ready", None, None
             self._settled.set()
         elif isinstance(message, Failure):
             error = message.error()
             raise error if isinstance(error, VllmDiError) else EngineDeadError(str(error))
 
-    def _die(self, error: VllmDiError) -> None:
-        self.state, self.failure, self._error = "dead", str(error), error
-        self.stage = "dead"
+    def _hear(self, silent: Sequence[str]) -> None:
+        """Which processes give no sign of life, after a change."""
+        if silent:
+            log.warning("no sign of life from %s", ", ".join(silent))
+        elif self.silent:
+            log.warning("%s answered again", ", ".join(self.silent))
+        self.silent = silent
+
+    def _may_restart(self, error: VllmDiError) -> bool:
+        """End what is in flight, and decide: an engine that never was ready is not tried again."""
+        was_ready, num_open = self.state == "ready", len(self._inboxes)
+        now = time.monotonic()
+        self._deaths = [t for t in self._deaths if now - t < RESTART_SECONDS]
+        again = self.report is not None and len(self._deaths) < self.restarts
+        if was_ready and not again:
+            told = f"{error}; no restart is left (server.engine_restarts={self.restarts} in "
+            error = EngineDeadError(f"{told}{RESTART_SECONDS / 60:.0f} minutes)")
+        self._deaths.append(now)
+        self.state, self.silent, self.failure = "starting" if again else "dead", (), str(error)
+        self.stage = "restart" if again else "dead"
+        self._error = None if again else error
+        lost = error if isinstance(error, EngineDeadError) else EngineDeadError(str(error))
         for inbox in self._inboxes.values():
-            lost = error if isinstance(error, EngineDeadError) else EngineDeadError(str(error))
             inbox.put_nowait(lost)
-        self._settled.set()
+        if was_ready:
+            what = "a new engine starts" if again else "the server ends"
+            log.error("the engine died: %s. Requests lost: %d; %s", error, num_open, what)
+        if not again:
+            self._settled.set()
+            self._dead.set()
+        return again

@@ -196,8 +196,12 @@ class Pages:
         state: dict[str, Any] = {"status": engine.state}
         if engine.state == "starting":
             state["stage"] = engine.stage
+            if engine.failure is not None:
+                state["reason"] = engine.failure
         elif engine.state == "dead":
             state["reason"] = engine.failure
+        elif engine.silent:
+            state = {"status": "unresponsive", "processes": list(engine.silent)}
         elif self._service.admission.draining:
             state["status"] = "draining"
         bad = engine.state == "dead" or (ready_only and state["status"] != "ready")

@@ -15,7 +15,7 @@ from vllm_di.components.interfaces import (
     Tokenizer,
     ToolParser,
 )
-from vllm_di.components.messages import SamplingParams
+from vllm_di.components.messages import SamplingParams, WorkerReport
 from vllm_di.errors import RequestError
 from vllm_di.frontend.processor import Generation, RequestProcessor
 from vllm_di.server.admission import Admission
@@ -49,15 +49,17 @@ class Service:
         self.admission = Admission(engine, config.max_queue)
         self.started_at = int(time.time())
         self._processor: RequestProcessor | None = None
+        self._report: WorkerReport | None = None
 
     @property
     def processor(self) -> RequestProcessor:
         """Raises 503 while there is no engine to answer. The first call after the engine is ready
         tells the metrics what it is."""
         self.admission.check_open()
-        if self._processor is None:
-            report = self.engine.report
-            assert report is not None, "a ready engine has reported"
+        report = self.engine.report
+        assert report is not None, "a ready engine has reported"
+        if self._processor is None or report is not self._report:  # each engine has its own
+            self._report = report
             self._processor = RequestProcessor(
                 self.tokenizer, report.max_model_len, report.vocab_size
             )

@@ -28,6 +28,8 @@ class Stage(msgspec.Struct, tag=True, frozen=True):
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
     report: WorkerReport
+    patience: float | None = None
+    """Seconds after which a step counts as hung; None: never."""
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):

@@ -22,6 +22,7 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 from tests.components.executor.test_multiprocess import FakeWorker
 from vllm_di.components.executor import rpc
+from vllm_di.components.heartbeat import Heart
 from vllm_di.components.transport import Codec, Connection, Failure, connect
 from vllm_di.containers.worker_process import serve
 from vllm_di.errors import ConfigError
@@ -29,6 +30,7 @@ from vllm_di.errors import ConfigError
 rank, address, how = int(sys.argv[1]), sys.argv[2], sys.stdin.read()
 if how == "no start" and rank == 1:
     sys.exit(7)
+Heart(address)
 link = Connection(connect(address), Codec(rpc.Command))
 if how == "bad config" and rank == 1:
     link.send(Failure.of(ConfigError("conf/x.yaml:3: no")))
@@ -57,6 +59,19 @@ class FakeWorker:
             os.kill(os.getpid(), 9)
         if self.rank == 1 and self.how == "hangs":
             time.sleep(60)
+        if self.how == "is stopped":
+            if self.rank == 1:
+                import os
+
+                os.kill(os.getpid(), 19)
+            time.sleep(60)  # as in a collective, which waits for all
+        if self.how == "has an answer that came late":
+            time.sleep(0.2 if self.rank == 0 else 0)
+            if self.rank == 0:
+                raise RuntimeError("the connection was closed by the peer")
+            import os
+
+            os.kill(os.getpid(), 9)
         tokens = [SampledToken(1, plan.step)] if self.rank == 0 else []
         return StepResult(plan.step, tokens)
 
@@ -122,6 +137,49 @@ def test_a_killed_worker_is_named(tmp_path: Path) -> None:
         running.check_alive()
     running.close()
     assert children() == []
+
+
+def test_a_stopped_worker_is_named_and_not_those_that_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_di.components.heartbeat.SILENCE", 1.0)
+    running = executor(tmp_path, "is stopped", step_timeout=3)
+    running.start()
+    step = running.submit(StepPlan(1, [], [], []))
+    while not any(peer.silent for peer in running.processes()):
+        assert not step.done()
+        time.sleep(0.01)
+    silent = [peer for peer in running.processes() if peer.silent]
+    assert [peer.name for peer in silent] == ["worker 1"]
+    with pytest.raises(EngineDeadError, match=r"^worker 1 gave no answer nor a sign of life"):
+        step.result(60)
+    running.close()
+    assert children() == []
+
+
+def test_a_stopped_worker_that_goes_on_is_no_longer_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_di.components.heartbeat.SILENCE", 1.0)
+    running = executor(tmp_path, "works")
+    running.start()
+    second = psutil.Process(running.processes()[1].pid)
+    second.suspend()
+    while [peer.silent for peer in running.processes()] != [False, True]:
+        time.sleep(0.01)
+    second.resume()
+    while any(peer.silent for peer in running.processes()):
+        time.sleep(0.01)
+    assert running.submit(StepPlan(1, [], [], [])).result(20).tokens[0].token_id == 1
+    running.close()
+
+
+def test_a_dead_worker_is_blamed_before_one_that_failed_because_of_it(tmp_path: Path) -> None:
+    running = executor(tmp_path, "has an answer that came late")
+    running.start()
+    with pytest.raises(EngineDeadError, match="worker 1 was killed by signal 9"):
+        running.submit(StepPlan(1, [], [], [])).result(20)
+    running.close()
 
 
 def test_a_hanging_worker_is_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from vllm_di.components.interfaces import Engine, Executor, KvCacheManager, Sche
 from vllm_di.components.messages import (
     EngineOutputs,
     EngineRequest,
+    Peer,
     StepPlan,
     StepResult,
     WorkerReport,
@@ -25,7 +26,7 @@ class StandardEngine(Engine):
         executor: Executor,
         worker_report: WorkerReport,
     ) -> None:
-        self.report = worker_report
+        self.report, self.patience = worker_report, executor.patience
         self._scheduler, self._kv, self._executor = scheduler, kv_cache_manager, executor
         self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
         """The oldest first."""
@@ -50,6 +51,12 @@ class StandardEngine(Engine):
             plan, result = self._in_flight.popleft()
             outputs = self._scheduler.update(plan, result.result())
         return EngineOutputs(outputs=outputs, stats=self._scheduler.stats())
+
+    def check_alive(self) -> None:
+        self._executor.check_alive()
+
+    def processes(self) -> list[Peer]:
+        return self._executor.processes()
 
     def reset_prefix_cache(self) -> None:
         self._kv.reset_prefix_cache()

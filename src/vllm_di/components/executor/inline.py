@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from contextlib import ExitStack
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from vllm_di.components.interfaces import Executor, Placement, Worker, WorkerLauncher
 from vllm_di.components.messages import StepPlan, StepResult, WorkerReport
@@ -15,8 +17,13 @@ class InlineExecutor(Executor):
 
     _worker: Worker
 
-    def __init__(self, launcher: WorkerLauncher) -> None:
-        self._launcher = launcher
+    def __init__(
+        self,
+        launcher: WorkerLauncher,
+        *,
+        step_timeout: Annotated[float, msgspec.Meta(gt=0)] = 300.0,
+    ) -> None:
+        self._launcher, self.patience = launcher, step_timeout
         self._stack = ExitStack()
 
     def start(self) -> WorkerReport:

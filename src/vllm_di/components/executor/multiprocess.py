@@ -13,12 +13,15 @@ from vllm_di.components.executor import rpc
 from vllm_di.components.executor.processes import (
     CLOSE_SECONDS,
     CODEC,
+    GRACE_SECONDS,
     WorkerProcess,
+    answers,
     connect,
     value,
 )
+from vllm_di.components.heartbeat import Listener
 from vllm_di.components.interfaces import Executor, Placement, WorkerLauncher
-from vllm_di.components.messages import StepPlan, StepResult, WorkerReport
+from vllm_di.components.messages import Peer, StepPlan, StepResult, WorkerReport
 from vllm_di.components.transport import GroupStore
 from vllm_di.errors import ConfigError
 
@@ -41,6 +44,8 @@ class MultiprocessExecutor(Executor):
         self._launcher, self._world = launcher, tensor_parallel_size
         self._start_timeout, self._step_timeout = start_timeout, step_timeout
         self._store: GroupStore | None = None
+        self._listener = Listener()
+        self.patience = step_timeout + GRACE_SECONDS
         self._workers: list[WorkerProcess] = []
         self._plans: queue.SimpleQueue[tuple[StepPlan, Future[StepResult]] | None]
         self._plans = queue.SimpleQueue()
@@ -73,6 +78,9 @@ class MultiprocessExecutor(Executor):
         for worker in self._workers:
             worker.check_alive()
 
+    def processes(self) -> list[Peer]:
+        return [worker.peer() for worker in self._workers]
+
     def close(self) -> None:
         if self._thread is not None:
             self._plans.put(None)
@@ -83,6 +91,7 @@ class MultiprocessExecutor(Executor):
         for worker in self._workers:
             worker.reap()
         self._workers = []
+        self._listener.close()
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -100,17 +109,17 @@ class MultiprocessExecutor(Executor):
                 f"worker {rank}",
                 start_timeout=self._start_timeout,
                 step_timeout=self._step_timeout,
+                listener=self._listener,
             )
             self._workers.append(worker)
         connect(self._workers, self._start_timeout)
 
     def _call(self, command: rpc.Command, timeout: float) -> list[Any]:
-        """One command to every rank, the answers in rank order. Raises the first rank's failure."""
+        """One command to every rank, the answers in rank order. Raises a rank's failure."""
         frame = CODEC.frame(command)
         for worker in self._workers:
             worker.send(frame)
-        answers = [worker.answer(timeout) for worker in self._workers]
-        return [value(answer) for answer in answers]
+        return [value(answer) for answer in answers(self._workers, timeout)]
 
     def _run_steps(self) -> None:
         """The thread that talks to the workers, one step after the other."""

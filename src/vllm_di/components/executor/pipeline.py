@@ -12,11 +12,13 @@ from typing import Annotated, Any
 import msgspec
 
 from vllm_di.components.device.sizes import show_size
-from vllm_di.components.executor.processes import WorkerProcess, connect
+from vllm_di.components.executor.processes import GRACE_SECONDS, WorkerProcess, connect
+from vllm_di.components.heartbeat import Listener
 from vllm_di.components.interfaces import Executor, Placement, Worker, WorkerLauncher
 from vllm_di.components.messages import (
     HiddenStates,
     LimitsReport,
+    Peer,
     StepPlan,
     StepResult,
     WorkerReport,
@@ -47,6 +49,8 @@ class PipelineExecutor(Executor):
         self.depth = depth or launcher.num_stages
         self._start_timeout, self._step_timeout = start_timeout, step_timeout
         self._stages: list[_Stage] = []
+        self._listener = Listener()
+        self.patience = launcher.num_stages * step_timeout + GRACE_SECONDS
 
     def start(self) -> WorkerReport:
         try:
@@ -75,6 +79,7 @@ class PipelineExecutor(Executor):
                 stage.name,
                 start_timeout=self._start_timeout,
                 step_timeout=self._step_timeout,
+                listener=self._listener,
             )
             stage.open(closing(worker))
             workers.append(worker)
@@ -110,8 +115,13 @@ class PipelineExecutor(Executor):
             if isinstance(stage.worker, WorkerProcess):
                 stage.worker.check_alive()
 
+    def processes(self) -> list[Peer]:
+        workers = (getattr(stage, "worker", None) for stage in self._stages)
+        return [worker.peer() for worker in workers if isinstance(worker, WorkerProcess)]
+
     def close(self) -> None:
         with ExitStack() as stack:  # all of them, even when one raises
+            stack.callback(self._listener.close)
             for stage in self._stages:
                 stack.callback(stage.close)
             self._stages = []

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import select
 import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vllm_di.components.executor import rpc
+from vllm_di.components.heartbeat import Listener, Silence, put_down
 from vllm_di.components.interfaces import Placement, Worker, WorkerLauncher
-from vllm_di.components.messages import HiddenStates, StepPlan, StepResult, WorkerReport
+from vllm_di.components.messages import HiddenStates, Peer, StepPlan, StepResult, WorkerReport
 from vllm_di.components.transport import Codec, Connection, Failure, Rendezvous
 from vllm_di.errors import EngineDeadError
 
 CLOSE_SECONDS = 5.0
+GRACE_SECONDS = 5.0
+"""Beyond a step's timeout, for the error to arrive that names the process that is hung."""
+BLAME_SECONDS = 1.0
+"""For the end of a process to show, when another has failed because of it."""
 CODEC: Codec[rpc.Answer] = Codec(rpc.Answer)
+
+log = logging.getLogger(__name__)
 
 
 class WorkerProcess(Worker):
     """A worker elsewhere: spawned by the constructor, ready after ``connect``.
 
-    ``name`` is what errors call it: ``worker 1``, ``stage 0``.
+    ``name`` is what errors call it: ``worker 1``, ``stage 0``. ``listener`` hears its heartbeat.
     """
 
     def __init__(
@@ -33,9 +42,12 @@ class WorkerProcess(Worker):
         *,
         start_timeout: float,
         step_timeout: float,
+        listener: Listener,
     ) -> None:
         self.name, self._start_timeout, self._step_timeout = name, start_timeout, step_timeout
+        self._listener, self._silence = listener, Silence()
         self._connection: Connection[rpc.Answer] | None = None
+        self._has_heart = False
         self._rendezvous = Rendezvous()
         try:
             command, assembly = launcher.command(placement, self._rendezvous.address)
@@ -66,13 +78,17 @@ class WorkerProcess(Worker):
 
     @property
     def socket(self) -> socket.socket:
-        """Readable when there is something to ``greet``."""
+        """Readable when there is something to ``greet``, or to ``receive``."""
         return self._connection.socket if self._connection else self._rendezvous.socket
 
     def greet(self) -> bool:
-        """Take its call, then its hello: True after that. Raises what it says went wrong."""
+        """Take its two calls, then its hello: True after that. Raises what it says went wrong."""
         if self._connection is None:
             sock, _ = self._rendezvous.socket.accept()
+            if not self._has_heart:  # the first call of the two
+                self._has_heart = True
+                self._silence = self._listener.watch(sock)
+                return False
             self._rendezvous.close()
             self._connection = Connection(sock, CODEC)
             return False
@@ -90,13 +106,14 @@ class WorkerProcess(Worker):
             raise self._lost(str(error)) from None
 
     def answer(self, timeout: float) -> rpc.Answer:
-        """The answer to the oldest command. Raises EngineDeadError when none comes in time."""
+        """The answer to the oldest command. When none comes in time, the process is put down.
+        Raises EngineDeadError."""
         assert self._connection is not None
         self._connection.socket.settimeout(timeout)
         try:
             return self._connection.receive()
         except TimeoutError:
-            raise EngineDeadError(f"{self.name} gave no answer for {timeout:.0f} s") from None
+            raise hung([self], timeout) from None
         except (EngineDeadError, OSError) as error:
             raise self._lost(str(error)) from None
 
@@ -109,6 +126,13 @@ class WorkerProcess(Worker):
         """Raises EngineDeadError when it is gone."""
         if self._process.poll() is not None:
             raise EngineDeadError(f"{self.name} {self._ending()}")
+
+    def peer(self) -> Peer:
+        """What a heartbeat says of it."""
+        return Peer(self.name, self._process.pid, self._silence.is_long)
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
 
     def hang_up(self) -> None:
         """Ask it to close; ``reap`` waits for its end."""
@@ -161,6 +185,48 @@ def connect(workers: Sequence[WorkerProcess], timeout: float) -> None:
         if waiting and time.monotonic() > end:
             late = next(iter(waiting.values()))
             raise EngineDeadError(f"{late.name} did not start within {timeout:.0f} s")
+
+
+def answers(workers: Sequence[WorkerProcess], timeout: float) -> list[rpc.Answer]:
+    """The answers of all to the same command, in their order.
+
+    Raises EngineDeadError as soon as one is gone, and in its name: the others may be waiting for it
+    and fail in their turn. Raises what one says went wrong. Those that have not answered in time
+    are put down.
+    """
+    found: dict[str, rpc.Answer] = {}
+    waiting = {worker.socket: worker for worker in workers}
+    end = time.monotonic() + timeout
+    failed: rpc.Answer | None = None
+    while waiting:
+        left = end - time.monotonic()
+        if left <= 0 and failed is None:
+            raise hung(list(waiting.values()), timeout)
+        for sock in select.select(list(waiting), [], [], max(0.0, left))[0]:
+            worker = waiting.pop(sock)
+            found[worker.name] = worker.answer(max(left, 1.0))
+            if isinstance(found[worker.name], Failure) and failed is None:
+                failed = found[worker.name]
+                end = min(end, time.monotonic() + BLAME_SECONDS)
+        if failed is not None and time.monotonic() >= end:
+            if silent := [worker for worker in waiting.values() if worker.peer().silent]:
+                raise hung(silent, timeout)
+            break
+    if failed is not None:
+        value(failed)
+    return [found[worker.name] for worker in workers]
+
+
+def hung(workers: Sequence[WorkerProcess], seconds: float) -> EngineDeadError:
+    """Put processes down that gave no answer. The error names those without a heartbeat, or all of
+    them: a collective waits for its slowest."""
+    silent = [worker for worker in workers if worker.peer().silent]
+    names = ", ".join(worker.name for worker in silent or workers)
+    why = " nor a sign of life" if silent else ""
+    log.error("%s gave no answer for %g s: stacks follow where it can still tell", names, seconds)
+    with ThreadPoolExecutor(len(workers)) as pool:
+        list(pool.map(lambda worker: put_down(worker.signal), workers))
+    return EngineDeadError(f"{names} gave no answer{why} for {seconds:g} s: killed")
 
 
 def value(answer: rpc.Answer) -> Any:
