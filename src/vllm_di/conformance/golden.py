@@ -21,6 +21,8 @@ from vllm_di.conformance.subject import REFERENCE, Subject
 
 HASHES = Path(__file__).parent / "goldens.json"
 TOP = 20
+ROOMY = ("worker.num_blocks=192",)
+"""For contexts of more than 2,048 tokens in blocks of 16."""
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -57,11 +59,28 @@ def scored(model: str, head_size: int, count: int, length: int) -> list[Answer]:
     return _by_reference(model, head_size, teacher_forced(model, head_size, count, length))
 
 
+def larger_asks(model: str, context: int) -> list[Ask]:
+    """Requests to one of ``tiny.LARGER``: a prompt of ``context`` tokens, and shorter ones."""
+    generator = torch.Generator().manual_seed(43)
+    vocab = int(tiny.hf_config(model, 32)["vocab_size"])
+    found = []
+    for length in (context, 5, 17):
+        prompt = torch.randint(0, vocab, (length,), generator=generator).tolist()
+        found.append(ask(prompt, 8, logprobs=TOP, prompt_logprobs=TOP))
+    return found
+
+
+@cache
+def larger_goldens(model: str, head_size: int, context: int) -> list[Answer]:
+    """The reference's answers to ``larger_asks``."""
+    return _by_reference(model, head_size, larger_asks(model, context))
+
+
 def _by_reference(model: str, head_size: int, asks: list[Ask]) -> list[Answer]:
     subject = Subject(REFERENCE)
     try:
         folder = subject.model_folder(model, head_size=head_size)
-        with subject.engine(model=folder) as engine:
+        with subject.engine(*ROOMY, model=folder) as engine:
             return run(engine, asks)
     finally:
         subject.close()

@@ -3,6 +3,7 @@ infinities."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ from vllm_di.models.rope import cos_sin_table
 ROWS = (0, 1, 2, 3, 7, 17)
 WIDTHS = (1, 2, 8, 30, 64, 97, 128, 200)
 """Of rows that are normalised or gated."""
+WIDE = 70_001
+"""Outputs: more than 16 bits count, and no multiple of any tile."""
+FAR = (0, 300, 301, 2047, 2048, 5000, 100_000)
+"""Positions. Rounded to bf16, 301 and 5,000 are others, and from 2,048 on some tables end."""
 POISON = (float("nan"), float("inf"), float("-inf"))
 
 
@@ -120,6 +125,22 @@ def rotary_embedding(make: Maker) -> Iterator[OpCase]:
         label = f"{tokens}x{heads}/{kv_heads}x{head} rotary={rotary} interleaved={interleaved}"
         label += f" view={viewed}"
         yield OpCase(label, (make.whole(40, tokens), q, k, table, interleaved))
+    positions = torch.tensor(FAR, dtype=torch.int64)
+    for interleaved in (False, True):
+        q, k = (heads_with_gaps(make.real(len(FAR), heads, 64)) for heads in (4, 2))
+        args = (positions, q, k, _far_table(), interleaved)
+        yield OpCase(f"positions up to {FAR[-1]} interleaved={interleaved}", args)
+
+
+@functools.cache
+def _far_table() -> Tensor:
+    return cos_sin_table(
+        theta=10000.0,
+        scaling=None,
+        rotary_dim=64,
+        num_positions=FAR[-1] + 1,
+        max_position_embeddings=FAR[-1] + 1,
+    )
 
 
 def rotary_write_kv(make: Maker) -> Iterator[OpCase]:
@@ -158,6 +179,9 @@ def linear(make: Maker) -> Iterator[OpCase]:
     for rows, (inputs, outputs) in itertools.product((1, 4), sizes):
         wide = (make.real(rows, inputs), make.real(outputs, inputs), None, torch.float32)
         yield OpCase(f"{rows}x{inputs}->{outputs} wide", wide, "pack_linear", True)
+    for rows, dtype in itertools.product((1, 3), (None, torch.float32)):
+        large = (make.real(rows, 8), make.real(WIDE, 8), make.real(WIDE), dtype)
+        yield OpCase(f"{rows}x8->{WIDE} to {dtype}", large, "pack_linear", True)
     for poison in POISON:
         x = make.real(3, 64)
         x[1, 5] = poison
@@ -176,6 +200,8 @@ def gated_linear(make: Maker) -> Iterator[OpCase]:
         args = (x, weight, bias, act)
         label = f"{rows}x{inputs}->{width} bias={biased} {act} view={rows % 2 == 1}"
         yield OpCase(label, args, "pack_gated_linear", True)
+    args = (make.real(3, 8), make.real(2 * WIDE, 8) / 8**0.5, None, "silu")
+    yield OpCase(f"3x8->{WIDE} silu", args, "pack_gated_linear", True)
 
 
 def _rounding(x: Tensor, dense: Tensor) -> Tensor:
@@ -196,6 +222,13 @@ def quantized_linear(make: Maker) -> Iterator[OpCase]:
         slack = _rounding(x, weight.dequantize(torch.float32))
         label = f"{rows}x{inputs}->{outputs} {kind} bias={biased} view={rows % 2 == 1}"
         yield OpCase(label, (x, weight, bias), "pack_quantized", True, slack=slack)
+    dense = make.real(WIDE, 32, dtype=torch.float32)
+    for rows, kind in ((1, "int8"), (3, "int8"), (3, "group4")):
+        weight = by_channel(dense) if kind == "int8" else by_group(dense, int(kind[-1]))
+        x = make.real(rows, 32)
+        slack = _rounding(x, weight.dequantize(torch.float32))
+        args = (x, weight, make.real(WIDE))
+        yield OpCase(f"{rows}x32->{WIDE} {kind}", args, "pack_quantized", True, slack=slack)
 
 
 def gated_quantized_linear(make: Maker) -> Iterator[OpCase]:
@@ -222,6 +255,8 @@ def embedding(make: Maker) -> Iterator[OpCase]:
         table = make.view(vocab, hidden) if tokens % 2 else make.real(vocab, hidden)
         label = f"{tokens} of {vocab}x{hidden} view={tokens % 2 == 1}"
         yield OpCase(label, (make.whole(vocab, tokens), table))
+    ids = torch.tensor([0, 32_767, 32_768, 65_535, 65_536, WIDE - 1], dtype=torch.int64)
+    yield OpCase(f"of {WIDE}x8", (ids, make.real(WIDE, 8)))
 
 
 def fused_experts(make: Maker) -> Iterator[OpCase]:
@@ -253,6 +288,11 @@ def greedy_sample(make: Maker) -> Iterator[OpCase]:
         yield OpCase(f"{rows}x{vocab} view=True", (with_gaps(logits),))
         # many equal maxima: the lowest id wins
         yield OpCase(f"{rows}x{vocab} ties", ((logits * 1.5).round(),))
+    logits = make.real(6, WIDE, dtype=torch.float32).clamp_(max=3)  # the largest come many times
+    for row, at in enumerate((0, 32_767, 32_768, 65_535, 65_536, WIDE - 1)):
+        logits[row, at] = 9.0
+    yield OpCase(f"{len(logits)}x{WIDE}", (logits,))
+    yield OpCase(f"{len(logits)}x{WIDE} ties", (logits.clamp(max=3),))
     for vocab in (1, 17, 64, 320):
         zeros = torch.zeros(2, vocab, dtype=torch.float32)
         yield OpCase(f"all equal {vocab}", (zeros,))
@@ -273,6 +313,14 @@ def top_k_top_p_sample(make: Maker) -> Iterator[OpCase]:
             make.uniform(rows),
         )
         yield OpCase(f"{rows}x{vocab} k={k} p={p} min_p={least}", args)
+    args = (
+        make.real(3, WIDE, dtype=torch.float32),
+        torch.full((3,), 5, dtype=torch.int64),
+        torch.full((3,), 1.0, dtype=torch.float32),
+        torch.full((3,), 0.0, dtype=torch.float32),
+        make.uniform(3),
+    )
+    yield OpCase(f"3x{WIDE} k=5", args)
 
 
 MAKERS: dict[str, Callable[[Maker], Iterator[OpCase]]] = {

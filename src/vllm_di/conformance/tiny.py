@@ -54,14 +54,29 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "mistral",
         "sliding_window": 13,
     },
+    "bias": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},  # of q, k and v
 }
+LARGER: dict[str, dict[str, Any]] = {
+    "wide": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 70_001,
+        "tie_word_embeddings": True,
+    },
+    "long": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "max_position_embeddings": 2560,
+    },
+}
+"""Models that the other checks are spared: a vocabulary of more than 16 bits, a long context."""
 FEATURES = {"moe": "mixture of experts", "window": "sliding window", "tied": "tied embeddings"}
 """Model to the row of the matrix that it stands for."""
 
 
 def hf_config(name: str, head_size: int) -> dict[str, Any]:
     """The model's ``config.json``."""
-    return _SHAPE | {"head_dim": head_size} | MODELS[name]
+    return _SHAPE | {"head_dim": head_size} | (MODELS | LARGER)[name]
 
 
 def tensors(name: str, head_size: int) -> dict[str, Tensor]:
@@ -85,6 +100,12 @@ def tensors(name: str, head_size: int) -> dict[str, Tensor]:
             f"{attention}.v_proj.weight": (keys, hidden),
             f"{attention}.o_proj.weight": (hidden, queries),
         }
+        if c["model_type"] == "qwen2":
+            shapes |= {
+                f"{attention}.q_proj.bias": (queries,),
+                f"{attention}.k_proj.bias": (keys,),
+                f"{attention}.v_proj.bias": (keys,),
+            }
         if experts := c.get("num_local_experts"):
             sparse = f"{layer}.block_sparse_moe"
             shapes[f"{sparse}.gate.weight"] = (experts, hidden)
@@ -148,5 +169,10 @@ def _random(key: str, shape: tuple[int, ...], scale: float) -> Tensor:
     """Values that bfloat16 and float16 hold exactly: all dtypes run the same weights."""
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     values = torch.randn(shape, dtype=torch.float32, generator=generator)
-    values = 1 + 0.1 * values if len(shape) == 1 else scale * values
+    if key.endswith(".bias"):
+        values = 0.5 * values
+    elif len(shape) == 1:  # of a norm
+        values = 1 + 0.1 * values
+    else:
+        values = scale * values
     return values.bfloat16().float()

@@ -61,6 +61,25 @@ OPS = (
     _ops("RopePairing", "rotary_embedding", f"{OFF}|nat", LOGPROBS.format("gqa")),
     _ops("RopeSign", "rotary_embedding", OFF),
     _ops("RopePositionOff", "rotary_embedding", OFF),
+    _ops(
+        "RopeNarrow",
+        "rotary_embedding",
+        f"positions up to 100000.*({OFF})|nat|is \\d+, not",
+        "golden/test_larger_models[long-1024]",
+    ),
+    _ops("RopeClamped", "rotary_embedding", f"positions up to 100000.*({OFF})"),
+    _ops(
+        "WideWrong",
+        "linear",
+        f"70001.*({OFF})|nat|is \\d+, not",
+        "golden/test_larger_models[wide-40]",
+    ),
+    _ops(
+        "ArgmaxShort",
+        "greedy_sample",
+        "6x70001|is \\d+, not",
+        "golden/test_larger_models[wide-40]",
+    ),
     _ops("BiasForgotten", "linear", f"bias=True.*({OFF})"),
     _ops("TailDropped", "linear", OFF),
     _ops("NarrowLogits", "linear", f"wide.*({OFF})", dtype="bfloat16"),
@@ -329,6 +348,17 @@ ENGINE = (
     ),
 )
 
+QUANTIZATION = (
+    _slot(
+        "quantization",
+        "quantization.BiasDropped",
+        r"the reference has|nat|do not depend on model\.layers\.0\.self_attn\.q_proj\.bias",
+        "golden/test_tokens[bias-float32]",
+        LOGPROBS.format("bias"),
+        "weights/test_every_tensor_counts[bias]",
+    ),
+)
+
 LEAKS = (
     _slot(
         "attention",
@@ -354,4 +384,4 @@ LEAKS = (
     ),
 )
 
-MUTANTS = (*OPS, *ATTENTION, *DEVICE, *SAMPLER, *ENGINE, *LEAKS)
+MUTANTS = (*OPS, *ATTENTION, *DEVICE, *SAMPLER, *ENGINE, *QUANTIZATION, *LEAKS)

@@ -107,6 +107,47 @@ class RopePositionOff(Altered):
         return super().rotary_embedding(shifted, q, k, cos_sin, interleaved)
 
 
+class RopeNarrow(Altered):
+    """Rounds positions to bf16."""
+
+    def rotary_embedding(
+        self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
+        rounded = positions.bfloat16().long().clamp(max=len(cos_sin) - 1)
+        return super().rotary_embedding(rounded, q, k, cos_sin, interleaved)
+
+
+class RopeClamped(Altered):
+    """Has a table of 2,048 positions."""
+
+    def rotary_embedding(
+        self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
+        return super().rotary_embedding(positions.clamp(max=2047), q, k, cos_sin, interleaved)
+
+
+class WideWrong(Altered):
+    """Counts outputs in signed 16 bits."""
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        out = super().linear(x, weight, bias, out_dtype)
+        out[..., 32_768:] = 0
+        return out
+
+
+class ArgmaxShort(Altered):
+    """Sees the first 65,536 logits alone."""
+
+    def greedy_sample(self, logits: Tensor) -> Tensor:
+        return super().greedy_sample(logits[:, :65_536])
+
+
 class BiasForgotten(Altered):
     def linear(
         self,

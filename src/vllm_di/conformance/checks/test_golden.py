@@ -8,8 +8,18 @@ import math
 import pytest
 
 from vllm_di.conformance import tiny
+from vllm_di.conformance.compare import assert_same
 from vllm_di.conformance.driving import Answer, ask, run
-from vllm_di.conformance.golden import HASHES, TOP, digest, goldens, prompts
+from vllm_di.conformance.golden import (
+    HASHES,
+    ROOMY,
+    TOP,
+    digest,
+    goldens,
+    larger_asks,
+    larger_goldens,
+    prompts,
+)
 from vllm_di.conformance.numbers import DTYPES
 from vllm_di.conformance.outcomes import NotDeclared, Record
 from vllm_di.conformance.subject import Subject
@@ -63,6 +73,23 @@ def test_tokens(subject: Subject, record: Record, model: str, dtype: str) -> Non
     if dtype != "float32":
         allowed = math.ceil(SHARE * count)
         assert differing <= allowed, f"{differing} of {count} prompts differ, {allowed} may"
+
+
+@pytest.mark.parametrize(
+    ("model", "context"), [("wide", 40), ("long", 1024), ("long", 2300)], ids=str
+)
+def test_larger_models(subject: Subject, record: Record, model: str, context: int) -> None:
+    """A vocabulary of 70,001 tokens, most of whose answers lie beyond 32,768; contexts of more
+    positions than small whole numbers of a narrow dtype."""
+    if context > 1024 and not subject.full:
+        raise NotDeclared("in the full form")
+    wanted = larger_goldens(model, subject.head_size, context)
+    if model == "wide":
+        assert any(token > 65_536 for answer in wanted for token in answer.token_ids)
+    with subject.engine(*ROOMY, f"model.dtype={subject.exact_dtype}", model=model) as engine:
+        found = run(engine, larger_asks(model, context))
+    record.figure(context=context, vocab=tiny.hf_config(model, subject.head_size)["vocab_size"])
+    assert_same(found, wanted, subject.slack, f"{model}, {context} tokens")
 
 
 @pytest.mark.parametrize("model", tiny.MODELS)

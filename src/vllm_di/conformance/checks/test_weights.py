@@ -29,7 +29,7 @@ def flat(answers: list[Answer]) -> list[float]:
     return [t.logprobs[0] for a in answers for t in (*a.prompt_logprobs, *a.logprobs)]
 
 
-@pytest.mark.parametrize("model", ["gqa", "tied", "moe"])
+@pytest.mark.parametrize("model", ["gqa", "tied", "moe", "bias"])
 def test_every_tensor_counts(subject: Subject, record: Record, model: str) -> None:
     """Change one tensor of the file, and the answers change."""
     base = flat(score(subject, subject.model_folder(model)))
@@ -37,6 +37,8 @@ def test_every_tensor_counts(subject: Subject, record: Record, model: str) -> No
     ignored = []
     # the second layer is like the first
     names = [name for name in weights if "layers.1" not in name]
+    if model == "bias":  # the others are those of "gqa"
+        names = [name for name in names if name.endswith(".bias")]
     for name in names:
         changed = weights | {name: weights[name].flip(0) * 1.5}
         folder = subject.model_folder(model, weights=changed, variant=f"-{name}")

@@ -1,0 +1,23 @@
+"""Quantizations with a fault in the products that they make themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vllm_di.components.quantization.none import NoQuantization
+from vllm_di.components.quantized import QuantizedWeight
+
+
+class BiasDropped(NoQuantization):
+    """Its ops are right: whole models with biases alone show it."""
+
+    def linear(
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        return super().linear(weight, None, out_dtype)
