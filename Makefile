@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test vendor-schemas vendor-llama-cpp test-slow test-mutants faults sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
+.PHONY: serve test vendor-schemas vendor-llama-cpp test-vocabularies test-slow test-mutants faults sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -13,7 +13,7 @@ serve: venv  ## set up, then serve the demo model on http://127.0.0.1:8000
 	$(BIN)/vllm-di serve $(ARGS)
 
 test: venv vendor-schemas  ## set up, then run the tests
-	$(BIN)/python -m pytest -m "not slow and not mutants" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not mutants and not vocabularies" $(ARGS)
 
 # a failed download fails the tests that need the file, not the others
 vendor-schemas: venv  ## fetch the vendors' wheels that tests read schemas from
@@ -21,6 +21,9 @@ vendor-schemas: venv  ## fetch the vendors' wheels that tests read schemas from
 
 vendor-llama-cpp: venv  ## fetch llama.cpp's chat templates and vocabularies, which tests read
 	$(BIN)/python -m tests.vendored
+
+test-vocabularies: vendor-llama-cpp  ## GGUF vocabularies against llama.cpp's own cases
+	$(BIN)/python -m pytest -m vocabularies tests/models/test_vocabularies.py $(ARGS)
 
 test-slow: venv  ## the suites that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

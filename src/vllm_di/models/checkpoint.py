@@ -15,10 +15,11 @@ from typing import Any, Literal
 import msgspec
 
 from vllm_di.cache import file_hash, obtain, user_cache
+from vllm_di.components.loader.gguf_shards import shards_of
 from vllm_di.errors import CheckpointError, UnsupportedModelError
 
 GGUF_MAGIC = b"GGUF"
-CONVERSION = 2
+CONVERSION = 3
 """Raised when the conversion of a GGUF's config and tokenizer changes: older ones are not read."""
 
 
@@ -27,7 +28,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
     format: Literal["safetensors", "gguf"]
     weights: str
-    """A folder of safetensors, or a GGUF file."""
+    """A folder of safetensors, or a GGUF file, the first of its shards."""
     tokenizer: str
     """A folder with tokenizer.json."""
     hf_config: dict[str, Any]
@@ -141,11 +142,18 @@ def _known_hash(path: Path, cache: Path) -> str:
 
 
 def _gguf(path: Path, cache_dir: Path | None) -> Checkpoint:
-    check_gguf_header(path)
+    shards = shards_of(path)
+    path = shards[0]
+    for shard in shards:
+        check_gguf_header(shard)
     try:
         cache = cache_dir or user_cache()
+        digests = [_known_hash(shard, cache) for shard in shards]
+        digest = digests[0]
+        if len(shards) > 1:
+            digest = hashlib.sha256(",".join(digests).encode()).hexdigest()
         folder = obtain(
-            cache / "gguf" / f"{_known_hash(path, cache)[:32]}-{CONVERSION}",
+            cache / "gguf" / f"{digest[:32]}-{CONVERSION}",
             lambda to: _convert(path, to),
         )
     except OSError as error:
@@ -177,7 +185,7 @@ def check_gguf_header(path: Path) -> None:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    """Config and tokenizer of a GGUF, by transformers, in another process. Raises OSError where
+    """Config and tokenizer of a GGUF, in another process. Raises OSError where
     the files cannot be written."""
     folder.mkdir()
     command = [sys.executable, "-m", "vllm_di.models.gguf_convert", str(path), str(folder)]

@@ -1,8 +1,7 @@
 """Writes the config and tokenizer of a GGUF as Hugging Face files: ``python -m
 vllm_di.models.gguf_convert FILE FOLDER``.
 
-transformers converts the tokenizer; it is slow to load, so this runs once for each file, in a
-process of its own.
+Reading a large vocabulary takes seconds, so this runs once for each file, in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from pathlib import Path
 
 from vllm_di.components.loader.gguf_tensors import metadata, open_gguf
 from vllm_di.errors import CheckpointError, UnsupportedModelError
-from vllm_di.models.gguf_config import end_tokens, hf_config
+from vllm_di.models.gguf_config import generation_config, hf_config
+from vllm_di.models.gguf_tokenizer import build_tokenizer, tokenizer_config
 
 
 class NotWrittenError(Exception):
@@ -24,7 +24,7 @@ class NotWrittenError(Exception):
 def convert(path: Path, folder: Path) -> None:
     """config.json, generation_config.json and the tokenizer's files."""
     reader = open_gguf(path)
-    facts = metadata(reader)
+    facts = metadata(reader, vocabulary=True)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{path}: has no tensor token_embd.weight: it is no language model")
@@ -39,17 +39,16 @@ def convert(path: Path, folder: Path) -> None:
         tied="output.weight" not in tensors,
         vector=vector,
     )
-    from transformers import AutoTokenizer
-
-    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**place)
-    ends = end_tokens(facts)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
+    tokenizer = build_tokenizer(facts)
+    files = {
+        "tokenizer_config.json": tokenizer_config(facts),
+        "generation_config.json": generation_config(facts),
+        "config.json": config,
+    }
     try:
-        tokenizer.save_pretrained(folder)
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-        (folder / "config.json").write_text(json.dumps(config))
+        tokenizer.save(str(folder / "tokenizer.json"))
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise NotWrittenError(str(error)) from error
 
@@ -64,7 +63,7 @@ def main() -> None:
         print(f"{path}: {error}")
         raise SystemExit(3) from None
     except CheckpointError as error:
-        print(error)
+        print(error if str(path.parent) in str(error) else f"{path}: {error}")
         raise SystemExit(2) from None
     except NotWrittenError as error:
         print(error)

@@ -12,6 +12,7 @@ from gguf import GGUFReader, dequantize
 from torch import Tensor
 
 from vllm_di.components.loader.gguf_blocks import FLOATS, unpack
+from vllm_di.components.loader.gguf_shards import shards_of
 from vllm_di.components.quantized import GROUP, QuantizedWeight, by_group
 from vllm_di.errors import CheckpointError
 
@@ -84,8 +85,40 @@ class _Reader(GGUFReader):  # type: ignore[misc]
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """Raises CheckpointError for a file that is no GGUF, one that ends too early, or one with a
-    tensor of an unknown type; it names the tensor."""
+    """The file, with the tensors of all its shards. Raises CheckpointError for a file that is no
+    GGUF, one that ends too early, a shard that is missing or another model's, or a tensor of an
+    unknown type; it names file and tensor."""
+    first, *others = shards_of(path)
+    reader = _open(first)
+    count = int(_value(reader, "split.count", 1))
+    if count > 1 and count != 1 + len(others):
+        raise CheckpointError(
+            f"{first}: is one of {count} files (split.count), but its name does not say so: "
+            f"expected NAME-00001-of-{count:05d}.gguf"
+        )
+    names = {tensor.name for tensor in reader.tensors}
+    for number, file in enumerate([first, *others]):
+        shard = reader if number == 0 else _open(file)
+        own = int(_value(shard, "split.no", number)), int(_value(shard, "split.count", count))
+        if own != (number, count):
+            raise CheckpointError(
+                f"{file}: says that it is file {own[0] + 1} of {own[1]}, expected file "
+                f"{number + 1} of {count}"
+            )
+        if number == 0:
+            continue
+        for tensor in shard.tensors:
+            if tensor.name in names:
+                raise CheckpointError(f"{file}: tensor {tensor.name} is in another shard too")
+            names.add(tensor.name)
+        reader.tensors += shard.tensors
+    total = int(_value(reader, "split.tensors.count", len(names)))
+    if total != len(names):
+        raise CheckpointError(f"{first}: has {len(names)} tensors in all, expected {total}")
+    return reader
+
+
+def _open(path: Path) -> _Reader:
     try:
         return _Reader(path)
     except Exception as error:
@@ -93,12 +126,17 @@ def open_gguf(path: Path) -> GGUFReader:
         raise CheckpointError(f"{path}: damaged or truncated: {_first_line(error)}") from None
 
 
-def metadata(reader: GGUFReader) -> Mapping[str, Any]:
-    """Key to value, without the tokenizer's long lists."""
+def _value(reader: GGUFReader, key: str, default: int) -> Any:
+    field = reader.get_field(key)
+    return default if field is None else field.contents()
+
+
+def metadata(reader: GGUFReader, *, vocabulary: bool = False) -> Mapping[str, Any]:
+    """Key to value, without the tokenizer's long lists unless ``vocabulary`` asks for them."""
     return {
         key: field.contents()
         for key, field in reader.fields.items()
-        if not key.startswith("tokenizer.ggml.") or len(field.data) == 1
+        if vocabulary or not key.startswith("tokenizer.ggml.") or len(field.data) == 1
     }
 
 
