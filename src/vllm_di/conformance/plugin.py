@@ -17,7 +17,7 @@ from vllm_di.conformance.catalog import BY_NAME, CHECKS
 from vllm_di.conformance.outcomes import NotDeclared, NotRun, Record
 from vllm_di.conformance.report import Case, CheckResult, Outcome, Waiver, together
 from vllm_di.conformance.subject import Subject
-from vllm_di.errors import PortError
+from vllm_di.errors import PortError, VllmDiError
 
 LETTERS = {"not-declared": "d", "not-run": "n", "waived": "w"}
 
@@ -90,6 +90,15 @@ class Conformance:
     def results_so_far(self) -> Conformance:
         """The run itself, for the check of the report."""
         return self
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """A test with the argument ``declared_quantization`` runs for each that is declared."""
+        if "declared_quantization" in metafunc.fixturenames:
+            try:
+                options = self._subject.declared.quantization
+            except VllmDiError:  # the manifest's own check says so
+                options = ()
+            metafunc.parametrize("declared_quantization", options or ("none",))
 
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]

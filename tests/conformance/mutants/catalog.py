@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 BASE = (
@@ -14,6 +15,7 @@ BASE = (
     "trust=[tests]",
 )
 HERE = "tests.conformance.mutants"
+OPTIONS = str(Path(__file__).with_name("conf"))
 
 
 class Mutant(NamedTuple):
@@ -25,6 +27,14 @@ class Mutant(NamedTuple):
     """Regular expression: what each of them must say."""
     base: tuple[str, ...] = BASE
     """What it is put into."""
+    config_dirs: tuple[str, ...] = ()
+    """Folders with options of its own."""
+
+
+def _own_quantization(option: str, reason: str, *killers: str) -> Mutant:
+    """A quantization under a name that the suite has never heard of."""
+    claim = f"++platform.capabilities.quantization=[{option}]"
+    return Mutant(f"quantization={option}", (claim,), killers, reason, config_dirs=(OPTIONS,))
 
 
 def _ops(cls: str, op: str, reason: str, *more: str, dtype: str = "float32") -> Mutant:
@@ -180,6 +190,18 @@ DEVICE = (
         ("manifest/test_it_has_the_ops_that_it_claims",),
         "fused_experts runs on torch",
         ("platform=cpu",),
+    ),
+    Mutant(
+        "ClaimsAKvDtype",
+        ("++platform.capabilities.kv_dtypes=[float8_e5m2]",),
+        ("manifest/test_every_declared_value_is_run",),
+        "no check runs float8_e5m2",
+    ),
+    Mutant(
+        "ClaimsABlockSize",
+        ("++platform.capabilities.block_sizes=[2048]",),
+        ("kv/test_block_sizes",),
+        "block_size",
     ),
     Mutant(
         "ClaimsADtype",
@@ -356,6 +378,14 @@ QUANTIZATION = (
         "golden/test_tokens[bias-float32]",
         LOGPROBS.format("bias"),
         "weights/test_every_tensor_counts[bias]",
+    ),
+    _own_quantization(
+        "signs",
+        "cosine|nat on average",
+        "weights/test_quantised_products[signs-(96, 130)]",
+    ),
+    _own_quantization(
+        "unchanged", "it changes nothing", "weights/test_quantised_weights[unchanged]"
     ),
 )
 

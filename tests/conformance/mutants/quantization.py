@@ -21,3 +21,20 @@ class BiasDropped(NoQuantization):
         out_dtype: torch.dtype | None = None,
     ) -> Callable[[Tensor], Tensor]:
         return super().linear(weight, None, out_dtype)
+
+
+class HalfQuantized(NoQuantization):
+    """A port's own, under a name of its own: rounds every weight to its sign."""
+
+    def linear(
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        assert isinstance(weight, Tensor)
+        return super().linear(weight.sign() * weight.abs().mean(), bias, out_dtype)
+
+
+class UnchangedQuantized(NoQuantization):
+    """A port's own that quantises nothing."""

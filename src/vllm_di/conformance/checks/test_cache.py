@@ -140,7 +140,10 @@ def test_aborts_return_all_blocks(subject: Subject, record: Record) -> None:
     assert_same(found, wanted, subject.slack, "among aborted requests")
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, "uint8"])
+KV_DTYPES = (*DTYPES, "uint8")
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_kv_dtypes(subject: Subject, record: Record, dtype: str) -> None:
     """A cache of another dtype than the model's: near the same answers."""
     if dtype not in (subject.declared.kv_dtypes or subject.declared.dtypes):

@@ -107,6 +107,34 @@ def test_attention_writes(subject: Subject, record: Record, dtype: str) -> None:
             assert torch.equal(now.nan_to_num(), wanted.nan_to_num()), f"{name} are not those given"
 
 
+def test_block_sizes(subject: Subject, record: Record) -> None:
+    """Each that is declared, or two where any is: the layout has it, and blocks hold that many."""
+    declared, kind = subject.declared.block_sizes, subject.dtype(subject.declared.dtypes[0])
+    settable = subject.has_key("kv_layout.block_size")
+    size = 64 if subject.declared.head_sizes is None else subject.declared.head_sizes[0]
+    spec = KvSpec(layer=0, num_kv_heads=2, head_size=size)
+    if not settable:
+        with subject.parts("kv_layout") as container:
+            own = container.kv_layout().block_size
+        assert declared is None or own in declared, f"its blocks hold {own}, it claims {declared}"
+        return
+    for block_size in declared or (8, 64):
+        more = [f"{stage}kv_layout.block_size={block_size}" for stage in subject.stages]
+        with subject.parts("kv_layout", "device", more=more) as container:
+            layout, device = container.kv_layout(), container.device().torch_device
+            assert layout.block_size == block_size, f"{layout.block_size}, not {block_size}"
+            cache = layout.allocate([spec], BLOCKS, kind)[0]
+            if not cache.key.is_floating_point() or cache.key.dtype != kind:
+                raise NotDeclared(f"the cache holds {cache.key.dtype}: not bit for bit")
+            count = BLOCKS * block_size
+            k = torch.arange(count, dtype=torch.int64)[:, None, None].expand(-1, 2, size) % 64
+            written = (k.to(kind).to(device), (k + 1).to(kind).to(device))
+            layout.write(cache, *written, torch.arange(count, dtype=torch.int64, device=device))
+            for found, wanted in zip(everything(layout, cache, BLOCKS), written, strict=True):
+                assert torch.equal(found, wanted.cpu()), f"blocks of {block_size}"
+    record.figure(block_sizes=list(declared or (8, 64)))
+
+
 def test_block_copies(subject: Subject) -> None:
     kind = subject.dtype(subject.declared.dtypes[0])
     size = 64 if subject.declared.head_sizes is None else subject.declared.head_sizes[0]

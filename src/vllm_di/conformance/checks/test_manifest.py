@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 
 from vllm_di.components.interfaces import INTERFACE_VERSION
-from vllm_di.conformance.catalog import BY_NAME
+from vllm_di.conformance.capabilities import readers
+from vllm_di.conformance.checks.test_cache import KV_DTYPES
+from vllm_di.conformance.checks.test_communicator import WORLDS
+from vllm_di.conformance.numbers import DTYPES
 from vllm_di.conformance.outcomes import NotDeclared, Record
 from vllm_di.conformance.subject import Subject
 from vllm_di.containers.manifest import Capabilities, is_served, served_versions
 from vllm_di.errors import ConfigError
 
-CHECKED_BY = {
-    "dtypes": ("device", "ops", "golden"),
-    "kv_dtypes": ("cache",),
-    "head_sizes": ("prefill", "decode"),
-    "block_sizes": ("kv",),
-    "graphs": ("graphs",),
-    "tensor_parallel": ("communicator", "faults"),
-    "quantization": ("ops", "weights"),
-    "sliding_window": ("prefill", "decode", "golden"),
-    "soft_cap": ("prefill", "decode"),
-    "batch_invariant": ("batching",),
-    "clears_block_tail": ("kv",),
-    "ops": ("manifest", "ops"),
-}
-"""Capability to the checks that judge it."""
+
+@pytest.mark.parametrize("capability", Capabilities.__struct_fields__)
+def test_every_capability_has_a_check(capability: str) -> None:
+    assert readers(capability), f"no check reads platform.capabilities.{capability}"
 
 
-def test_every_capability_has_a_check() -> None:
-    assert set(CHECKED_BY) == set(Capabilities.__struct_fields__)
-    assert all(name in BY_NAME for names in CHECKED_BY.values() for name in names)
+def test_every_declared_value_is_run(subject: Subject) -> None:
+    """Values that no check has a case for would be claimed and never tried."""
+    known: dict[str, Collection[object]] = {
+        "dtypes": DTYPES,
+        "kv_dtypes": KV_DTYPES,
+        "tensor_parallel": WORLDS,
+    }
+    for capability, values in known.items():
+        untried = [v for v in getattr(subject.declared, capability) if v not in values]
+        assert not untried, (
+            f"platform.capabilities.{capability}: no check runs {', '.join(map(str, untried))}; "
+            f"they run {', '.join(map(str, values))}"
+        )
 
 
 def test_interface_version(subject: Subject, record: Record) -> None:

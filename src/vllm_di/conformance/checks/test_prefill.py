@@ -25,6 +25,15 @@ def test_lengths(subject: Subject, record: Record, dtype: str) -> None:
             it.compare(spec, [Load(0, length) for length in (5, 1, 31, 32, 33)])
 
 
+def test_head_sizes(subject: Subject, record: Record) -> None:
+    """Each that is declared, or some where any is."""
+    sizes = subject.declared.head_sizes or (16, 72, 96, 192, 256)
+    with judge(subject, subject.declared.dtypes[0]) as it:
+        for size in sizes:
+            it.compare(spec_of(4, 2, size), [Load(0, 37), Load(20, 1)])
+    record.figure(head_sizes=list(sizes))
+
+
 @pytest.mark.parametrize("length", LONG)
 def test_long_prompt(subject: Subject, length: int) -> None:
     if length > LONG[0] and not subject.full:
