@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 
-from vllm_di.components.chat_template.jinja import JinjaChatTemplate
-from vllm_di.components.interfaces import EngineClient
+from vllm_di.components.chat_template.minijinja import MinijinjaChatTemplate
+from vllm_di.components.interfaces import ChatTemplate, EngineClient
 from vllm_di.components.messages import (
     EngineRequest,
     EngineStats,
@@ -146,12 +146,15 @@ def logprobs_of(token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(ids, [-0.5, -0.5, *(-1.0 - i for i in range(count))][: count + 1], 1)
 
 
-def make_server(engine: EngineClient, **settings: Any) -> OpenAiServer:
+def make_server(
+    engine: EngineClient, *, chat_template: ChatTemplate | None = None, **settings: Any
+) -> OpenAiServer:
     """A server of real components round a fake engine."""
     tokenizer = BytesTokenizer(vocab_size=300)
     return OpenAiServer(
         tokenizer,
-        JinjaChatTemplate(tokenizer, tokenizer_path=None, template=TEMPLATE, fuel=100_000),
+        chat_template
+        or MinijinjaChatTemplate(tokenizer, tokenizer_path=None, template=TEMPLATE, fuel=100_000),
         NoToolParser(),
         NoReasoningParser(),
         PrometheusMetrics(model_name="echo", components={"platform": "test"}),

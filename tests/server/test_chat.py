@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
 import pytest
-from tests.server.fakes import CHAT, EchoEngine, chat, with_client
+from tests.server.fakes import CHAT, COMPLETIONS, EchoEngine, chat, completion, with_client
+
+from vllm_di.components.chat_template.none import NoChatTemplate
+from vllm_di.components.interfaces import ChatTemplate
 
 Test = Callable[[httpx.AsyncClient, EchoEngine], Awaitable[None]]
 
@@ -262,3 +267,44 @@ def test_a_request_may_take_only_so_long(stream: bool) -> None:
         assert engine.aborted
 
     with_client(test, engine={"patience": 1}, request_timeout_seconds=0.05)
+
+
+def test_without_chat_prompts_are_served() -> None:
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        for path, body in ((CHAT, chat()), ("/tokenize", {"messages": chat()["messages"]})):
+            response = await client.post(path, json=body)
+            error = response.json()["error"]
+            assert (response.status_code, error["code"]) == (400, "chat_not_supported")
+            assert "chat_template=none" in error["message"]
+        response = await client.post(COMPLETIONS, json=completion("ab", max_tokens=2))
+        assert response.status_code == 200
+
+    with_client(test, chat_template=NoChatTemplate())
+
+
+class SlowTemplate(ChatTemplate):
+    """Renders ``slow`` once it is let."""
+
+    def __init__(self) -> None:
+        self.may_go_on = threading.Event()
+
+    def render(self, messages: Any, **options: Any) -> str:
+        text: str = messages[-1]["content"]
+        if text == "slow":
+            self.may_go_on.wait()
+        return text
+
+
+def test_a_slow_render_delays_no_other_request() -> None:
+    template = SlowTemplate()
+
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        slow = asyncio.create_task(client.post(CHAT, json=chat("slow", max_tokens=4)))
+        for _ in range(3):
+            answer = await client.post(CHAT, json=chat("fast", max_tokens=4))
+            assert answer.json()["choices"][0]["message"]["content"] == "fast"
+        assert not slow.done()
+        template.may_go_on.set()
+        assert (await slow).json()["choices"][0]["message"]["content"] == "slow"
+
+    with_client(test, chat_template=template)

@@ -34,13 +34,11 @@ async def start_chat(service: Service, request: ChatRequest) -> Answer:
         logprobs=_num_logprobs(request),
         max_tokens=request.max_tokens if limit is None else limit,
     )
-    continues = bool(request.continue_final_message)
-    begins = request.add_generation_prompt
-    prompt = service.chat_template.render(
+    prompt = await service.render(
         request.messages,
         tools=request.tools,
-        add_generation_prompt=not continues if begins is None else begins,
-        continue_final_message=continues,
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
         kwargs=request.chat_template_kwargs,
     )
     generation = await service.start(

@@ -146,13 +146,11 @@ class Pages:
                 code="unsupported_parameter",
             )
         if asked.messages is not None:
-            continues = bool(asked.continue_final_message)
-            begins = asked.add_generation_prompt
-            text = service.chat_template.render(
+            text = await service.render(
                 asked.messages,
                 tools=asked.tools,
-                add_generation_prompt=not continues if begins is None else begins,
-                continue_final_message=continues,
+                add_generation_prompt=asked.add_generation_prompt,
+                continue_final_message=asked.continue_final_message,
                 kwargs=asked.chat_template_kwargs,
             )
         else:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 from vllm_di.components.interfaces import (
     ChatTemplate,
@@ -24,6 +27,10 @@ from vllm_di.server.protocol import GenerateRequest
 
 _LONG_TEXT = 4_000
 """Characters from which a text is tokenised in a thread, so that other streams go on."""
+
+_RENDER_THREADS = 8
+"""They wait for the processes that render. Apart from asyncio's own threads, so that slow prompts
+leave those to the tokenizer."""
 
 
 class Service:
@@ -48,6 +55,7 @@ class Service:
         self.config = config
         self.admission = Admission(engine, config.max_queue)
         self.started_at = int(time.time())
+        self._render_threads = ThreadPoolExecutor(_RENDER_THREADS, "render")
         self._processor: RequestProcessor | None = None
         self._report: WorkerReport | None = None
 
@@ -83,6 +91,29 @@ class Service:
                 code="model_not_found",
                 status=404,
             )
+
+    async def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool | None,
+        continue_final_message: bool | None,
+        kwargs: Mapping[str, Any] | None,
+    ) -> str:
+        """The prompt of a conversation. Without a word on it, a generation prompt is added unless
+        the last message is continued. Raises RequestError."""
+        continues = bool(continue_final_message)
+        begins = not continues if add_generation_prompt is None else add_generation_prompt
+        render = partial(
+            self.chat_template.render,
+            messages,
+            tools=tools,
+            add_generation_prompt=begins,
+            continue_final_message=continues,
+            kwargs=kwargs,
+        )
+        return await asyncio.get_running_loop().run_in_executor(self._render_threads, render)
 
     async def start(
         self,

@@ -1,0 +1,173 @@
+"""Messages as clients send them, made into what templates read; checked on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from vllm_di.errors import RequestError
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names under which clients send an earlier turn's reasoning; templates read the first, that
+of gpt-oss the second."""
+
+
+class Form(msgspec.Struct, frozen=True):
+    """What a template makes of contents: whether a string's text comes through, and a list of
+    parts' text."""
+
+    keeps_strings: bool = True
+    keeps_parts: bool = False
+
+    @property
+    def wraps_strings(self) -> bool:
+        return self.keeps_parts and not self.keeps_strings
+
+
+class Forms(msgspec.Struct, frozen=True):
+    """The form of each role whose messages the template was tried with."""
+
+    of_role: Mapping[str, Form]
+
+    def __getitem__(self, role: str) -> Form:
+        """Other roles follow the user's, with joined parts where strings do."""
+        if (known := self.of_role.get(role)) is not None:
+            return known
+        user = self.of_role.get("user", Form())
+        return Form(not user.wraps_strings, user.wraps_strings)
+
+
+def prepared(messages: Sequence[Mapping[str, Any]], forms: Forms) -> list[dict[str, Any]]:
+    """The messages as transformers hands them to a template: nulls left out, reasoning under each
+    of its names, the arguments of tool calls decoded; contents in the form that the template keeps.
+    Raises RequestError."""
+    if not messages:
+        raise RequestError("messages must not be empty", param="messages")
+    return [_prepared(message, f"messages[{i}]", forms) for i, message in enumerate(messages)]
+
+
+def _prepared(message: Mapping[str, Any], place: str, forms: Forms) -> dict[str, Any]:
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise RequestError(f"{place}.role must be a string", param="messages")
+    made = {key: value for key, value in message.items() if value is not None}
+    if "content" in made:
+        made["content"] = _content(made["content"], forms[role], f"{place}.content")
+    if calls := made.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise RequestError(f"{place}.tool_calls must be a list", param="messages")
+        made["tool_calls"] = [_decoded(call, place) for call in calls]
+    reasoning = next((made[name] for name in _REASONING if name in made), None)
+    if reasoning is not None:
+        made = {"thinking": reasoning} | made | {"reasoning_content": reasoning}
+    return made
+
+
+def _content(content: Any, form: Form, place: str) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if form.wraps_strings else content
+    if not isinstance(content, list):
+        raise RequestError(f"{place} must be a string or a list of text parts", param="messages")
+    parts = [_part(part, f"{place}[{i}]") for i, part in enumerate(content)]
+    return parts if form.keeps_parts else "".join(part["text"] for part in parts)
+
+
+def _part(part: Any, place: str) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text":
+        raise RequestError(
+            f"{place}: only parts of type 'text' are understood, got {str(kind)[:40]!r}",
+            param="messages",
+            code="unsupported_parameter",
+        )
+    if not isinstance(part.get("text"), str):
+        raise RequestError(f"{place}.text must be a string", param="messages")
+    return dict(part)
+
+
+def _decoded(call: Any, place: str) -> dict[str, Any]:
+    """Templates expect the arguments of an earlier tool call as an object; OpenAI sends JSON
+    text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise RequestError(f"{place}.tool_calls: each needs a function", param="messages")
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return dict(call)
+    try:
+        arguments = msgspec.json.decode(arguments or "{}")
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        raise RequestError(
+            f"{place}.tool_calls: the arguments are not JSON", param="messages"
+        ) from None
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+# -- the last user message ------------------------------------------------------------------------
+
+
+def lost_user_text(messages: Sequence[Mapping[str, Any]], prompt: str) -> int | None:
+    """The index of the last user message if a text of it is missing in the prompt. Templates may
+    trim it, or write it as JSON."""
+    index = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "user"), None)
+    if index is None:
+        return None
+    texts = _texts(messages[index].get("content", ""))
+    return index if not all(_is_in(text.strip(), prompt) for text in texts) else None
+
+
+def _texts(content: str | Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    else:
+        yield from (part["text"] for part in content)
+
+
+def _is_in(text: str, prompt: str) -> bool:
+    return text in prompt or any(
+        json.dumps(text, ensure_ascii=ascii)[1:-1] in prompt for ascii in (False, True)
+    )
+
+
+# -- continuing the last message -------------------------------------------------------------------
+
+_MARK = "CONTINUE-HERE-7c1f "
+"""Stands behind the last message while it is rendered. The space at its end shows whether the
+template trims."""
+
+
+def open_ended(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the mark at the end of the last one's text. Raises RequestError."""
+    *before, last = messages
+    content = last.get("content")
+    if isinstance(content, str):
+        content = content + _MARK
+    elif content:
+        content = [*content[:-1], {**content[-1], "text": content[-1]["text"] + _MARK}]
+    else:
+        raise RequestError(
+            "continue_final_message: the last message has no content to continue",
+            param="continue_final_message",
+        )
+    return [*before, {**last, "content": content}]
+
+
+def up_to_mark(prompt: str, last: Mapping[str, Any]) -> str:
+    """The prompt without the mark and what follows, so that the model goes on writing the message;
+    without the message's trailing space where the template trims it. Raises RequestError when the
+    template changes the message."""
+    place = prompt.rfind(_MARK.rstrip())
+    final = next(reversed(list(_texts(last["content"]))))
+    if place < 0 or final.strip() not in prompt:
+        raise RequestError(
+            "continue_final_message: the chat template drops or changes the last message",
+            param="continue_final_message",
+        )
+    before = prompt[:place] if prompt.startswith(_MARK, place) else prompt[:place].rstrip()
+    # a template may write the message twice
+    return before.replace(_MARK, "").replace(_MARK.rstrip(), "")

@@ -1,0 +1,28 @@
+"""No chat: completions alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from vllm_di.components.interfaces import ChatTemplate
+from vllm_di.errors import RequestError
+
+
+class NoChatTemplate(ChatTemplate):
+    """Refuses every conversation with 400; prompts are served."""
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> NoReturn:
+        raise RequestError(
+            "this server serves no chat (chat_template=none); send a prompt to /v1/completions",
+            param="messages",
+            code="chat_not_supported",
+        )

@@ -1,0 +1,165 @@
+"""From messages to a prompt, whichever engine renders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from vllm_di.components.chat_template.conversation import (
+    Form,
+    Forms,
+    lost_user_text,
+    open_ended,
+    prepared,
+    up_to_mark,
+)
+from vllm_di.components.chat_template.sources import Sources
+from vllm_di.errors import ConfigError, RequestError
+
+_RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
+"""With the tokenizer's other special tokens: what chat_template_kwargs must not set."""
+_MARKER, _OTHER = "Zephyrquill", "Quillzephyr"
+"""Words that no template has: the text of a message, and the value of a key that only a template
+which writes out whole parts shows."""
+
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks.",
+        "parameters": {"type": "object", "properties": {}, "required": []},
+    },
+}
+
+log = logging.getLogger(__name__)
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Engine(Protocol):
+    """Renders one template by name."""
+
+    def __call__(self, name: str, values: Mapping[str, Any]) -> str:
+        """Raises RequestError."""
+
+
+class Prompter:
+    """Tries the templates with a marker word at the start, in every form of content; then renders.
+
+    ``require_text``: a default template that keeps no text of a user raises ConfigError at once,
+    and a prompt that lacks the last user message's raises RequestError.
+    """
+
+    def __init__(self, sources: Sources, engine: Engine, *, require_text: bool) -> None:
+        self._engine, self._tokens, self._place = engine, sources.tokens, sources.place
+        self._require_text = require_text
+        self._forms: dict[str, Forms] = {}
+        if sources.templates:
+            self._forms["default"] = self._default_forms()
+        for name in sources.templates.keys() - {"default"}:
+            self._forms[name] = self._named_forms(name)
+
+    def render(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """As ``ChatTemplate.render``."""
+        if not self._forms:
+            raise RequestError(
+                "the tokenizer has no chat template: set chat_template.template to a file, or "
+                "use chat_template=plain",
+                param="messages",
+            )
+        if continue_final_message and add_generation_prompt:
+            raise RequestError(
+                "continue_final_message goes only with add_generation_prompt=false",
+                param="continue_final_message",
+            )
+        for name in kwargs or ():
+            if name in _RESERVED or name in self._tokens:
+                raise RequestError(
+                    f"chat_template_kwargs must not set {name!r}", param="chat_template_kwargs"
+                )
+        name = "tool_use" if tools and "tool_use" in self._forms else "default"
+        conversation = prepared(messages, self._forms[name])
+        shown = open_ended(conversation) if continue_final_message else conversation
+        values = self._values(shown, tools, add_generation_prompt)
+        text = self._engine(name, {**values, **(kwargs or {})})
+        if continue_final_message:
+            text = up_to_mark(text, conversation[-1])
+        index = lost_user_text(conversation, text) if self._require_text else None
+        if index is not None:
+            raise RequestError(
+                f"messages[{index}]: its text does not stand in the prompt that the chat template "
+                f"makes ({self._place}); chat_template.require_text=false lets it pass",
+                param="messages",
+            )
+        return text
+
+    def _default_forms(self) -> Forms:
+        user, why = self._form_of("default", "user")
+        if user is not None:
+            return self._forms_round("default", user)
+        message = (
+            f"{self._place}: {why}; chat_template.template takes another, chat_template=none "
+            "serves without chat"
+        )
+        if self._require_text:
+            raise ConfigError(f"{message}, chat_template.require_text=false takes it as it is")
+        log.warning("%s", message)
+        return Forms({})
+
+    def _named_forms(self, name: str) -> Forms:
+        """A template for tools may need tools: then the default's forms stand for its own."""
+        user, _ = self._form_of(name, "user")
+        return self._forms["default"] if user is None else self._forms_round(name, user)
+
+    def _forms_round(self, name: str, user: Form) -> Forms:
+        forms = {"user": user}
+        for role in ("system", "assistant"):
+            form, _ = self._form_of(name, role, user)
+            if form is not None:
+                forms[role] = form
+        return Forms(forms)
+
+    def _form_of(self, name: str, role: str, user: Form | None = None) -> tuple[Form | None, str]:
+        """What becomes of the marker as a string and as parts in a message of the role; None, and
+        why, where it is lost in both. A template that cannot do without tools gets one."""
+        hello: Any = _as_parts("Hi") if user and user.wraps_strings else "Hi"
+        before = [{"role": "user", "content": hello}] if role == "assistant" else []
+        after = [{"role": "user", "content": hello}] if role != "user" else []
+        why = ""
+        for tools in (None, [_TOOL]):
+            kept = []
+            for content in (_MARKER, _as_parts(_MARKER)):
+                messages = [*before, {"role": role, "content": content}, *after]
+                try:
+                    text = self._engine(name, self._values(messages, tools))
+                except RequestError as error:
+                    why, text = why or error.message, ""
+                else:
+                    why = why or "the text of a user message is lost in it"
+                kept.append(_MARKER in text and _OTHER not in text)
+            if any(kept):
+                return Form(*kept), ""
+        return None, why
+
+    def _values(self, messages: Messages, tools: Any, begins: bool = True) -> dict[str, Any]:
+        """The names that every template may rely on."""
+        return {
+            "documents": None,
+            **self._tokens,
+            "messages": messages,
+            "tools": tools or None,
+            "add_generation_prompt": begins,
+        }
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text, "note": _OTHER}]
