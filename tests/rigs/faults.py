@@ -57,9 +57,10 @@ class Figures:
         for kind, count in sorted(self.faults.items()):
             print(f"{count:6}  {kind}")
         print(f"{total:6}  faults in {seconds:.0f} s; the canary equalled its golden after each")
-        accepted = sum(n for name, n in self.endings.items() if name != "refused")
-        print(f"{accepted:6}  requests accepted: ", end="")
-        print(", ".join(f"{count} {name}" for name, count in sorted(self.endings.items())))
+        refused = self.endings.pop("refused", 0)
+        endings = ", ".join(f"{count} {name}" for name, count in sorted(self.endings.items()))
+        print(f"{self.endings.total():6}  requests accepted: {endings}")
+        print(f"{refused:6}  requests refused, with Retry-After, while there was no engine")
         if self.noticed:
             print(f"        a stopped process showed after {max(self.noticed):.1f} s at most")
         print(f"{len(self.lost):6}  lost", *self.lost[:20], sep="\n        ")
