@@ -91,7 +91,7 @@ def test_scoring_a_prompt(stream: bool) -> None:
         assert logprobs["tokens"] == ["<s>", "h", "\ufffd", "\ufffd"]
         assert logprobs["token_logprobs"] == [None, -0.5, -0.5, -0.5]
         assert logprobs["top_logprobs"][1] == {"h": -0.5}
-        assert logprobs["text_offset"] == [0, 3, 4, 5]
+        assert logprobs["text_offset"] == [0, 0, 1, 1], "<s> is not in the text; é is two tokens"
 
     with_client(test)
 
@@ -117,6 +117,28 @@ def test_legacy_logprobs() -> None:
         plain = {**request, "logprobs": 0}
         body = (await client.post(COMPLETIONS, json=plain)).json()
         assert body["choices"][0]["logprobs"]["top_logprobs"] is None
+
+    with_client(test)
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_point_into_the_text(stream: bool, echo: bool) -> None:
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        prompt = [*"A 🦙é eats".encode()]
+        request = completion(prompt, logprobs=0, max_tokens=len(prompt), echo=echo, stream=stream)
+        response = await client.post(COMPLETIONS, json=request)
+        chunks = events(response) if stream else [response.json()]
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        text = "".join(choice["text"] for choice in choices)
+        told = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+        tokens = [token for part in told for token in part["tokens"]]
+        offsets = [offset for part in told for offset in part["text_offset"]]
+        assert text == "A 🦙é eats" * (1 + echo)
+        want = [0, 1, 2, 2, 2, 2, 3, 3, 4, 5, 6, 7, 8]
+        assert offsets == want + [9 + offset for offset in want] * echo
+        for token, offset in zip(tokens, offsets, strict=True):
+            assert token == "\ufffd" or text[offset:].startswith(token)
 
     with_client(test)
 

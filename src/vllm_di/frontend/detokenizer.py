@@ -35,7 +35,7 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._window = [i for i in prompt_token_ids[-_PROMPT_TAIL:] if not self._is_dropped(i)]
+        self._window = [i for i in prompt_token_ids[-_PROMPT_TAIL:] if not self.drops(i)]
         context = self._decode()
         if context.endswith(_BROKEN):
             self._window, context = [], ""
@@ -44,10 +44,10 @@ class Detokenizer:
 
     def add(self, token_id: int) -> str:
         """Take one token; return the text that is now settled, often just this token's."""
-        if self._is_dropped(token_id):
+        if self.drops(token_id):
             return ""
         self._window.append(token_id)
-        if self._is_byte_token(token_id):
+        if self.is_byte_token(token_id):
             return ""
         text = self._decode()
         if text.endswith(_BROKEN) and (num_open := self._num_open_bytes()):
@@ -57,6 +57,17 @@ class Detokenizer:
     def flush(self) -> str:
         """The end of the text: what was held back, broken characters included."""
         return self._show(self._decode())
+
+    def drops(self, token_id: int) -> bool:
+        """Whether a token has no text, which would only make the window longer."""
+        if self._skip and self._tokenizer.is_special(token_id):
+            return True
+        return not self._tokenizer.token_text(token_id)
+
+    def is_byte_token(self, token_id: int) -> bool:
+        """Whether it is one of ``<0x00>`` to ``<0xFF>``."""
+        text = self._tokenizer.token_text(token_id)
+        return len(text) == 6 and text.startswith("<0x")
 
     def _show(self, text: str) -> str:
         new = text[self._shown_length :]
@@ -78,16 +89,6 @@ class Detokenizer:
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
-
-    def _is_dropped(self, token_id: int) -> bool:
-        """Tokens without text would only make the window longer."""
-        if self._skip and self._tokenizer.is_special(token_id):
-            return True
-        return not self._tokenizer.token_text(token_id)
-
-    def _is_byte_token(self, token_id: int) -> bool:
-        text = self._tokenizer.token_text(token_id)
-        return len(text) == 6 and text.startswith("<0x")
 
     def _num_open_bytes(self) -> int:
         """Bytes at the window's end that could become a character with the next token; 0 when its

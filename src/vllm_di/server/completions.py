@@ -85,8 +85,16 @@ class CompletionAnswer(Answer):
         self._with_token_ids = bool(request.return_token_ids)
         self._created = int(time.time())
         self._choices = [
-            _Choice(LegacyLogprobs(service.tokenizer, has_top=bool(request.logprobs)))
-            for _ in range(len(generations) * self._num_each)
+            _Choice(
+                LegacyLogprobs(
+                    service.tokenizer,
+                    has_top=bool(request.logprobs),
+                    prompt_token_ids=generation.prompt_token_ids,
+                    skip_special_tokens=generation.params.skip_special_tokens,
+                )
+            )
+            for generation in generations
+            for _ in generation.requests
         ]
         common: dict[str, Any] = {"id": request_id, "object": "text_completion"}
         common |= {"created": self._created, "model": service.config.name}
@@ -172,14 +180,14 @@ class CompletionAnswer(Answer):
         is_first = self._echo and not choice.has_begun
         choice.has_begun = True
         generation = self.generations[position]
-        if is_first:
-            text = self._prompt_text(generation) + text
+        prompt = self._prompt_text(generation) if is_first else ""
+        text = prompt + text
         if not self._has_logprobs:
             return text, None
         parts = []
         if is_first and generation.prompt_logprobs is not None:
             ids = generation.prompt_token_ids
-            parts.append(choice.legacy.prompt(ids, generation.prompt_logprobs))
+            parts.append(choice.legacy.prompt(ids, generation.prompt_logprobs, prompt))
         if entries:
             parts.append(choice.legacy.piece(entries))
         if not parts:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_di.components.interfaces import Tokenizer
 from vllm_di.components.messages import TokenLogprobs
+from vllm_di.frontend.offsets import TextOffsets, prompt_offsets
 from vllm_di.frontend.outputs import position_logprobs, token_string
 
 _LOWEST = -9999.0
@@ -30,34 +31,54 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dic
 
 class LegacyLogprobs:
     """``choices[].logprobs`` of plain completions, for one text in pieces. Offsets count
-    characters from the text's start."""
+    characters from the text's start, that of an echoed prompt included; ``prompt_token_ids`` are
+    what the text goes on from."""
 
-    def __init__(self, tokenizer: Tokenizer, *, has_top: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        has_top: bool,
+        prompt_token_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
         self._has_top = has_top
-        self._offset = 0
+        self._offsets = TextOffsets(
+            tokenizer, prompt_token_ids, skip_special_tokens=skip_special_tokens
+        )
+        self._start = 0
 
     def prompt(
-        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs] | None
+        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs] | None, text: str
     ) -> dict[str, Any]:
         """The echoed prompt; nothing can be said of its first token."""
-        piece = self.piece(entries or ())
+        self._start = len(text)
+        tokens, logprobs, tops = self._values(entries or ())
         first = token_string(self._tokenizer, token_ids[0])
-        shift = len(first)
-        self._offset += shift
         return {
-            "tokens": [first, *piece["tokens"]],
-            "token_logprobs": [None, *piece["token_logprobs"]],
-            "top_logprobs": [None, *piece["top_logprobs"]] if self._has_top else None,
-            "text_offset": [0, *(offset + shift for offset in piece["text_offset"])],
+            "tokens": [first, *tokens],
+            "token_logprobs": [None, *logprobs],
+            "top_logprobs": [None, *tops] if self._has_top else None,
+            "text_offset": prompt_offsets(self._tokenizer, token_ids, text)[: 1 + len(tokens)],
         }
 
     def piece(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """The next tokens."""
+        tokens, logprobs, tops = self._values(entries)
+        return {
+            "tokens": tokens,
+            "token_logprobs": logprobs,
+            "top_logprobs": tops if self._has_top else None,
+            "text_offset": [self._start + self._offsets.add(e.token_ids[0]) for e in entries],
+        }
+
+    def _values(
+        self, entries: Sequence[TokenLogprobs]
+    ) -> tuple[list[str], list[float], list[dict[str, float]]]:
         tokens: list[str] = []
         logprobs: list[float] = []
         tops: list[dict[str, float]] = []
-        offsets: list[int] = []
         for entry in entries:
             texts = [token_string(self._tokenizer, i) for i in entry.token_ids]
             values = [max(p, _LOWEST) for p in entry.logprobs]
@@ -67,14 +88,7 @@ class LegacyLogprobs:
             for text, value in zip(texts, values, strict=True):
                 top.setdefault(text, value)  # halves of characters read alike: the likeliest stays
             tops.append(top)
-            offsets.append(self._offset)
-            self._offset += len(texts[0])
-        return {
-            "tokens": tokens,
-            "token_logprobs": logprobs,
-            "top_logprobs": tops if self._has_top else None,
-            "text_offset": offsets,
-        }
+        return tokens, logprobs, tops
 
 
 def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
