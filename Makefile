@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-mutants faults sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
+.PHONY: serve test vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-families test-mutants faults sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -13,7 +13,7 @@ serve: venv  ## set up, then serve the demo model on http://127.0.0.1:8000
 	$(BIN)/vllm-di serve $(ARGS)
 
 test: venv vendor-schemas  ## set up, then run the tests
-	$(BIN)/python -m pytest -m "not slow and not mutants and not vocabularies and not templates" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not mutants and not vocabularies and not templates and not families" $(ARGS)
 
 # a failed download fails the tests that need the file, not the others
 vendor-schemas: venv  ## fetch the vendors' wheels that tests read schemas from
@@ -30,6 +30,9 @@ test-slow: venv  ## the suites that take minutes
 
 test-templates: vendor-llama-cpp  ## all chat templates that llama.cpp collects, beside transformers
 	$(BIN)/python -m pytest -m templates tests/components/chat_template $(ARGS)
+
+test-families: venv  ## every causal class of transformers: equal, or refused by name
+	$(BIN)/python -m pytest -m families tests/models/test_families.py $(ARGS)
 
 test-mutants: venv  ## every mutant against every check that needs no process of its own
 	$(BIN)/python -m pytest -m mutants tests/conformance $(ARGS)

@@ -6,10 +6,14 @@ checkpoint.
 
 from __future__ import annotations
 
+import logging
+import re
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +36,18 @@ from vllm_di.models.layers import Linear, Norm, Target, VocabParallel
 from vllm_di.models.moe import Experts
 from vllm_di.models.rope import cos_sin_table
 
+log = logging.getLogger(__name__)
+
 INIT_STD = 0.02
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+INV_FREQ = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+VISION = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
+"""Of a Gemma 3 that sees images too; its text model runs alone."""
 
 
 class Decoder(nn.Module, Model):
@@ -72,6 +87,7 @@ class Decoder(nn.Module, Model):
         self._quantization, self._device = quantization, parts.device
         self.takes_quantized = quantization.takes_quantized
         self.embedding = parts.vocabulary() if self.first else None
+        self._vocabulary = parts.vocabulary
         shared = self.embedding if c.tie_word_embeddings else None
         self.head = (shared or parts.vocabulary()) if self.last else None
         self._layers = [Layer(parts, i) for i in self._span]
@@ -127,24 +143,24 @@ class Decoder(nn.Module, Model):
     @torch.no_grad()
     def load_weights(self, weights: Iterator[tuple[str, Any]]) -> None:
         targets = self.targets()
-        missing = set(targets)
-        for name, tensor in weights:
-            name = name.removeprefix("language_model.").replace("model.language_model.", "model.")
+        missing, tied = set(targets), bool(self.config.tie_word_embeddings)
+        table = own_head = None
+        left_out: list[str] = []
+        for raw, tensor in weights:
+            name = raw.removeprefix("language_model.").replace("model.language_model.", "model.")
+            if name == TABLE:
+                table = tensor
+            if name == HEAD and tied and self.last:
+                own_head = tensor
+                continue
             target = targets.get(name)
             if target is None:
-                self._unexpected(name, targets)
+                self._leave_out(name, tensor, targets)
+                left_out.append(name)
                 continue
-            if tuple(tensor.shape) != target.shape:
-                raise CheckpointError(
-                    f"tensor {name} has shape {list(tensor.shape)}, "
-                    f"the config asks for {list(target.shape)}"
-                )
-            if isinstance(tensor, QuantizedWeight) and not target.quantized:
-                tensor = tensor.dequantize(self.dtype)
-            try:
-                target.fill(tensor)
-            except ValueError as error:  # a share that cuts a group
-                raise CheckpointError(f"tensor {name}: {error}") from None
+            if name not in missing:
+                raise CheckpointError(f"tensor {name} comes twice, once as {raw}")
+            self._fill(name, target, tensor)
             missing.discard(name)
         if missing:
             names = sorted(missing)
@@ -152,21 +168,67 @@ class Decoder(nn.Module, Model):
                 f"the checkpoint lacks {len(names)} tensors: {', '.join(names[:5])}"
                 + (", ..." if len(names) > 5 else "")
             )
+        if own_head is not None:
+            if table is not None and self._same(own_head, table):
+                left_out.append(f"{HEAD} (equal to {TABLE})")
+            else:
+                self._untie(own_head)
+        if left_out:
+            log.info("%d tensors are left out: %s", len(left_out), _summary(left_out))
         self.finalize()
 
-    def _unexpected(self, name: str, targets: dict[str, Target]) -> None:
+    def _fill(self, name: str, target: Target, tensor: Any) -> None:
+        if tuple(tensor.shape) != target.shape:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(tensor.shape)}, "
+                f"the config asks for {list(target.shape)}"
+            )
+        if isinstance(tensor, QuantizedWeight) and not target.quantized:
+            tensor = tensor.dequantize(self.dtype)
+        try:
+            target.fill(tensor)
+        except ValueError as error:  # a share that cuts a group
+            raise CheckpointError(f"tensor {name}: {error}") from None
+
+    def _same(self, one: Any, other: Any) -> bool:
+        """Whether two tensors of a checkpoint are the same matrix for this model."""
+        if tuple(one.shape) != tuple(other.shape):
+            return False
+        plain = [
+            t.dequantize(self.dtype) if isinstance(t, QuantizedWeight) else t.to(self.dtype)
+            for t in (one, other)
+        ]
+        return torch.equal(*plain)
+
+    def _untie(self, tensor: Any) -> None:
+        """The checkpoint has a head of its own though its config says that there is none: it is
+        what was trained, and transformers reads it."""
+        log.warning(
+            "%s differs from %s, though config.json says tie_word_embeddings: the checkpoint's own "
+            "head is used",
+            HEAD,
+            TABLE,
+        )
+        self.config = msgspec.structs.replace(self.config, tie_word_embeddings=False)
+        self.head = self._vocabulary()
+        self._fill(HEAD, self.head.targets("lm_head")[HEAD], tensor)
+
+    def _leave_out(self, name: str, tensor: Any, targets: dict[str, Target]) -> None:
         """Refuse a tensor that nothing takes, but for those that are known to be no weights of
-        ours."""
+        ours: another stage's, rotary frequencies, and what sees in a model of several kinds of
+        input."""
         layer = name.split(".")[2] if name.startswith("model.layers.") else ""
-        elsewhere = layer.isdigit() and int(layer) not in self._span
-        if not self.first:
-            elsewhere |= name == "model.embed_tokens.weight"
-        if not self.last:
-            elsewhere |= name in ("model.norm.weight", "lm_head.weight")
-        tied_copy = name == "lm_head.weight" and self.config.tie_word_embeddings
-        if elsewhere or tied_copy or name.endswith("rotary_emb.inv_freq") or ".vision" in name:
+        if layer.isdigit() and int(layer) not in self._span:
             return
-        if name.startswith(("vision_tower.", "multi_modal_projector.", "model.vision_tower.")):
+        if not self.first and name == TABLE:
+            return
+        if not self.last and name in ("model.norm.weight", HEAD):
+            return
+        assert self.config.head_dim and self.config.partial_rotary_factor
+        rotary = int(self.config.head_dim * self.config.partial_rotary_factor) // 2
+        if INV_FREQ.fullmatch(name) and tuple(tensor.shape) == (rotary,):
+            return  # the config says how they are computed
+        if self.config.architecture == "Gemma3ForCausalLM" and name.startswith(VISION):
             return
         raise CheckpointError(
             f"tensor {name} is in the checkpoint but not in the model{nearest(name, targets)}"
@@ -252,3 +314,9 @@ class Decoder(nn.Module, Model):
         if (cap := self.config.final_logit_softcapping) is not None:
             out = cap * torch.tanh(out / cap)
         return out
+
+
+def _summary(names: list[str]) -> str:
+    """Names with their numbers taken together: ``model.layers.*.x (30)``."""
+    kinds = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    return ", ".join(f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items())

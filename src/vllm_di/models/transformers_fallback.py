@@ -3,10 +3,9 @@ its attention interface."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,26 +21,16 @@ from vllm_di.components.interfaces import (
 from vllm_di.components.messages import KvSpec
 from vllm_di.errors import CheckpointError, ConfigError, UnsupportedModelError
 from vllm_di.models.config import DecoderConfig
+from vllm_di.models.flat_check import Head, body_of, check_flat_steps
+from vllm_di.models.hf_attention import STEP, Step
 from vllm_di.models.hf_config import FAMILIES
 
-NAME = "vllm_di"
-"""Of our attention among transformers' implementations."""
-STEP = "vllm_di_step"
-"""The keyword under which a step's state goes through the model's layers to their attention."""
-
-
-@dataclass(slots=True)
-class Step:
-    """What the attention of each layer needs of the step that runs."""
-
-    backend: AttentionBackend
-    caches: Sequence[LayerCache]
-    metadata: Any
+T = TypeVar("T")
 
 
 class TransformersModel(Model):
-    """Runs on one rank. Models whose attention is not the common one are refused, never run
-    wrong."""
+    """Runs on one rank. What a step of several sequences would change is refused after loading,
+    by evidence (``flat_check``)."""
 
     def __init__(
         self,
@@ -51,9 +40,6 @@ class TransformersModel(Model):
         *,
         config: DecoderConfig,
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
         if communicator.world_size > 1:
             raise ConfigError(
                 f"{config.architecture} runs on transformers' code, which cannot be split over "
@@ -70,20 +56,21 @@ class TransformersModel(Model):
                 f"{config.architecture}: a model without native code needs a folder with "
                 f"config.json as model.path, not {config.path!r}"
             )
-        hf = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
-        _refuse_foreign(hf, str(config.architecture))
+        self._name = str(config.architecture)
+        hf = self._guarded("config.json cannot be read", _read_config, config.path)
+        if not _is_causal(hf):
+            raise self._refused("it is no causal language model that transformers knows")
         self.dtype = device.dtype(config.dtype)
         self._attention, self._device = attention, device.torch_device
-        ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
-        with torch.device(self._device):
-            self._model = AutoModelForCausalLM.from_config(hf, dtype=self.dtype).eval()
+        with torch.device("meta"):  # its weights come later, and are then made once
+            self._model = self._guarded("it cannot be built", self._make, hf)
         if not getattr(self._model, "_supports_attention_backend", False):
-            raise UnsupportedModelError(
-                f"{config.architecture}: its attention cannot be replaced (transformers says so); "
-                f"{_supported()}"
-            )
+            raise self._refused("its attention cannot be replaced (transformers says so)")
         self._hf = hf.get_text_config()
-        self.vocab_size, self.hidden_size = int(self._hf.vocab_size), int(self._hf.hidden_size)
+        self.vocab_size, self.hidden_size, layers = self._guarded(
+            "its sizes cannot be read", _sizes, self._hf
+        )
+        self._kv_specs = _first_guess(self._hf, layers)
         limit = config.max_position_embeddings or getattr(self._hf, "max_position_embeddings", None)
         if limit is None and config.max_model_len is None:
             raise ConfigError(
@@ -95,16 +82,30 @@ class TransformersModel(Model):
                 f"model.max_model_len ({self.max_model_len}) is above the model's own {limit}"
             )
         self.eos_token_ids = config.eos_token_ids or []
-        self._logit_scale, self._weight_bytes = 1.0, 0
+        self._head, self._weight_bytes = Head(), 0
+
+    def _make(self, hf: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_config(hf, dtype=self.dtype).eval()
+
+    def _refused(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self._name} is refused: {why}; {_supported()}")
+
+    def _guarded(self, what: str, call: Callable[..., T], *args: Any) -> T:
+        """Run transformers' code; whatever it raises is a refusal with the model's name."""
+        try:
+            return call(*args)
+        except UnsupportedModelError as error:
+            raise self._refused(str(error)) from None
+        except (MemoryError, torch.OutOfMemoryError, CheckpointError):
+            raise
+        except Exception as error:  # foreign code for any architecture raises anything
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise self._refused(f"{what}: {type(error).__name__}: {line[:200]}") from error
 
     def kv_specs(self) -> list[KvSpec]:
-        heads = self._hf.num_attention_heads
-        kv_heads = getattr(self._hf, "num_key_value_heads", None) or heads
-        size = getattr(self._hf, "head_dim", None) or self._hf.hidden_size // heads
-        return [
-            KvSpec(layer=i, num_kv_heads=kv_heads, head_size=size)
-            for i in range(self._hf.num_hidden_layers)
-        ]
+        return list(self._kv_specs)
 
     @torch.no_grad()
     def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -117,41 +118,41 @@ class TransformersModel(Model):
             dtype=self.dtype,
             output_loading_info=True,
         )
-        self._model.eval()
         wrong = {k: sorted(map(str, v))[:5] for k, v in told.items() if v}
         if wrong:
             facts = "; ".join(f"{k}: {', '.join(v)}" for k, v in wrong.items())
             raise CheckpointError(f"{kind.__name__}: the weights do not fit: {facts}")
-        self._check_logits()
+        self._model.to(self._device).eval()
+        self._check()
 
     @torch.no_grad()
     def load_random(self, seed: int) -> None:
+        with torch.device(self._device):
+            self._model = self._guarded("it cannot be built", self._make, self._model.config)
         generator = torch.Generator(self._device).manual_seed(seed)
         for parameter in self._model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.02, generator=generator)
         self._model.tie_weights()
-        self._check_logits()
+        self._check()
 
-    def _check_logits(self) -> None:
-        """The step takes logits of some rows alone, so the head is called apart from the model.
-
-        Some models change logits after the head. A constant factor is found here; anything else is
-        refused.
-        """
-        ids = torch.arange(1, 5, dtype=torch.int64, device=self._device)[None] % self.vocab_size
-        whole = self._model(input_ids=ids, use_cache=False).logits[0].float()
-        hidden = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        ours = self._model.get_output_embeddings()(hidden).float()
-        scale = float((whole * ours).sum() / (ours * ours).sum())
-        if not torch.allclose(whole, ours * scale, rtol=2e-2, atol=1e-3 * float(ours.abs().max())):
-            raise UnsupportedModelError(
-                f"{type(self._model).__name__} changes its logits after the head in a way that "
-                f"cannot be followed; {_supported()}"
-            )
-        self._logit_scale = scale if abs(scale - 1) > 1e-3 else 1.0
+    def _check(self) -> None:
+        """Refuse what would run wrong, before the first request."""
+        evidence = self._guarded(
+            "it fails in a step of several sequences",
+            check_flat_steps,
+            self._model,
+            len(self._kv_specs),
+            self.max_model_len,
+        )
+        for spec in set(evidence.specs.values()):
+            self._attention.check(spec)
+        self._head = evidence.head
+        self._kv_specs = [
+            KvSpec(layer=i, num_kv_heads=spec.num_kv_heads, head_size=spec.head_size)
+            for i, spec in enumerate(_each_layer(evidence.specs, len(self._kv_specs)))
+        ]
         self._weight_bytes = sum(p.nbytes for p in self._model.parameters())
-        self._model.set_attn_implementation(NAME)
 
     def forward(
         self,
@@ -162,7 +163,7 @@ class TransformersModel(Model):
         hidden: Tensor | None = None,
     ) -> Tensor:
         step = Step(self._attention, caches, metadata)
-        out = self._model.base_model(
+        out = body_of(self._model)(
             input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **{STEP: step}
         )
         normed: Tensor = out.last_hidden_state[0]
@@ -170,8 +171,9 @@ class TransformersModel(Model):
 
     def logits(self, hidden: Tensor) -> Tensor:
         head = self._model.get_output_embeddings()
-        out: Tensor = head(hidden).float()
-        return out if self._logit_scale == 1.0 else out * self._logit_scale
+        if self._head.before != 1.0:
+            hidden = hidden * self._head.before
+        return self._head.bend(head(hidden).float())
 
     def weight_bytes(self) -> int:
         return self._weight_bytes
@@ -180,57 +182,47 @@ class TransformersModel(Model):
         self._model = self._model.to("meta")
 
 
-def _attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface. query [1, heads, tokens, head_size] -> [1, tokens, heads,
-    head_size]."""
-    step = kwargs.get(STEP)
-    if not isinstance(step, Step):
-        raise UnsupportedModelError(
-            f"{type(module).__name__} does not hand its keywords on to its attention; "
-            f"{_supported()}"
-        )
-    if kwargs.get("s_aux") is not None:
-        raise UnsupportedModelError(f"{type(module).__name__} has attention sinks; {_supported()}")
-    if not getattr(module, "is_causal", True):
-        raise UnsupportedModelError(f"{type(module).__name__} is not causal; {_supported()}")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, head_size]
-    spec = AttentionSpec(
-        num_heads=q.shape[1],
-        num_kv_heads=k.shape[1],
-        head_size=q.shape[2],
-        scale=q.shape[2] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        soft_cap=softcap,
-    )
-    cache = step.caches[module.layer_idx]
-    out = step.backend.forward(
-        q.contiguous(), k.contiguous(), v.contiguous(), cache, step.metadata, spec
-    )
-    return out[None], None
+def _read_config(path: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
-def _refuse_foreign(hf: Any, architecture: str) -> None:
+def _sizes(hf: Any) -> tuple[int, int, int]:
+    """-> (vocabulary, width, layers)."""
+    return int(hf.vocab_size), int(hf.hidden_size), int(hf.num_hidden_layers)
+
+
+def _first_guess(hf: Any, layers: int) -> list[KvSpec]:
+    """What each layer caches, by the config's common names; what the layers do is seen once the
+    weights are there. Some classes refuse to be asked for what differs between layers."""
+
+    def ask(name: str) -> int:
+        try:
+            return int(getattr(hf, name, None) or 0)
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            return 0
+
+    heads = ask("num_attention_heads") or 1
+    size = ask("head_dim") or ask("hidden_size") // heads
+    kv_heads = ask("num_key_value_heads") or heads
+    return [KvSpec(layer=i, num_kv_heads=kv_heads, head_size=size) for i in range(layers)]
+
+
+def _each_layer(specs: dict[int, AttentionSpec], layers: int) -> list[AttentionSpec]:
+    """A layer that never attends has a cache like its neighbour's, which nothing writes to."""
+    known = sorted(specs)
+    return [specs[max((k for k in known if k <= i), default=known[0])] for i in range(layers)]
+
+
+def _is_causal(hf: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if hf.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hf.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{architecture} is no causal language model that transformers knows; {_supported()}"
-        )
+    return hf.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hf.is_encoder_decoder
 
 
 def _supported() -> str:
     return (
-        f"native are {', '.join(sorted(FAMILIES))}; of the others, causal models run whose "
-        "attention transformers lets be replaced"
+        f"native are {', '.join(sorted(FAMILIES))}; of the others those run that "
+        "docs/transformers-models.md lists as equal"
     )

@@ -1,0 +1,78 @@
+"""Our attention behind transformers' attention interface: a step's state goes through the model's
+layers as a keyword."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from vllm_di.components.interfaces import AttentionSpec
+from vllm_di.errors import UnsupportedModelError
+
+NAME = "vllm_di"
+"""Of our attention among transformers' implementations."""
+STEP = "vllm_di_step"
+"""The keyword under which a step's state reaches attention."""
+
+
+class Attends(Protocol):
+    """The part of an AttentionBackend that a step needs."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Any, metadata: Any, spec: AttentionSpec
+    ) -> Tensor:
+        """q, k, v [tokens, heads, head_size] -> [tokens, heads, head_size]."""
+
+
+@dataclass(slots=True)
+class Step:
+    """What the attention of each layer needs of the step that runs."""
+
+    backend: Attends
+    caches: Sequence[Any]
+    metadata: Any
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface. query [1, heads, tokens, head_size] -> [1, tokens, heads,
+    head_size]. Raises UnsupportedModelError for what our attention does not do."""
+    step = kwargs.get(STEP)
+    if not isinstance(step, Step):
+        raise UnsupportedModelError("its layers do not hand their keywords on to attention")
+    spec = spec_of(module, query, key, value, kwargs)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    cache = step.caches[module.layer_idx]
+    return step.backend.forward(q, k, v, cache, step.metadata, spec)[None], None
+
+
+def spec_of(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
+) -> AttentionSpec:
+    """What one call asks of attention. Raises UnsupportedModelError for what no backend does."""
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedModelError("its attention has sinks")
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedModelError(f"{type(module).__name__} is not causal")
+    if key.shape != value.shape:
+        raise UnsupportedModelError(
+            f"a head's keys have {key.shape[-1]} elements, its values {value.shape[-1]}"
+        )
+    scaling = kwargs.get("scaling")
+    return AttentionSpec(
+        num_heads=query.shape[1],
+        num_kv_heads=key.shape[1],
+        head_size=query.shape[3],
+        scale=query.shape[3] ** -0.5 if scaling is None else float(scaling),
+        window=kwargs.get("sliding_window"),
+        soft_cap=kwargs.get("softcap"),
+    )
