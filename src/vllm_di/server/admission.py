@@ -12,7 +12,7 @@ from vllm_di.server.errors import unavailable
 
 
 class Admission:
-    """Counts the texts in flight, and can interrupt them all."""
+    """Counts the texts that the engine works on, and can interrupt all answers."""
 
     def __init__(self, engine: EngineClient, max_queue: int) -> None:
         self._engine = engine
@@ -33,8 +33,12 @@ class Admission:
             raise unavailable(f"the engine is starting: {self._engine.stage}", "starting")
 
     @contextmanager
-    def enter(self, count: int, interrupt: Callable[[Exception], None]) -> Iterator[None]:
-        """Room for ``count`` texts while the block runs. Raises QueueFullError (429)."""
+    def enter(
+        self, count: int, interrupt: Callable[[Exception], None]
+    ) -> Iterator[Callable[[], None]]:
+        """Room for ``count`` texts. Each call of what is yielded gives back one place, when the
+        engine is done with that text; the end of the block gives back those that are left. Raises
+        QueueFullError (429)."""
         self.check_open()
         if count > self._max_queue:
             raise RequestError(
@@ -48,16 +52,25 @@ class Admission:
         self.in_flight += count
         self._interrupts.add(interrupt)
         self._idle.clear()
+        held = count
+
+        def release() -> None:
+            nonlocal held
+            if held:
+                held -= 1
+                self.in_flight -= 1
+
         try:
-            yield
+            yield release
         finally:
             self._interrupts.discard(interrupt)
-            self.in_flight -= count
+            self.in_flight -= held
+            held = 0
             if not self._interrupts:
                 self._idle.set()
 
     async def wait_idle(self) -> None:
-        """Return when nothing is in flight."""
+        """Return when every answer has been sent."""
         await self._idle.wait()
 
     def interrupt_all(self, error: Exception) -> None:

@@ -75,17 +75,24 @@ class Answer(ABC):
 
 
 async def send_answer(answer: Answer, receive: Receive, send: Send) -> None:
-    """Run an answer's generations and send what comes of them."""
+    """Run an answer's generations and send what comes of them. The engine is done before the client
+    has read all: its places are free by then."""
     service = answer.service
-    count = sum(len(g.requests) for g in answer.generations)
-    timeout = service.config.request_timeout_seconds
-    run = Run(answer.generations, service.engine, service.metrics, receive, timeout)
-    with service.admission.enter(count, run.interrupt):
-        async with run:
-            if answer.is_stream:
-                await _send_events(answer, run, send, service.config.keep_alive_seconds)
-            else:
-                await _send_whole(answer, run, send)
+    config = service.config
+    run = Run(
+        answer.generations,
+        service.engine,
+        service.admission,
+        service.metrics,
+        receive,
+        timeout=config.request_timeout_seconds,
+        max_unsent_bytes=config.max_unsent_bytes,
+    )
+    async with run:
+        if answer.is_stream:
+            await _send_events(answer, run, send, config.keep_alive_seconds)
+        else:
+            await _send_whole(answer, run, send)
 
 
 async def _send_whole(answer: Answer, run: Run, send: Send) -> None:
@@ -106,7 +113,9 @@ async def _send_events(answer: Answer, run: Run, send: Send, keep_alive: float) 
         if not has_started:
             has_started = True
             await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
+        run.num_writing = len(data)
         await send({"type": "http.response.body", "body": data, "more_body": more})
+        run.num_writing = 0
 
     try:
         while not run.exhausted:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,6 +18,7 @@ from vllm_di.server.errors import ClientGone, as_request_error, error_body, retr
 from vllm_di.server.service import new_id
 
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_PART_BYTES = 32 * 1024
 _CLIENT_GONE = 499
 """nginx's status for a closed connection; only metrics see it."""
 
@@ -50,7 +51,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", own_id)]
-            await send(message)
+            for part in _parts(message):
+                await send(part)
 
         try:
             if not self._keys.allow(scope["path"], headers.get(b"authorization")):
@@ -73,6 +75,18 @@ class Gate:
         finally:
             handler = self._handlers.get(scope.get("endpoint"), "other")
             self._metrics.http(handler, status or 500, time.monotonic() - started)
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """A long body in parts, because a writer waits for its reader only between two of them."""
+    body: bytes = message.get("body", b"")
+    if len(body) <= _PART_BYTES:
+        yield message
+        return
+    for start in range(0, len(body), _PART_BYTES):
+        end = start + _PART_BYTES
+        more = end < len(body) or message.get("more_body", False)
+        yield {**message, "body": body[start:end], "more_body": more}
 
 
 def _error_headers(error: RequestError) -> list[tuple[bytes, bytes]]:
