@@ -166,7 +166,7 @@ def make_server(
 def client_of(server: OpenAiServer, **options: Any) -> httpx.AsyncClient:
     """A client that calls the application in this process."""
     transport = httpx.ASGITransport(server.app)
-    return httpx.AsyncClient(transport=transport, base_url="http://server", **options)
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost", **options)
 
 
 def with_client(

@@ -21,8 +21,10 @@ from vllm_di.components.interfaces import (
 )
 from vllm_di.server.auth import ApiKeys
 from vllm_di.server.config import ServerConfig
+from vllm_di.server.cors import Cors
 from vllm_di.server.errors import unavailable
 from vllm_di.server.gate import Gate
+from vllm_di.server.hosts import Hosts
 from vllm_di.server.listen import Listener, quiet_accepts, signals
 from vllm_di.server.routes import on_http_exception, routes
 from vllm_di.server.service import Service
@@ -50,6 +52,7 @@ class OpenAiServer(Server):
     ) -> None:
         keys = ApiKeys(file=config.api_key_file, env=config.api_key_env)
         config.check_exposure(has_keys=bool(keys))
+        hosts = Hosts(config.allowed_hosts, is_open=not config.checks_hosts(has_keys=bool(keys)))
         logging.getLogger("vllm_di.server").setLevel(config.log_level.upper())
         self._config = config
         self._engine = engine_client
@@ -68,7 +71,10 @@ class OpenAiServer(Server):
         templates: dict[object, str] = {page.endpoint: page.path for page in pages}
         self.app = Starlette(
             routes=pages,
-            middleware=[Middleware(Gate, keys=keys, metrics=metrics, handlers=templates)],
+            middleware=[
+                *([Middleware(Cors, origins=config.cors_origins)] if config.cors_origins else []),
+                Middleware(Gate, keys=keys, hosts=hosts, metrics=metrics, handlers=templates),
+            ],
             exception_handlers={HTTPException: on_http_exception},
         )
         self.app.router.redirect_slashes = False

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Annotated, Literal
 
 import msgspec
 
 from vllm_di.errors import ConfigError
+from vllm_di.server.hosts import is_loopback
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)]
@@ -29,6 +29,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_key_file: str | None = None
     api_key_env: str | None = None
     insecure: bool = False
+    allowed_hosts: list[str] = []
+    cors_origins: list[str] = []
     max_queue: Count = 1024
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024, le=2**30)] = 8 * 2**20
     max_json_depth: Annotated[int, msgspec.Meta(ge=4, le=500)] = 64
@@ -50,21 +52,19 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         """The name that clients use for the model."""
         return self.served_model_name or self.model_name or "model"
 
+    def checks_hosts(self, *, has_keys: bool) -> bool:
+        """Whether a web page under a foreign name could reach the server and needs no key, or
+        names were given."""
+        if self.unix_socket:
+            return False
+        return bool(self.allowed_hosts) or (is_loopback(self.host) and not has_keys)
+
     def check_exposure(self, *, has_keys: bool) -> None:
         """Raise ConfigError for an open address without a key."""
-        if self.unix_socket or has_keys or self.insecure or _is_loopback(self.host):
+        if self.unix_socket or has_keys or self.insecure or is_loopback(self.host):
             return
         raise ConfigError(
             f"server.host={self.host} can be reached from other machines, and there is no API key: "
             "set server.api_key_file or server.api_key_env, or server.insecure=true if that is "
             "meant"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

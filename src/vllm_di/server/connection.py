@@ -131,7 +131,8 @@ class Connection(H11Protocol):
         error = sys.exc_info()[1]
         status = getattr(error, "error_status_hint", 400)
         told = f"this is not a valid HTTP request: {error or msg}"[:200]
-        self._refuse(RequestError(told, code="invalid_http", status=status))
+        code = "head_too_large" if status == 431 else "invalid_http"
+        self._refuse(RequestError(told, code=code, status=status))
 
     def shutdown(self) -> None:
         if self._lingers_since is None and self._has_room:

@@ -15,9 +15,11 @@ from vllm_di.errors import RequestError
 from vllm_di.server.answer import send_json
 from vllm_di.server.auth import ApiKeys
 from vllm_di.server.errors import ClientGone, as_request_error, error_body, retry_after
+from vllm_di.server.hosts import Hosts, to_origin_form
 from vllm_di.server.service import new_id
 
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+MAX_HEAD_BYTES = 32 * 1024
 _PART_BYTES = 32 * 1024
 _CLIENT_GONE = 499
 """nginx's status for a closed connection; only metrics see it."""
@@ -26,14 +28,21 @@ log = logging.getLogger(__name__)
 
 
 class Gate:
-    """Checks the key, gives the request an id, counts it, and turns what is raised into an
+    """Checks host and key, gives the request an id, counts it, and turns what is raised into an
     answer in OpenAI's form."""
 
     def __init__(
-        self, app: ASGIApp, *, keys: ApiKeys, metrics: Metrics, handlers: Mapping[object, str]
+        self,
+        app: ASGIApp,
+        *,
+        keys: ApiKeys,
+        hosts: Hosts,
+        metrics: Metrics,
+        handlers: Mapping[object, str],
     ) -> None:
         self._app = app
         self._keys = keys
+        self._hosts = hosts
         self._metrics = metrics
         self._handlers = handlers
 
@@ -41,6 +50,7 @@ class Gate:
         if scope["type"] != "http":
             return  # no WebSockets; uvicorn is told so too
         started = time.monotonic()
+        to_origin_form(scope)
         headers: dict[bytes, bytes] = dict(scope["headers"])
         given_id = headers.get(b"x-request-id", b"")
         own_id = given_id if _SAFE_ID.fullmatch(given_id) else new_id("req").encode()
@@ -55,6 +65,8 @@ class Gate:
                 await send(part)
 
         try:
+            _check_head(scope)
+            self._hosts.check(headers.get(b"host"))
             if not self._keys.allow(scope["path"], headers.get(b"authorization")):
                 raise RequestError(
                     "a valid API key is needed: Authorization: Bearer KEY",
@@ -77,6 +89,20 @@ class Gate:
             self._metrics.http(handler, status or 500, time.monotonic() - started)
 
 
+def _check_head(scope: Scope) -> None:
+    """What h11 lets pass: other versions, and a head of any length that comes in one piece."""
+    if scope["http_version"] not in ("1.0", "1.1"):
+        raise RequestError("this server speaks HTTP/1.0 and 1.1", code="http_version", status=505)
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+    if size > MAX_HEAD_BYTES:
+        raise RequestError(
+            f"the request's head is longer than {MAX_HEAD_BYTES} bytes",
+            code="head_too_large",
+            status=431,
+        )
+
+
 def _parts(message: Message) -> Iterator[Message]:
     """A long body in parts, because a writer waits for its reader only between two of them."""
     body: bytes = message.get("body", b"")
@@ -93,6 +119,8 @@ def _error_headers(error: RequestError) -> list[tuple[bytes, bytes]]:
     headers = []
     if (seconds := retry_after(error)) is not None:
         headers.append((b"retry-after", str(seconds).encode()))
+    if error.status == 505:
+        headers.append((b"connection", b"close"))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     return headers

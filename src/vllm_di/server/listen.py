@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from vllm_di.server.config import ServerConfig
 from vllm_di.server.connection import ACCEPTED_AT_ONCE, Connection, Limits
+from vllm_di.server.gate import MAX_HEAD_BYTES
 from vllm_di.server.rarely import Rarely
 from vllm_di.server.sockets import BACKLOG
 
@@ -46,6 +47,7 @@ class Listener(uvicorn.Server):
                 lifespan="off",
                 proxy_headers=False,
                 server_header=False,
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 backlog=ACCEPTED_AT_ONCE,
                 timeout_keep_alive=config.idle_connection_seconds,
                 timeout_graceful_shutdown=_CLOSING_SECONDS,

@@ -72,6 +72,13 @@ async def _read_body(request: Request, limit: int, timeout: float) -> bytes:
         raise RequestError(
             "the body must be JSON, with the header Content-Type: application/json", status=415
         )
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise RequestError(
+            f"a body with Content-Encoding: {encoding[:50]} is not taken; send it plain",
+            code="unsupported_encoding",
+            status=415,
+        )
     too_long = RequestError(
         f"the body is longer than {limit} bytes", code="body_too_large", status=413
     )

@@ -1,0 +1,38 @@
+"""Leave for web pages of other origins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from vllm_di.errors import RequestError
+from vllm_di.server.errors import error_body
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, with refusals in OpenAI's form. It stands before the check of keys, because
+    browsers send none with a preflight. Keys come in the Authorization header, so there are no
+    credentials in the sense of CORS."""
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        told = RequestError(
+            f"{bytes(response.body).decode()} (server.cors_origins)", code="cors_refused"
+        )
+        headers = {"vary": response.headers["vary"], "content-type": "application/json"}
+        return Response(error_body(told), response.status_code, headers=headers)

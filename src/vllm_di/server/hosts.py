@@ -1,0 +1,70 @@
+"""Which names clients may call the server by.
+
+A web page may give its own name the address of this machine (DNS rebinding) and then read answers
+of a server that trusts whoever reaches it. Its requests still carry the page's name.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from urllib.parse import unquote
+
+from starlette.types import Scope
+
+from vllm_di.errors import RequestError
+
+
+class Hosts:
+    """Checks the Host header. Names of the loopback interface always pass, and so do ``names``."""
+
+    def __init__(self, names: Sequence[str], *, is_open: bool) -> None:
+        self._names = {name.lower() for name in names}
+        self._is_open = is_open
+
+    def check(self, host: bytes | None) -> None:
+        """Raise RequestError (421) for a foreign name. A client that sends none is no browser."""
+        if self._is_open or host is None:
+            return
+        name = _name(host)
+        if name in self._names or is_loopback(name):
+            return
+        shown = name[:100]
+        raise RequestError(
+            f"this server does not go by the name {shown!r}; call it localhost, or start it with "
+            f"server.allowed_hosts=[{shown}]",
+            code="host_not_allowed",
+            status=421,
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is that of the loopback interface."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _name(host: bytes) -> str:
+    """``Name:port`` or ``[address]:port`` without the port, in lower case."""
+    text = host.decode("latin-1").strip().lower()
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.partition(":")[0].removesuffix(".")
+
+
+def to_origin_form(scope: Scope) -> None:
+    """Rewrite a target such as ``http://host/path``, which proxies get and servers must take, to
+    its path. Its host stands in place of the Host header."""
+    raw: bytes = scope["raw_path"]
+    scheme, _, rest = raw.partition(b"://")
+    if scheme.lower() not in (b"http", b"https") or not rest:
+        return
+    authority, slash, path = rest.partition(b"/")
+    scope["raw_path"] = b"/" + path if slash else b"/"
+    scope["path"] = unquote(scope["raw_path"].decode("ascii"))
+    others = [(name, value) for name, value in scope["headers"] if name != b"host"]
+    scope["headers"] = [(b"host", authority.rpartition(b"@")[2]), *others]
