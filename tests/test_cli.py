@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import subprocess
@@ -263,3 +264,15 @@ def test_a_taken_address_is_noticed_before_the_engine_starts(
             assert (status, out) == (2, "")
             (line,) = error.strip().splitlines()
             assert override in line
+
+
+@pytest.mark.parametrize("words", ["help", "help attention", "matrix", "explain model=tiny", "é"])
+def test_a_terminal_that_knows_only_ascii(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(raw, "ascii", write_through=True))
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == (2 if words == "é" else 0)
+    assert raw.getvalue().isascii()
+    assert raw.getvalue()

@@ -6,6 +6,7 @@ verb is used.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``vllm-di``. Exit status 2 for what the user got wrong, 1 for what failed
     later."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it may know no more than ASCII
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = run(words)
     except (UsageError, ConfigError) as error:
