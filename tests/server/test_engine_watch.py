@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -99,7 +100,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def started(
-    told: str = "", **settings: int
+    told: str = "", **settings: Any
 ) -> AsyncIterator[tuple[ProcessEngineClient, OpenAiServer, httpx.AsyncClient]]:
     client = ProcessEngineClient()
     server = make_server(client, **settings)
