@@ -3,7 +3,9 @@ process boundary."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from vllm_di.containers.registered import KEY as ARCHITECTURES
 from vllm_di.containers.registered import compose
 from vllm_di.containers.stages import KEY, Stage, check_layers, split
 from vllm_di.containers.tree import shown
-from vllm_di.errors import ConfigError, nearest
+from vllm_di.errors import CheckpointError, ConfigError, nearest
 
 SETTINGS = ("model_name", "trust", "checkpoint", "claimed_level", "platform")
 """Top-level keys that are no slots."""
@@ -253,7 +255,7 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
     """Fill ``checkpoint``, and the keys of ``model`` that the YAML leaves to the checkpoint."""
     # imported here: `vllm-di --help` composes without a checkpoint
     from vllm_di.models.checkpoint import describe
-    from vllm_di.models.hf_config import model_fields, own_fields
+    from vllm_di.models.hf_config import read_fields
 
     values = composition.values
     model, checkpoint = values.model, values.checkpoint
@@ -278,12 +280,13 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
         found = describe(str(model.path))
         checkpoint.format, checkpoint.weights = found.format, found.weights
         checkpoint.tokenizer = found.tokenizer
-        if _is_own_class(composition):
-            keys = [str(key) for key in model]
-            fields = own_fields(found.hf_config, found.generation_config, keys)
-        else:
-            native = model.implementation != "transformers"
-            fields = model_fields(found.hf_config, found.generation_config, native=native)
+        own = [str(key) for key in model] if _is_own_class(composition) else None
+        native = model.get("implementation") != "transformers"
+        config, generation = found.hf_config, found.generation_config
+        try:
+            fields = read_fields(config, generation, own=own, native=native)
+        except CheckpointError as error:
+            raise type(error)(f"{model.path}: {error}") from error
         if registered and fields["architecture"] not in registered:
             raise ConfigError(
                 f"{chosen}: model={option} is for {', '.join(registered)}, but the checkpoint "
@@ -362,6 +365,7 @@ def _is_chosen(composition: Composition, slot: str) -> bool:
 
 def _take(composition: Composition, key: str, value: Any) -> None:
     """One field of the checkpoint: fills a null, bows to the command line, must agree with YAML."""
+    _refuse_odd(composition, key, value)
     model, name = composition.values.model, f"model.{key}"
     if value is None or (key not in model and _is_own_class(composition)):
         return  # a class of somebody's own gets the keys that its node names
@@ -378,6 +382,25 @@ def _take(composition: Composition, key: str, value: Any) -> None:
             f"has {value!r}; "
             f"use model=local for a checkpoint of another shape, or say which one holds: "
             f"model.{key}={value}"
+        )
+
+
+DEEPEST = 8
+"""Of lists and mappings inside each other in a checkpoint's config; published ones have three."""
+
+
+def _refuse_odd(composition: Composition, key: str, value: Any, depth: int = 0) -> None:
+    """No number of an architecture is infinite, and no text of a checkpoint asks for values of our
+    config (``${...}``). Raises CheckpointError."""
+    if isinstance(value, Mapping | list) and depth < DEEPEST:
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            _refuse_odd(composition, key, inner, depth + 1)
+        return
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if depth == DEEPEST or not finite or (isinstance(value, str) and "${" in value):
+        raise CheckpointError(
+            f"{composition.values.model.path}: config.json gives {key} the value "
+            f"{reprlib.repr(value)}, which no model has"
         )
 
 

@@ -28,7 +28,7 @@ from vllm_di.components.interfaces import (
 )
 from vllm_di.components.messages import KvSpec
 from vllm_di.components.quantized import QuantizedWeight
-from vllm_di.errors import CheckpointError, UnsupportedModelError, nearest
+from vllm_di.errors import CheckpointError, ConfigError, UnsupportedModelError, nearest
 from vllm_di.models.blocks import Layer, Parts
 from vllm_di.models.config import DecoderConfig
 from vllm_di.models.hf_config import FAMILIES
@@ -75,6 +75,27 @@ class Decoder(nn.Module, Model):
                 f"{type(self).__name__}, which runs {', '.join(self.families)}"
                 f"{nearest(architecture, self.families)}"
             )
+        try:
+            self._build(config, device, ops, attention, communicator, quantization)
+        except (RuntimeError, MemoryError, OverflowError) as error:
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise ConfigError(
+                f"a model of these sizes (vocab_size {config.vocab_size}, hidden_size "
+                f"{config.hidden_size}, intermediate_size {config.intermediate_size}, "
+                f"num_hidden_layers {config.num_hidden_layers}, max_model_len "
+                f"{config.max_model_len or config.max_position_embeddings}) cannot be made here: "
+                f"{type(error).__name__}: {line[:200]}"
+            ) from error
+
+    def _build(
+        self,
+        config: DecoderConfig,
+        device: Device,
+        ops: OpTable,
+        attention: AttentionBackend,
+        communicator: Communicator,
+        quantization: Quantization,
+    ) -> None:
         parts = Parts(config, device, ops, attention, communicator)
         c = parts.config
         assert c.vocab_size and c.hidden_size and c.num_hidden_layers and c.max_model_len

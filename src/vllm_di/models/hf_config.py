@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from vllm_di.errors import UnsupportedModelError
+from vllm_di.errors import CheckpointError, UnsupportedModelError, VllmDiError
 from vllm_di.models.hf_settings import (
     Config,
     refuse,
@@ -28,6 +28,8 @@ ACTIVATIONS = {
 }
 
 
+MOST_LAYERS = 10_000
+"""Of a config that is believed; lists as long as that are made from it."""
 HOW_TO_RUN = frozenset(["path", "implementation", "dtype", "max_model_len", "layers"])
 """Keys of a model's node that are no part of its architecture."""
 
@@ -46,6 +48,32 @@ def architecture_of(config: Config) -> str:
             f"config.json {what}; native ones are {', '.join(sorted(FAMILIES))}"
         )
     return names[0]
+
+
+def read_fields(
+    config: Config, generation: Config | None, *, own: Collection[str] | None, native: bool
+) -> Fields:
+    """``own_fields`` where ``own`` has keys, else ``model_fields``; a config that is not of the
+    shape that Hugging Face writes is a CheckpointError."""
+    try:
+        if own is not None:
+            return own_fields(config, generation, own)
+        return model_fields(config, generation, native=native)
+    except VllmDiError:
+        raise
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise CheckpointError(
+            f"config.json holds what no config of {shorten(config.get('architectures'))} does: "
+            f"{type(error).__name__}: {str(error)[:200]}"
+        ) from error
 
 
 def own_fields(config: Config, generation: Config | None, keys: Collection[str]) -> Fields:
@@ -82,6 +110,11 @@ def model_fields(
     if not native or name not in FAMILIES:
         return _shared(config, generation or {})
     refuse_unknown(config, known)
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int | None) or not 0 < (layers or 1) <= MOST_LAYERS:
+        raise CheckpointError(
+            f"config.json sets num_hidden_layers={shorten(layers)}; expected 1 to {MOST_LAYERS}"
+        )
     fields = {"architecture": name, **_token_ids(config, generation or {})}
     fields |= _common(config) | FAMILIES[name](config)
     return {name: value for name, value in fields.items() if value is not None}
