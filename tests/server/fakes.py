@@ -146,11 +146,10 @@ def logprobs_of(token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(ids, [-0.5, -0.5, *(-1.0 - i for i in range(count))][: count + 1], 1)
 
 
-def make_server(
-    engine: EngineClient, *, chat_template: ChatTemplate | None = None, **settings: Any
-) -> OpenAiServer:
-    """A server of real components round a fake engine."""
+def make_server(engine: EngineClient, **settings: Any) -> OpenAiServer:
+    """A server of real components round a fake engine; ``chat_template`` may be another."""
     tokenizer = BytesTokenizer(vocab_size=300)
+    chat_template: ChatTemplate | None = settings.pop("chat_template", None)
     return OpenAiServer(
         tokenizer,
         chat_template

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import Any
 
 from tests.server.fakes import EchoEngine, make_server
 
@@ -14,8 +13,7 @@ async def main() -> None:
     delay, *settings = sys.argv[1:]
     engine = EchoEngine(delay=float(delay))
     pairs = (s.split("=") for s in settings)
-    numbers: dict[str, Any] = {name: float(number) for name, number in pairs}
-    server = make_server(engine, port=0, **numbers)
+    server = make_server(engine, port=0, **{name: float(number) for name, number in pairs})
     running = asyncio.create_task(server.run())
     while server.address is None:
         await asyncio.sleep(0.001)
