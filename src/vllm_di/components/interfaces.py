@@ -401,11 +401,110 @@ class Recorder(ABC):
 
 
 class OpLibrary(OpTable, ABC):
-    """A set of ops from one source. It implements any subset and names it in ``implements``."""
+    """A set of ops from one source. It implements any subset and names it in ``implements``: only
+    the methods of these need be written. The others raise NotImplementedError; the table never
+    calls them."""
 
     implements: frozenset[str] = frozenset(OpTable.OPS)
     traceable: ClassVar[bool] = False
     """Whether its ops are torch code that can be traced, whatever the sizes of a batch."""
+
+    def describe(self) -> dict[str, str]:
+        """As in the table, of the ops that it implements; another may be named with the reason why
+        it is not."""
+        return dict.fromkeys(sorted(self.implements), type(self).__name__)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        raise _absent(self, "rms_norm")
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        raise _absent(self, "add_rms_norm")
+
+    def rotary_embedding(
+        self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
+        raise _absent(self, "rotary_embedding")
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        raise _absent(self, "silu_and_mul")
+
+    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
+        raise _absent(self, "gelu_tanh_and_mul")
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        raise _absent(self, "linear")
+
+    def quantized_linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        raise _absent(self, "quantized_linear")
+
+    def gated_linear(
+        self, x: Tensor, weight: Any, bias: Tensor | None, activation: Activation
+    ) -> Tensor:
+        raise _absent(self, "gated_linear")
+
+    def gated_quantized_linear(
+        self, x: Tensor, weight: Any, bias: Tensor | None, activation: Activation
+    ) -> Tensor:
+        raise _absent(self, "gated_quantized_linear")
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        raise _absent(self, "embedding")
+
+    def fused_experts(
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: Activation,
+    ) -> Tensor:
+        raise _absent(self, "fused_experts")
+
+    def write_kv(
+        self, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        raise _absent(self, "write_kv")
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        block_table: Tensor,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        raise _absent(self, "paged_attention")
+
+    def greedy_sample(self, logits: Tensor) -> Tensor:
+        raise _absent(self, "greedy_sample")
+
+    def top_k_top_p_sample(
+        self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+    ) -> Tensor:
+        raise _absent(self, "top_k_top_p_sample")
+
+
+def _absent(library: OpLibrary, op: str) -> NotImplementedError:
+    return NotImplementedError(f"{type(library).__name__} has no {op}")
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ import inspect
 import math
 import types
 import typing
+from abc import ABCMeta
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -88,7 +89,7 @@ def accepts(hint: Any, value: Any) -> bool:
     if origin is dict or hint is dict:
         return isinstance(value, dict)
     # no plain value is a component
-    return not (isinstance(hint, type) and inspect.isabstract(hint))
+    return not isinstance(hint, ABCMeta)
 
 
 def _within(limits: tuple[Any, ...], value: Any) -> bool:

@@ -14,6 +14,7 @@ import inspect
 import logging
 import sys
 import typing
+from abc import ABCMeta
 from typing import Any
 
 import msgspec
@@ -235,7 +236,7 @@ class _Inspector:
 
     def _argument(self, part: Part, path: str, name: str, value: Any, hint: Any) -> None:
         if isinstance(value, dict) and "_target_" in value:
-            kinds = [k for k in (typing.get_args(hint) or (hint,)) if inspect.isabstract(k)]
+            kinds = [k for k in (typing.get_args(hint) or (hint,)) if isinstance(k, ABCMeta)]
             if not kinds:
                 raise ConfigError(
                     f"{self.assembly.place(path)}: {path}: a plain value is expected, not a "
@@ -271,8 +272,8 @@ def _plain(hint: Any) -> Any:
     """The part of a union that plain data can have: ``OpLibrary | Literal["auto"]`` ->
     ``Literal["auto"]``."""
     kinds = typing.get_args(hint)
-    if any(inspect.isabstract(k) for k in kinds):
-        rest = tuple(k for k in kinds if not inspect.isabstract(k))
+    if any(isinstance(k, ABCMeta) for k in kinds):
+        rest = tuple(k for k in kinds if not isinstance(k, ABCMeta))
         return typing.Union[rest] if rest else None  # noqa: UP007 - built from a tuple
     return hint
 

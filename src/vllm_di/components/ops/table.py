@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vllm_di.components.interfaces import OpLibrary, OpTable, Recorder
 from vllm_di.components.ops.torch import TorchOps
-from vllm_di.errors import ConfigError
+from vllm_di.errors import ConfigError, PortError
 
 Choice = OpLibrary | Literal["auto"]
 
@@ -83,6 +83,11 @@ class SelectedOps(OpTable):
                         f"{', '.join(sorted(owner.implements)) or 'no op at all'}"
                     )
                 owner = reference
+            elif getattr(type(owner), op) is vars(OpLibrary).get(op):
+                raise PortError(
+                    f"ops.{op}: {type(owner).__name__} names it in `implements` and has no method "
+                    f"{op}; write it, or name only what is there"
+                )
             self._owners[op] = owner
         for fused, members in self.FUSED.items():
             whole = self._owners[fused]
