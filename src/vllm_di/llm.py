@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from vllm_di.components.messages import SamplingParams
 from vllm_di.containers.assembly import Assembly, assemble
 from vllm_di.containers.engine import EngineContainer, ServerContainer, WorkerContainer
@@ -70,6 +72,11 @@ class LLM:
         self._processor = RequestProcessor(self.tokenizer, report.max_model_len, report.vocab_size)
         self._numbers = itertools.count()
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What ``generate``, ``chat`` and ``stream`` take when they are given none: the values of
+        the checkpoint's generation_config.json, unless ``generation_config=none``."""
+        return SamplingParams(**self.assembly.settings["checkpoint"]["sampling"])
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -102,7 +109,7 @@ class LLM:
         add_special_tokens: bool = True,
     ) -> Iterator[str]:
         """The text of one answer, as it comes. Leaving the loop early aborts the request."""
-        generation = self._start(prompt, sampling_params or SamplingParams(), add_special_tokens)
+        generation = self._start(prompt, sampling_params, add_special_tokens)
         try:
             self._add(generation)
             while not generation.finished:
@@ -128,11 +135,20 @@ class LLM:
     # -- inside -------------------------------------------------------------------------------
 
     def _start(
-        self, prompt: Prompt, params: SamplingParams, add_special_tokens: bool
+        self, prompt: Prompt, params: SamplingParams | None, add_special_tokens: bool
     ) -> Generation:
-        request_id = f"llm-{next(self._numbers)}"
+        request_id, limit = f"llm-{next(self._numbers)}", None
+        if params is None:
+            params = self.get_default_sampling_params()
+            if "max_tokens" in self.assembly.settings["checkpoint"]["sampling"]:
+                limit = params.max_tokens  # a default that bows to the context
+                params = msgspec.structs.replace(params, max_tokens=None)
         return self._processor.start(
-            request_id, prompt, params, add_special_tokens=add_special_tokens
+            request_id,
+            prompt,
+            params,
+            add_special_tokens=add_special_tokens,
+            default_max_tokens=limit,
         )
 
     def _add(self, generation: Generation) -> None:
@@ -142,7 +158,7 @@ class LLM:
     def _run(
         self,
         prompts: Sequence[Prompt],
-        params: Sequence[SamplingParams],
+        params: Sequence[SamplingParams | None],
         *,
         add_special_tokens: bool,
     ) -> list[RequestOutput]:
@@ -184,9 +200,9 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _params_for(
     prompts: Sequence[object], params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[SamplingParams]:
+) -> list[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * len(prompts)
+        return [params] * len(prompts)
     if len(params) != len(prompts):
         raise RequestError(f"{len(prompts)} prompts, but {len(params)} sampling params")
     return list(params)

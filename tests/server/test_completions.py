@@ -155,3 +155,23 @@ def test_stop_and_token_ids() -> None:
         assert ids == [97, 98, 99]
 
     with_client(test)
+
+
+DEFAULTS = {"temperature": 0.25, "top_k": 7, "repetition_penalty": 1.5, "max_tokens": 4}
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/chat/completions"])
+@pytest.mark.parametrize("own", [{}, {"temperature": 0.0, "top_k": 0, "max_tokens": 2}])
+def test_defaults_hold_where_a_request_says_nothing(path: str, own: dict[str, Any]) -> None:
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        asked: dict[str, Any] = {"prompt": "hi"} if path == COMPLETIONS else {}
+        asked |= {} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "hi"}]}
+        body = (await client.post(path, json={**asked, **own})).json()
+        want = {**DEFAULTS, **own}
+        assert body["usage"]["completion_tokens"] == want["max_tokens"]
+        params = engine.requests[-1].params
+        assert {name: getattr(params, name) for name in want} == want
+        (model,) = (await client.get("/v1/models")).json()["data"]
+        assert model["default_sampling_params"] == DEFAULTS
+
+    with_client(test, sampling=DEFAULTS)

@@ -41,6 +41,8 @@ def run(arguments: Arguments) -> int:
         print()
         print_table(["op", "runs on"], [[row.op, row.runs_on] for row in told.ops])
         print(f"\nfusions in force: {', '.join(told.fusions) or 'none'}")
+    values = ", ".join(f"{name} {value:g}" for name, value in told.sampling.items())
+    print(f"\nsampling defaults: {values or 'none'} ({told.sampling_place})")
     return 0
 
 

@@ -33,7 +33,14 @@ from vllm_di.containers.stages import KEY, Stage, check_layers, split
 from vllm_di.containers.tree import shown
 from vllm_di.errors import CheckpointError, ConfigError, nearest
 
-SETTINGS = ("model_name", "trust", "checkpoint", "claimed_level", "platform")
+SETTINGS = (
+    "model_name",
+    "trust",
+    "generation_config",
+    "checkpoint",
+    "claimed_level",
+    "platform",
+)
 """Top-level keys that are no slots."""
 
 STAND_INS = {"tokenizer": "bytes", "chat_template": "plain"}
@@ -64,7 +71,8 @@ class Assembly(msgspec.Struct):
     packages: list[str]
     """Packages whose classes a node may name."""
     warnings: list[str] = []
-    """What is wrong on this machine that this assembly does not use: a port that is broken."""
+    """What this assembly does not use: a port that is broken, a sampling value that is not
+    supported."""
 
     def nodes(self, container: type[DeclarativeContainer], stage: int = 0) -> dict[str, Any]:
         """Slot to node for one container."""
@@ -127,7 +135,7 @@ def assemble(overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = 
         origins=dict(whole.origins),
         choices={group: Choice(*choice) for group, choice in whole.choices.items()},
         packages=["vllm_di", *_ports(tree), *_trusted(values.get("trust"))],
-        warnings=[*tree.warnings(), *unreadable],
+        warnings=[*tree.warnings(), *unreadable, *_left_out(values)],
     )
     return _add_stages(found, tree, whole, parts.stages, reports) if parts.stages else found
 
@@ -255,6 +263,7 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
     """Fill ``checkpoint``, and the keys of ``model`` that the YAML leaves to the checkpoint."""
     # imported here: `vllm-di --help` composes without a checkpoint
     from vllm_di.models.checkpoint import describe
+    from vllm_di.models.generation_config import sampling_defaults
     from vllm_di.models.hf_config import read_fields
 
     values = composition.values
@@ -262,6 +271,7 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
     option, chosen = composition.choices["model"]
     loader = composition.choices["loader"][0]
     registered = _pop_architectures(composition)
+    takes_sampling = _takes_sampling(composition)
     if values.model_name is None:
         found_by_path = option == "local" or chosen.chosen_by == "checkpoint"
         named = not found_by_path or model.get("path") is None
@@ -280,6 +290,10 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
         found = describe(str(model.path))
         checkpoint.format, checkpoint.weights = found.format, found.weights
         checkpoint.tokenizer = found.tokenizer
+        if takes_sampling:
+            place = f"{model.path}: generation_config.json"
+            sampling, left_out = sampling_defaults(found.generation_config, place)
+            checkpoint.sampling, checkpoint.left_out = sampling, left_out
         own = [str(key) for key in model] if _is_own_class(composition) else None
         native = model.get("implementation") != "transformers"
         config, generation = found.hf_config, found.generation_config
@@ -303,6 +317,22 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
                 f"{Path(found.weights).name} is {found.format}",
             )
     _fall_back(composition)
+
+
+def _left_out(values: dict[str, Any]) -> list[str]:
+    place = f"{values['model'].get('path')}: generation_config.json"
+    names = values["checkpoint"]["left_out"]
+    return [f"{place}: {name} is not supported, and left out" for name in names]
+
+
+def _takes_sampling(composition: Composition) -> bool:
+    choice = composition.values.generation_config
+    if choice not in ("checkpoint", "none"):
+        raise ConfigError(
+            f"{place_of(composition.origins, 'generation_config')}: generation_config: expected "
+            f"checkpoint or none, got {choice!r}{nearest(str(choice), ['checkpoint', 'none'])}"
+        )
+    return bool(choice == "checkpoint")
 
 
 def _pop_architectures(composition: Composition) -> list[str]:

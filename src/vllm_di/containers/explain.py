@@ -69,6 +69,10 @@ class Explanation(msgspec.Struct, frozen=True):
     ops: list[OpRow]
     fusions: list[str]
     """Fused ops in force."""
+    sampling: dict[str, int | float]
+    """Values of sampling parameters for requests that set none."""
+    sampling_place: str
+    """Where they come from."""
 
 
 def explain(
@@ -102,6 +106,8 @@ def explain(
         rows=rows,
         ops=paths,
         fusions=fusions,
+        sampling=assembly.settings["checkpoint"]["sampling"],
+        sampling_place=assembly.place("generation_config"),
     )
 
 

@@ -87,12 +87,16 @@ class RequestProcessor:
         add_special_tokens: bool = True,
         priority: int = 0,
         cache_salt: str | None = None,
+        default_max_tokens: int | None = None,
     ) -> Generation:
         """Check a request and make its engine requests. Raises RequestError; nothing has happened
-        then. Needs no event loop: a long prompt may be started in a thread."""
+        then. Needs no event loop: a long prompt may be started in a thread.
+
+        ``default_max_tokens`` holds where ``params`` leave the number open, and bows to the
+        context."""
         started = self._clock()
         ids = encode_prompt(self.tokenizer, prompt, add_special_tokens=add_special_tokens)
-        params = fitted(params, len(ids), self.max_model_len)
+        params = fitted(params, len(ids), self.max_model_len, default_max_tokens)
         check_token_ids((min(ids), max(ids)), self.vocab_size, "prompt")
         check_token_ids(params.stop_token_ids, self.vocab_size, "stop_token_ids")
         check_token_ids(params.logit_bias or (), self.vocab_size, "logit_bias")

@@ -36,9 +36,15 @@ def check_token_ids(ids: Collection[int], vocab_size: int, param: str) -> None:
         )
 
 
-def fitted(params: SamplingParams, num_prompt: int, max_model_len: int) -> SamplingParams:
-    """``params`` with ``max_tokens`` set; the default is the rest of the context. Raises
-    RequestError (``context_length_exceeded``) when prompt and output do not fit."""
+def fitted(
+    params: SamplingParams,
+    num_prompt: int,
+    max_model_len: int,
+    default_max_tokens: int | None = None,
+) -> SamplingParams:
+    """``params`` with ``max_tokens`` set; by default what there is room for, up to
+    ``default_max_tokens``. Raises RequestError (``context_length_exceeded``) when prompt and output
+    do not fit."""
     room = max_model_len - num_prompt
     wanted = params.max_tokens or max(params.min_tokens, 1)
     if wanted > room:
@@ -52,6 +58,8 @@ def fitted(params: SamplingParams, num_prompt: int, max_model_len: int) -> Sampl
         )
     if params.max_tokens is not None:
         return params
+    if default_max_tokens is not None:
+        room = min(room, max(default_max_tokens, params.min_tokens))
     return msgspec.structs.replace(params, max_tokens=room)
 
 

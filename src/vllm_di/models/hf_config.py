@@ -145,8 +145,11 @@ def _token_ids(config: Config, generation: Config) -> Fields:
     for source in (generation, config):
         ids = source.get("eos_token_id")
         for token in ids if isinstance(ids, list) else [ids]:
-            if isinstance(token, int) and token not in eos:
-                eos.append(token)
+            if token is None or token in eos:
+                continue
+            if isinstance(token, bool) or not isinstance(token, int) or abs(token) >= 2**31:
+                raise CheckpointError(f"eos_token_id is {ids!r}: expected token ids")
+            eos.append(token)
     return {"eos_token_ids": eos, "bos_token_id": config.get("bos_token_id")}
 
 

@@ -33,6 +33,7 @@ async def start_chat(service: Service, request: ChatRequest) -> Answer:
         request,
         logprobs=_num_logprobs(request),
         max_tokens=request.max_tokens if limit is None else limit,
+        defaults=service.config.sampling,
     )
     prompt = await service.render(
         request.messages,

@@ -33,11 +33,14 @@ async def start_completion(service: Service, request: CompletionRequest) -> Answ
             param="prompt",
         )
     echo_only = bool(request.echo) and request.max_tokens == 0
-    limit = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+    limit = request.max_tokens
+    if limit is None and service.default_max_tokens is None:
+        limit = _DEFAULT_MAX_TOKENS
     params = sampling_params(
         request,
         logprobs=request.logprobs,
         max_tokens=1 if echo_only else limit,
+        defaults=service.config.sampling,
     )
     if request.echo and request.logprobs is not None and params.prompt_logprobs is None:
         params = msgspec.structs.replace(params, prompt_logprobs=request.logprobs)

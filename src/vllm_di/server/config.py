@@ -26,6 +26,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     platform: str | None = None
     level: str | None = None
     claimed_level: str | None = None
+    sampling: dict[str, int | float] = {}
     api_key_file: str | None = None
     api_key_env: str | None = None
     insecure: bool = False

@@ -7,6 +7,7 @@ where the config says so.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -266,11 +267,17 @@ def refuse_unknown(kind: type[msgspec.Struct], names: list[str]) -> None:
 
 
 def sampling_params(
-    request: GenerateRequest, *, logprobs: int | None, max_tokens: int | None
+    request: GenerateRequest,
+    *,
+    logprobs: int | None,
+    max_tokens: int | None,
+    defaults: Mapping[str, int | float],
 ) -> SamplingParams:
-    """Checked sampling parameters. Raises RequestError for what cannot be honoured."""
+    """Checked sampling parameters; ``defaults`` hold for what a request does not set. Raises
+    RequestError for what cannot be honoured."""
     _check_supported(request)
-    given = {n: v for n in _SAMPLING if (v := getattr(request, n)) is not None}
+    given: dict[str, Any] = dict(defaults)
+    given |= {n: v for n in _SAMPLING if (v := getattr(request, n)) is not None}
     stop = request.stop
     given["stop"] = [stop] if isinstance(stop, str) else stop or []
     given["max_tokens"] = max_tokens

@@ -194,6 +194,7 @@ class Pages:
             "parent": None,
             "max_model_len": report.max_model_len if report else None,
             "permission": [],
+            "default_sampling_params": self._service.config.sampling,
         }
 
     def _state(self, *, ready_only: bool) -> Response:

@@ -60,6 +60,12 @@ class Service:
         self._report: WorkerReport | None = None
 
     @property
+    def default_max_tokens(self) -> int | None:
+        """Of requests that do not set it; None for the rest of the context."""
+        value = self.config.sampling.get("max_tokens")
+        return None if value is None else int(value)
+
+    @property
     def processor(self) -> RequestProcessor:
         """Raises 503 while there is no engine to answer. The first call after the engine is ready
         tells the metrics what it is."""
@@ -135,6 +141,7 @@ class Service:
                 add_special_tokens=add_special_tokens,
                 priority=request.priority or 0,
                 cache_salt=request.cache_salt,
+                default_max_tokens=self.default_max_tokens,
             )
 
         if isinstance(prompt, str) and len(prompt) > _LONG_TEXT:
