@@ -5,6 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .PHONY: serve test vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-families test-mutants faults sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
+.PHONY: serve test fuzz vendor-schemas vendor-llama-cpp test-slow test-mutants sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -60,6 +61,9 @@ matrix: venv  ## the support matrix's page, after a report was recorded
 format: venv  ## format the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+fuzz: venv  ## random bodies and raw bytes against a server on loopback, and how costs grow
+	$(BIN)/python -m tests.rigs.fuzz $(ARGS)
 
 bench: venv  ## start time, assembly time, step overhead, the queue, communicators
 	$(BIN)/python -m benchmarks.startup

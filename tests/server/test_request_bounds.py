@@ -116,6 +116,16 @@ def test_what_is_no_integer_is_refused(value: str) -> None:
     assert caught.value.param == "top_k"
 
 
+def test_what_goes_to_the_engine_as_it_came_can_be_sent() -> None:
+    for name in ("guided_json", "guided_regex", "guided_choice", "response_format"):
+        value = {"type": "json_schema", "x": [{"deep": 2**64}]}
+        body = json.dumps({**completion(), name: value}).encode()
+        request, _ = protocol.decode(body, CompletionRequest, max_depth=64)
+        with pytest.raises(RequestError, match="more than 64 bits") as caught:
+            protocol.sampling_params(request, logprobs=None, max_tokens=1)
+        assert caught.value.param == name
+
+
 # -- depth ----------------------------------------------------------------------------------------
 
 
@@ -168,3 +178,13 @@ def test_each_byte_of_a_string_is_passed_over_once(unit: bytes) -> None:
     assert sum(m[0].count(b'"') for m in matches) == body.count(b'"')
     ends = [m.end() for m in matches]
     assert all(a <= m.start() for a, m in zip(ends, matches[1:], strict=False))
+
+
+def test_a_body_with_two_lengths_is_refused_and_ends_its_connection() -> None:
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        two = {**JSON, "transfer-encoding": "chunked", "content-length": "2"}
+        response = await client.post(COMPLETIONS, content=b"{}", headers=two)
+        assert error_of(response)["code"] == "invalid_http"
+        assert response.headers["connection"] == "close"
+
+    with_client(test)

@@ -67,6 +67,7 @@ class Gate:
         try:
             _check_head(scope)
             self._hosts.check(headers.get(b"host"))
+            _check_length(headers)
             if not self._keys.allow(scope["path"], headers.get(b"authorization")):
                 raise RequestError(
                     "a valid API key is needed: Authorization: Bearer KEY",
@@ -115,11 +116,20 @@ def _parts(message: Message) -> Iterator[Message]:
         yield {**message, "body": body[start:end], "more_body": more}
 
 
+def _check_length(headers: Mapping[bytes, bytes]) -> None:
+    """Refuse a body with two lengths: a proxy in front may read the other one, and find a second
+    request where this server sees none (RFC 9112, 6.1)."""
+    if b"transfer-encoding" in headers and b"content-length" in headers:
+        raise RequestError(
+            "the request has both Content-Length and Transfer-Encoding", code="invalid_http"
+        )
+
+
 def _error_headers(error: RequestError) -> list[tuple[bytes, bytes]]:
     headers = []
     if (seconds := retry_after(error)) is not None:
         headers.append((b"retry-after", str(seconds).encode()))
-    if error.status == 505:
+    if error.status == 505 or error.code == "invalid_http":
         headers.append((b"connection", b"close"))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

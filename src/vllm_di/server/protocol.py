@@ -318,6 +318,11 @@ def _structured_output(request: GenerateRequest) -> Object | None:
     format_ = request.response_format
     if format_ is not None and format_.get("type") != "text":
         wanted["response_format"] = format_
+    for name, value in wanted.items():
+        try:
+            msgspec.msgpack.encode(value)
+        except OverflowError:
+            raise RequestError(f"{name}: an integer has more than 64 bits", param=name) from None
     return wanted or None
 
 
