@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import logging
 import random
 import sys
 import time
@@ -109,7 +110,7 @@ def fuzz_with_sockets(server: RigServer, seed: int, count: int) -> list[str]:
         except OSError as error:
             faults.append(f"socket {number}, {case.name}: {type(error).__name__}: {error}")
             continue
-        statuses.update(map(str, answers or ["closed or silent"]))
+        statuses.update([str(status) for status in answers] or ["closed or silent"])
         sent = f"socket {number}, {case.name}: {case.pieces[0][:200]!r}"
         if any(status == 500 for status in answers):
             faults.append(f"{sent} was answered with {answers}")
@@ -127,6 +128,7 @@ def fuzz_with_sockets(server: RigServer, seed: int, count: int) -> list[str]:
 def judge_growth() -> list[str]:
     """CPU time at 4n beside that at n, for all that a request can make long."""
     tokenizers: dict[str, Tokenizer] = {"bytes": BytesTokenizer(vocab_size=320)}
+    logging.getLogger("vllm_di").setLevel(logging.ERROR)
     with LLM("tiny", overrides=["tokenizer=bytes", "ops=torch"]) as llm:
         with LLM("smollm2", overrides=["executor=inline"]) as real:
             tokenizers["smollm2"] = real.tokenizer

@@ -220,8 +220,8 @@ def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
-    unknown = given.keys() - IGNORED - set(kind.__struct_fields__)
-    return request, sorted(unknown)
+    known = IGNORED.union(kind.__struct_fields__)
+    return request, [name for name in given if name not in known]
 
 
 def _decode(body: bytes, kind: type[T]) -> T:
@@ -326,22 +326,24 @@ def _structured_output(request: GenerateRequest) -> Object | None:
     return wanted or None
 
 
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-"""Its end is optional: one without an end is passed over once, not from each quote in it."""
 _SIGN = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _PIECE = 1 << 16
 
 
 def _check_depth(body: bytes, limit: int) -> None:
-    """Refuse deep nesting before any parser recurses into it. One pass, without a loop in Python
-    over the body."""
+    """Refuse deep nesting before any parser recurses into it. One pass in pieces, without a loop
+    in Python over their bytes; where a string ends is seen by its quotes alone."""
     if body.count(b"[") + body.count(b"{") <= limit:
         return
-    signs = memoryview(_STRING.sub(b"", body).translate(_SIGN, _NOT_BRACKETS)).cast("b")
-    depth = 0
-    for start in range(0, len(signs), _PIECE):
-        depths = list(accumulate(signs[start : start + _PIECE], initial=depth))
+    # in pairs from the left: a quote behind an odd number of backslashes ends no string
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    depth = is_inside = 0
+    for start in range(0, len(plain), _PIECE):
+        parts = plain[start : start + _PIECE].split(b'"')
+        brackets = b"".join(parts[is_inside::2]).translate(_SIGN, _NOT_BRACKETS)
+        is_inside = (is_inside + len(parts) - 1) % 2
+        depths = list(accumulate(memoryview(brackets).cast("b"), initial=depth))
         depth = depths[-1]
         if max(depths) > limit:
             raise RequestError(f"the JSON is nested deeper than {limit}", code="invalid_json")
