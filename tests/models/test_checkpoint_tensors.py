@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ def logits(folder: Path) -> torch.Tensor:
 def test_a_head_beside_a_tied_config(
     case: str, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
     make(case, tmp_path)
     table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     head = table.clone() if kind == "equal" else torch.randn(table.shape)
@@ -64,7 +62,6 @@ def test_a_head_beside_a_tied_config_on_transformers_code(tmp_path: Path) -> Non
 
 
 def test_what_is_left_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
     make("llama2", tmp_path)
     names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(4)]
     add(tmp_path, {name: torch.ones(4) for name in names})
@@ -98,11 +95,25 @@ def test_no_tensor_is_skipped_for_its_name(
 def test_a_vision_tower_of_gemma3_is_left_out_by_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
     make("gemma3", tmp_path)
     add(tmp_path, {"vision_tower.x.weight": torch.ones(3), "vision_tower.y.weight": torch.ones(3)})
     load(tmp_path)
     assert "vision_tower.x.weight, vision_tower.y.weight" in caplog.text
+
+
+def test_layers_beyond_those_that_run_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make("llama2", tmp_path)
+    load(tmp_path, num_hidden_layers=2)
+    assert "model.layers.*.mlp.up_proj.weight (2)" in caplog.text
+
+
+def test_other_stages_tensors_are_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make("llama2", tmp_path)
+    for layers in ((0, 2), (2, 4)):
+        load(tmp_path, layers=layers)
+    assert "left out" not in caplog.text
 
 
 def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:

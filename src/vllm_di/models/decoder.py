@@ -176,8 +176,9 @@ class Decoder(nn.Module, Model):
                 continue
             target = targets.get(name)
             if target is None:
-                self._leave_out(name, tensor, targets)
-                left_out.append(name)
+                if not self._is_elsewhere(name):
+                    self._check_left_out(name, tensor, targets)
+                    left_out.append(name)
                 continue
             if name not in missing:
                 raise CheckpointError(f"tensor {name} comes twice, once as {raw}")
@@ -195,7 +196,7 @@ class Decoder(nn.Module, Model):
             else:
                 self._untie(own_head)
         if left_out:
-            log.info("%d tensors are left out: %s", len(left_out), _summary(left_out))
+            log.warning("%d tensors are left out: %s", len(left_out), _summary(left_out))
         self.finalize()
 
     def _fill(self, name: str, target: Target, tensor: Any) -> None:
@@ -234,16 +235,20 @@ class Decoder(nn.Module, Model):
         self.head = self._vocabulary()
         self._fill(HEAD, self.head.targets("lm_head")[HEAD], tensor)
 
-    def _leave_out(self, name: str, tensor: Any, targets: dict[str, Target]) -> None:
-        """Refuse a tensor that nothing takes, but for those that are known to be no weights of
-        ours: another stage's, rotary frequencies, and what sees in a model of several kinds of
-        input."""
-        layer = name.split(".")[2] if name.startswith("model.layers.") else ""
-        if layer.isdigit() and int(layer) not in self._span:
-            return
-        if not self.first and name == TABLE:
-            return
-        if not self.last and name in ("model.norm.weight", HEAD):
+    def _is_elsewhere(self, name: str) -> bool:
+        """Whether another stage of the pipeline takes the tensor."""
+        number = name.split(".")[2] if name.startswith("model.layers.") else ""
+        if number.isdigit() and int(number) < (self.config.num_hidden_layers or 0):
+            return int(number) not in self._span
+        if name == TABLE:
+            return not self.first
+        return not self.last and name in ("model.norm.weight", HEAD)
+
+    def _check_left_out(self, name: str, tensor: Any, targets: dict[str, Target]) -> None:
+        """Refuse a tensor that nothing takes, but for layers beyond those that are run, rotary
+        frequencies, and what sees in a model of several kinds of input."""
+        number = name.split(".")[2] if name.startswith("model.layers.") else ""
+        if number.isdigit() and int(number) >= (self.config.num_hidden_layers or 0):
             return
         assert self.config.head_dim and self.config.partial_rotary_factor
         rotary = int(self.config.head_dim * self.config.partial_rotary_factor) // 2
