@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.components.ops.libraries import random
+from torch import Tensor
 
 from vllm_di import LLM, SamplingParams
 from vllm_di.components.interfaces import OpLibrary, OpTable
@@ -87,13 +88,18 @@ class NormsAlone(Alone):
     """Named by an override: neither attention nor a cache write nor a product."""
 
     implements = frozenset({"rms_norm"})
-    rms_norm = TorchOps.rms_norm
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return TorchOps().rms_norm(x, weight, eps)
 
 
 class CacheAlone(Alone):
-    implements = frozenset({"write_kv", "paged_attention"})
-    write_kv = TorchOps.write_kv
-    paged_attention = TorchOps.paged_attention
+    implements = frozenset({"write_kv"})
+
+    def write_kv(
+        self, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        TorchOps().write_kv(k, v, key_cache, value_cache, slot_mapping)
 
 
 @pytest.mark.parametrize("name", ["Alone", "NormsAlone", "CacheAlone"])
