@@ -15,6 +15,7 @@ from vllm_di.components.messages import SamplingParams
 from vllm_di.containers.assembly import Assembly, assemble
 from vllm_di.containers.engine import EngineContainer, ServerContainer, WorkerContainer
 from vllm_di.containers.fill import Launcher, opened
+from vllm_di.containers.overrides import model_overrides
 from vllm_di.errors import RequestError, nearest
 from vllm_di.frontend.outputs import RequestOutput
 from vllm_di.frontend.processor import Generation, RequestProcessor
@@ -184,12 +185,6 @@ class LLM:
             if not generation.finished:
                 for request in generation.requests:
                     self.engine.abort(request.request_id)
-
-
-def model_overrides(model: str) -> list[str]:
-    """What ``--model`` or ``LLM(model)`` means: an option's name, or else a path or hub name."""
-    looks_like_path = any(c in model for c in "/.\\") or Path(model).exists()
-    return ["model=local", f"model.path={model}"] if looks_like_path else [f"model={model}"]
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from vllm_di.containers.assembly import assemble
 from vllm_di.containers.compose import ConfigTree
+from vllm_di.containers.engine import GIVEN, WorkerContainer
+from vllm_di.containers.overrides import model_overrides, read
 from vllm_di.containers.ports import Port
+from vllm_di.containers.schema import check
 from vllm_di.errors import ConfigError, PortError
 
 FILES = {
@@ -186,3 +190,85 @@ def test_many_threads_and_no_traces(tree: ConfigTree, tmp_path: Path) -> None:
 def test_texts_and_summaries(tree: ConfigTree, root: Path) -> None:
     assert tree.read(root / "attention/paged.yaml").texts == {"split": "tokens in a piece"}
     assert tree.read(root / "attention/sdpa.yaml").summary == "Plain attention."
+
+
+@pytest.mark.parametrize(
+    "override", ["attention=mine", "attention.prefill=mine", "ops.rms_norm=mine"]
+)
+def test_an_option_with_defaults_means_the_same_wherever_it_is_named(
+    override: str, tmp_path: Path
+) -> None:
+    """In its group, as a half of attention, as the library of one op, and by ``_option_``."""
+    write(
+        tmp_path,
+        {
+            "attention/mine.yaml": "defaults: [paged, _self_]\n",
+            "attention/both.yaml": (
+                "_target_: vllm_di.components.attention.hybrid.HybridAttention\n"
+                "prefill: {_option_: attention/mine}\ndecode: sdpa\n"
+            ),
+            "ops/mine.yaml": "defaults: [cpu, _self_]\nlibrary:\n  isa: generic\n",
+        },
+    )
+    asked = ["platform=cpu", "model=tiny", override]
+    if "prefill" in override:
+        asked.append("attention=hybrid")
+    found = assemble(asked, [tmp_path])
+    check(WorkerContainer, found, replaced=GIVEN[WorkerContainer])
+    (worker,) = found.workers
+    plain = assemble(["platform=cpu", "model=tiny"]).workers[0]
+    if override.startswith("ops"):
+        assert worker["ops"]["rms_norm"] == plain["ops"]["library"] | {"isa": "generic"}
+        assert found.place("ops.rms_norm.isa").endswith("ops/mine.yaml:3")
+        assert found.place("ops.rms_norm.compile").startswith("conf/ops/cpu.yaml:")
+    else:
+        node = worker["attention"]
+        assert node.get("prefill", node) == plain["attention"]
+    both = assemble(["platform=cpu", "model=tiny", "attention=both"], [tmp_path])
+    assert both.workers[0]["attention"]["prefill"] == plain["attention"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"x.yaml": "defaults: [pagd]\n"},
+            "attention.prefill=x: attention.prefill: ",
+        ),
+        ({"x.yaml": "prefill: x\n"}, "names itself: options are nested more than"),
+        ({"x.yaml": "inner: {_option_: atention/sdpa}\n"}, "no group 'atention'.*mean 'attention'"),
+        ({"x.yaml": "inner: {_option_: attention/sdp}\n"}, "no option 'sdp'.*did you mean 'sdpa'"),
+    ],
+    ids=str,
+)
+def test_a_wrong_name_within_a_node_has_its_place(
+    files: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    write(tmp_path, {f"attention/{name}": text for name, text in files.items()})
+    asked = ["platform=cpu", "model=tiny", "attention=hybrid", "attention.prefill=x"]
+    with pytest.raises(ConfigError, match=message):
+        assemble(asked, [tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a=b", ("", "a", "=", "b")),
+        ("++a.b=c=d", ("++", "a.b", "=", "c=d")),
+        ("~a.b", ("~", "a.b", "", "")),
+        ("", ("", "", "", "")),
+    ],
+)
+def test_the_parts_of_an_override(text: str, parts: tuple[str, ...]) -> None:
+    assert read(text) == parts
+
+
+def test_one_rule_for_the_name_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--model`` and ``LLM(model)``; a folder of the place is named in the error."""
+    assert model_overrides("org/name") == ["model=local", "model.path=org/name"]
+    assert model_overrides("x.gguf") == ["model=local", "model.path=x.gguf"]
+    assert model_overrides("tiny") == ["model=tiny"]
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"no option 'mine'.*--model \./mine"):
+        assemble(model_overrides("mine"))

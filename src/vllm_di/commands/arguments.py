@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from vllm_di.containers.overrides import model_overrides
 from vllm_di.errors import VllmDiError, nearest
 
 VERBS = {
@@ -37,11 +38,6 @@ class UsageError(VllmDiError):
     """The command line cannot be understood."""
 
 
-def _model(value: str) -> list[str]:
-    looks_like_path = any(c in value for c in "/.\\")
-    return ["model=local", f"model.path={value}"] if looks_like_path else [f"model={value}"]
-
-
 def _tensor_parallel(value: str) -> list[str]:
     return ["executor=multiprocess", f"executor.tensor_parallel_size={value}"]
 
@@ -51,7 +47,7 @@ def _key(key: str) -> Callable[[str], list[str]]:
 
 
 ALIASES: dict[str, tuple[Callable[[str], list[str]], str]] = {
-    "--model": (_model, "model=NAME, or model=local model.path=PATH"),
+    "--model": (model_overrides, "model=NAME, or model=local model.path=PATH"),
     "--host": (_key("server.host"), "server.host"),
     "--port": (_key("server.port"), "server.port"),
     "--api-key-file": (_key("server.api_key_file"), "server.api_key_file"),

@@ -18,6 +18,7 @@ from typing import Any
 from vllm_di.commands.arguments import Arguments, UsageError
 from vllm_di.commands.table import print_table
 from vllm_di.components.messages import SamplingParams
+from vllm_di.containers.overrides import read
 from vllm_di.errors import VllmDiError
 
 Result = dict[str, list[float]]
@@ -126,10 +127,10 @@ def points(overrides: list[str]) -> list[list[str]]:
     """Every combination of the comma lists: ``a=x,y b=1`` -> [[a=x, b=1], [a=y, b=1]]."""
     choices = []
     for override in overrides:
-        key, equals, value = override.partition("=")
+        sign, key, equals, value = read(override)
         quoted = value.startswith(("'", '"', "[", "{"))
         values = value.split(",") if not quoted else [value]
-        choices.append([f"{key}{equals}{one}" for one in values])
+        choices.append([f"{sign}{key}{equals}{one}" for one in values])
     return [list(point) for point in itertools.product(*choices)]
 
 

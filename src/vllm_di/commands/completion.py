@@ -48,15 +48,16 @@ def candidates(words: list[str]) -> list[str]:
         return [verb for verb in VERBS if verb.startswith(last)]
     if last.startswith("-"):
         return [f for f in [*SWITCHES, *OPTIONS, *ALIASES] if f.startswith(last)]
+    from vllm_di.containers.overrides import read
     from vllm_di.containers.tree import ConfigFiles
 
     tree = ConfigFiles.find()
-    group, equals, option = last.partition("=")
+    _, group, equals, option = read(last)
     if equals and group in tree.groups():
         return [f"{group}={o}" for o in tree.options(group) if o.startswith(option)]
     if "." in last:
         group = last.split(".")[0]
-        chosen = [w.partition("=")[2] for w in words if w.startswith(f"{group}=")]
+        chosen = [read(w).value for w in words if read(w).key == group]
         files = [p for o, p in tree.options(group).items() if not chosen or o in chosen]
         files += [p for p in (tree.roots[0] / group).glob("base.yaml")]
         keys = {f"{group}.{k}=" for p in files for k in tree.read(p).lines}

@@ -19,6 +19,7 @@ from vllm_di.commands.arguments import (
 )
 from vllm_di.commands.say import warn
 from vllm_di.commands.table import print_table
+from vllm_di.containers.overrides import read
 from vllm_di.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ def run(arguments: Arguments) -> int:
     warn(tree.warnings())
     asked = [*arguments.words, *arguments.overrides]
     if arguments.verb not in ("", "help"):  # a verb's own words, such as a prompt, are no groups
-        asked = [word for word in asked if word.partition("=")[0] in tree.groups()]
+        asked = [word for word in asked if read(word).key in tree.groups()]
     for word in asked:
-        group, _, option = word.partition("=")
+        group, option = read(word).key, read(word).value
         groups = tree.groups()
         if group not in groups:
             raise UsageError(f"no group {group!r}{nearest(group, groups)}")

@@ -22,6 +22,7 @@ from vllm_di.containers.compose import ConfigTree
 from vllm_di.containers.engine import EngineContainer, WorkerContainer
 from vllm_di.containers.fill import Launcher, opened
 from vllm_di.containers.manifest import Capabilities, Manifest
+from vllm_di.containers.overrides import read
 from vllm_di.containers.stages import split
 from vllm_di.errors import ConfigError, PortError, nearest
 
@@ -48,7 +49,7 @@ class Subject:
         config_dirs: Sequence[str] = (),
     ) -> None:
         for text in overrides:
-            if text.split("=")[0] in OWN:
+            if read(text).key in OWN:
                 raise ConfigError(f"{text}: the suite brings its own models; leave this key out")
         self.overrides, self.form, self.seed = list(overrides), form, seed
         self.config_dirs = list(config_dirs)

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 from dependency_injector.containers import DeclarativeContainer
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from vllm_di.components.interfaces import OpTable
 from vllm_di.containers.compose import Composition, ConfigTree
 from vllm_di.containers.engine import (
     SLOTS,
@@ -26,6 +24,7 @@ from vllm_di.containers.engine import (
 )
 from vllm_di.containers.evidence import Recorded, read_recorded, shown_level
 from vllm_di.containers.manifest import LEVELS, Level, Manifest, read_manifest
+from vllm_di.containers.nested import replace_option, resolve_nested
 from vllm_di.containers.origins import Origin, place_of
 from vllm_di.containers.registered import KEY as ARCHITECTURES
 from vllm_di.containers.registered import compose
@@ -182,8 +181,7 @@ def _resolved(
         path = tree.options("platform")[composition.choices["platform"][0]]
         raise ConfigError(f"{shown(path)}: platform: expected a mapping")
     _resolve_checkpoint(tree, composition)
-    _resolve_ops(tree, composition)
-    _resolve_halves(tree, composition)
+    resolve_nested(tree, composition)
     _lower_level(composition, reports)
     values = _plain(composition)
     known = [*SLOTS, *SETTINGS, KEY]
@@ -285,7 +283,7 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
             )
         for slot, option in STAND_INS.items():
             if not _is_chosen(composition, slot):
-                _replace(tree, composition, slot, option, "no checkpoint brings its own")
+                replace_option(tree, composition, slot, option, "no checkpoint brings its own")
     else:
         found = describe(str(model.path))
         checkpoint.format, checkpoint.weights = found.format, found.weights
@@ -309,7 +307,7 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
         for key, value in fields.items():
             _take(composition, key, value)
         if loader == "auto":
-            _replace(
+            replace_option(
                 tree,
                 composition,
                 "loader",
@@ -432,64 +430,3 @@ def _refuse_odd(composition: Composition, key: str, value: Any, depth: int = 0) 
             f"{composition.values.model.path}: config.json gives {key} the value "
             f"{reprlib.repr(value)}, which no model has"
         )
-
-
-def _replace(tree: ConfigTree, composition: Composition, slot: str, option: str, why: str) -> None:
-    """Put another option's node into a slot whose choice was ``auto``. Keys that the command line
-    set stay as it set them."""
-    values, origins = composition.values, composition.origins
-    own = {k: o for k, o in origins.items() if k.startswith(f"{slot}.")}
-    kept = {
-        key: OmegaConf.select(values, key)
-        for key, origin in own.items()
-        if origin.chosen_by == "command line"
-    }
-    path = tree.options(slot)[option]
-    values[slot] = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
-    for key, value in kept.items():
-        OmegaConf.update(values, key, value, force_add=True)
-    composition.choices[slot] = (option, Origin("auto", text=why))
-    for key in own.keys() - kept.keys():
-        del origins[key]
-    for key, line in tree.read(path).lines.items():
-        origins.setdefault(f"{slot}.{key}", Origin("auto", shown(path), line))
-
-
-def _resolve_halves(tree: ConfigTree, composition: Composition) -> None:
-    """``attention.prefill=sdpa``: the name of an option of the group stands for its node."""
-    node, options = composition.values.attention, tree.options("attention")
-    for half in ("prefill", "decode"):
-        choice = node.get(half) if isinstance(node, DictConfig) else None
-        if not isinstance(choice, str):
-            continue
-        if choice not in options:
-            place = composition.origins.get(f"attention.{half}", "config")
-            raise ConfigError(
-                f"{place}: attention.{half}: no option {choice!r}; choose {', '.join(options)}"
-                f"{nearest(choice, options)}"
-            )
-        nested = yaml.safe_load(options[choice].read_text(encoding="utf-8"))
-        OmegaConf.update(composition.values, f"attention.{half}", nested, force_add=True)
-
-
-def _resolve_ops(tree: ConfigTree, composition: Composition) -> None:
-    """``ops.rms_norm=torch``: the name of an option of the group ``ops`` stands for its library."""
-    node, options = composition.values.ops, tree.options("ops")
-    if not isinstance(node, DictConfig):
-        return
-    for op in OpTable.OPS:
-        choice = node.get(op)
-        if choice is None or choice == "auto" or isinstance(choice, DictConfig):
-            continue
-        place = composition.origins.get(f"ops.{op}", "config")
-        if choice not in options:
-            raise ConfigError(
-                f"{place}: ops.{op}: no option {choice!r}; choose auto, {', '.join(options)}"
-                f"{nearest(str(choice), options)}"
-            )
-        library = yaml.safe_load(options[choice].read_text(encoding="utf-8")).get("library")
-        if library is None:
-            raise ConfigError(
-                f"{shown(options[choice])}: has no `library` node, so ops.{op} cannot use it"
-            )
-        OmegaConf.update(composition.values, f"ops.{op}", library, force_add=True, merge=False)

@@ -23,10 +23,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vllm_di.containers.origins import Origin
+from vllm_di.containers.overrides import read
 from vllm_di.containers.tree import ConfigFiles, shown
 from vllm_di.errors import ConfigError, PortError, nearest
 
 _LOCK = threading.Lock()
+_NODE = "node"
+"""Where a single option is composed."""
 
 
 class Composition(msgspec.Struct):
@@ -98,7 +101,7 @@ class ConfigTree(ConfigFiles):
                 raise ConfigError(
                     f"{said.place(text)}: group {key!r} has no option {value!r}; it has "
                     f"{', '.join(options)}{nearest(str(value), options)}"
-                    f"{self._broken_ports(str(value))}"
+                    f"{self._broken_ports(str(value))}{_folder(key, str(value))}"
                 )
         elif key not in top.lines:
             known = [*groups, *top.lines]
@@ -134,6 +137,30 @@ class ConfigTree(ConfigFiles):
             del values["hydra"]
         return values, list(self._merged(choices))
 
+    def compose_option(self, group: str, option: str) -> tuple[DictConfig, dict[str, Origin]]:
+        """-> (an option's node with all that its defaults bring, where its keys stand: dotted from
+        the node). Nothing in it is interpolated yet. Raises ConfigError."""
+        self.refuse_clash(group, option)
+        text = f"+{group}@{_NODE}={option}"
+        with _LOCK:
+            GlobalHydra.instance().clear()
+            try:
+                with initialize_config_dir(str(self.roots[0]), version_base="1.3"):
+                    values = hydra_compose(None, [*self._searched(), text])
+            except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+                raise ConfigError(f"{group}={option}: {' '.join(str(error).split())}") from None
+        node = values.get(_NODE)
+        path = self._file(f"{group}/{option}")
+        if not isinstance(node, DictConfig):
+            raise ConfigError(f"{shown(path)}: expected a mapping, got {node!r}")
+        origins: dict[str, Origin] = {}
+        for file in reversed(self.with_included(path)):  # the nearest last: it wins
+            for key, line in self.read(file).lines.items():
+                origins[key] = Origin(group, shown(file), line)
+        loose = OmegaConf.create(OmegaConf.to_container(node, resolve=False))  # not of Hydra's root
+        assert isinstance(loose, DictConfig)
+        return loose, origins
+
     def _searched(self) -> list[str]:
         """The override that tells Hydra of the other trees."""
         extra = ",".join("'file://{}'".format(str(r).replace("'", r"\'")) for r in self.roots[1:])
@@ -159,7 +186,7 @@ class ConfigTree(ConfigFiles):
     def _explained(self, error: Exception, overrides: list[str], said: Sources) -> ConfigError:
         """Hydra's words for an unknown key do not name the valid ones: find the override and name
         them."""
-        plain = [o for o in overrides if "." not in o.split("=")[0]]
+        plain = [o for o in overrides if "." not in read(o).key]
         plain_groups = self.groups()
         if len(plain) < len(overrides):
             with initialize_config_dir(str(self.roots[0]), version_base="1.3"):
@@ -168,7 +195,7 @@ class ConfigTree(ConfigFiles):
                 except (HydraException, OmegaConfBaseException):
                     values = OmegaConf.create({})
             for text in overrides:
-                key = text.split("=")[0].lstrip("+~")
+                key = read(text).key
                 if key in plain_groups:
                     continue
                 parent, _, last = key.rpartition(".")
@@ -234,6 +261,12 @@ class ConfigTree(ConfigFiles):
         return "default" if file.parent in self.roots else file.parent.name
 
 
+def _folder(group: str, value: str) -> str:
+    """A hint for who names a folder of this place as if it were an option."""
+    there = group == "model" and Path(value).exists()
+    return f"; for the folder or file of this name: --model ./{value}" if there else ""
+
+
 class Sources:
     """Where overrides stand: on the command line, unless it is said otherwise."""
 
@@ -256,14 +289,14 @@ def parse(text: str, said: Sources) -> Override:
     try:
         override = parser.parse_override(text)
     except HydraException:
-        key, equals, value = text.partition("=")
+        sign, key, equals, value = read(text)
         if not equals:
             raise ConfigError(
                 f"{said.place(text)} is not an override; write key=value or group=option"
             ) from None
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
         try:
-            override = parser.parse_override(f"{key}='{quoted}'")
+            override = parser.parse_override(f"{sign}{key}='{quoted}'")
         except HydraException:
             raise ConfigError(f"{said.place(text)}: {key!r} is not a key") from None
     if override.is_sweep_override():
@@ -284,7 +317,7 @@ def _text(override: Override) -> str:
     try:
         OverridesParser.create().parse_override(line)
     except HydraException:
-        key, _, value = line.partition("=")
+        sign, key, _, value = read(line)
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"{key}='{quoted}'"
+        return f"{sign}{key}='{quoted}'"
     return line

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vllm_di.containers.compose import Composition, ConfigTree
 from vllm_di.containers.origins import Origin
+from vllm_di.containers.overrides import read
 from vllm_di.containers.tree import shown
 from vllm_di.errors import CheckpointError, ConfigError
 
@@ -29,7 +30,7 @@ def compose(
     option, architecture, file = found
     text = f"model={option}"
     origin = Origin("checkpoint", text=f"{architecture} is registered by {shown(file)}")
-    others = [o for o in overrides if o.partition("=")[0].lstrip("+") != "model"]
+    others = [o for o in overrides if read(o).key != "model"]
     return tree.compose([text, *others], {**(sources or {}), text: origin})
 
 

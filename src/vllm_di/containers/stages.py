@@ -18,6 +18,7 @@ import yaml
 from vllm_di.containers.compose import ConfigTree
 from vllm_di.containers.engine import SLOTS, WorkerContainer, slots
 from vllm_di.containers.origins import Origin
+from vllm_di.containers.overrides import read
 from vllm_di.containers.tree import ConfigFiles, shown
 from vllm_di.errors import ConfigError
 
@@ -50,8 +51,8 @@ class Split(msgspec.Struct, frozen=True):
 def split(tree: ConfigTree, overrides: Sequence[str]) -> Split:
     """Share the user's overrides out over the stages of the platform. Raises ConfigError for
     stages that make no sense, and for ``stages.N`` where there is none."""
-    common = [o for o in overrides if not _OF_STAGE.fullmatch(o) and _key(o) != KEY]
-    platform = next((_value(o) for o in reversed(common) if _key(o) == "platform"), None)
+    common = [o for o in overrides if not _OF_STAGE.fullmatch(o) and read(o).key != KEY]
+    platform = next((read(o).value for o in reversed(common) if read(o).key == "platform"), None)
     path = tree.options("platform").get(platform or "")
     listed = [] if path is None else read_stages(tree, path)
     own = [_of_stage(tree, o, platform, len(listed)) for o in overrides if o not in common]
@@ -62,13 +63,13 @@ def split(tree: ConfigTree, overrides: Sequence[str]) -> Split:
     for index, lines in enumerate(listed):
         sources = {text: Origin("platform", shown(path), line) for text, line in lines}
         said = [text for text, _ in lines]
-        said += [o for o in common if _slot(o) not in (*_AROUND, "platform")]
+        said += [o for o in common if read(o).slot not in (*_AROUND, "platform")]
         for stage, text, typed in own:
             if stage == index:
                 said.append(text)
                 sources[text] = Origin("command line", text=typed)
         stages.append(_checked(tree, index, Stage(_last_of_each(said), sources)))
-    around = [o for o in common if _slot(o) not in _WORKER or _slot(o) in SHARED]
+    around = [o for o in common if read(o).slot not in _WORKER or read(o).slot in SHARED]
     return Split(around, stages)
 
 
@@ -167,9 +168,9 @@ def _of_stage(
             f"command line: {text!r}: no such stage; platform={platform} has {numbers}, and its "
             "YAML lists them; write stages.N.KEY=VALUE"
         )
-    if not _key(rest):
+    if not read(rest).key:
         raise ConfigError(f"command line: {text!r}: write stages.{stage}.KEY=VALUE")
-    if (slot := _slot(rest)) in _AROUND:
+    if (slot := read(rest).slot) in _AROUND:
         raise ConfigError(
             f"command line: {text!r}: there is one {slot} for all stages: write {rest}"
         )
@@ -189,7 +190,7 @@ def _refuse_worker_keys(tree: ConfigTree, path: Path) -> None:
 
 
 def _checked(tree: ConfigTree, index: int, stage: Stage) -> Stage:
-    text = next((o for o in stage.overrides if _key(o) == "platform"), None)
+    text = next((o for o in stage.overrides if read(o).key == "platform"), None)
     options = tree.options("platform")
     if text is None:
         plain = [n for n, p in options.items() if KEY not in tree.read(p).lines]
@@ -197,7 +198,7 @@ def _checked(tree: ConfigTree, index: int, stage: Stage) -> Stage:
             f"{next(iter(stage.sources.values()), 'stages')}: stages.{index} names no platform; "
             f"begin it with platform=NAME, of {', '.join(plain)}"
         )
-    path = options.get(_value(text))
+    path = options.get(read(text).value)
     if path is not None and KEY in tree.read(path).lines:
         raise ConfigError(
             f"{stage.sources[text]}: stages.{index}: {text} has stages itself; "
@@ -208,16 +209,4 @@ def _checked(tree: ConfigTree, index: int, stage: Stage) -> Stage:
 
 def _last_of_each(overrides: list[str]) -> list[str]:
     """One override for each key: the last."""
-    return list({_key(text): text for text in overrides}.values())
-
-
-def _key(text: str) -> str:
-    return text.partition("=")[0].lstrip("+~")
-
-
-def _value(text: str) -> str:
-    return text.partition("=")[2]
-
-
-def _slot(text: str) -> str:
-    return _key(text).split(".")[0]
+    return list({read(text).key: text for text in overrides}.values())

@@ -159,7 +159,6 @@ def test_halves_are_named_or_written_out(tmp_path: Path) -> None:
     ("override", "words"),
     [
         ("attention.prefill=pagd", r"attention\.prefill: no option 'pagd'.*did you mean 'paged'"),
-        ("attention.decode=hybrid", r"attention\.decode\.prefill"),
         ("attention.decode=3", r"attention\.decode: Expected"),
     ],
 )

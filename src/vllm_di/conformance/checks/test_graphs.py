@@ -9,6 +9,7 @@ from vllm_di.conformance.driving import Answer, Ask, ask, run
 from vllm_di.conformance.golden import prompts
 from vllm_di.conformance.outcomes import NotDeclared, Record
 from vllm_di.conformance.subject import Subject
+from vllm_di.containers.overrides import read
 
 EAGER = ("graph=eager", "shapes=dynamic")
 
@@ -41,7 +42,7 @@ def batches(subject: Subject) -> list[list[Ask]]:
 def eager(subject: Subject) -> Subject:
     """The same platform without graphs and padding, whatever was asked of these."""
     ours = ("graph", "shapes")
-    rest = [o for o in subject.overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in ours]
+    rest = [o for o in subject.overrides if read(o).slot not in ours]
     return Subject([*rest, *EAGER], config_dirs=subject.config_dirs)
 
 
