@@ -122,7 +122,7 @@ def test_what_goes_to_the_engine_as_it_came_can_be_sent() -> None:
         body = json.dumps({**completion(), name: value}).encode()
         request, _ = protocol.decode(body, CompletionRequest, max_depth=64)
         with pytest.raises(RequestError, match="more than 64 bits") as caught:
-            protocol.sampling_params(request, logprobs=None, max_tokens=1)
+            protocol.sampling_params(request, logprobs=None, max_tokens=1, defaults={})
         assert caught.value.param == name
 
 
