@@ -56,6 +56,15 @@ def test_requests_share_the_line_and_a_bad_one_harms_nobody() -> None:
             assert outputs[-1].error_status == 400
             assert "999" in (outputs[-1].error or "")
             assert await tokens(client, asked[0]) == answers[0]
+            params = SamplingParams(temperature=0, max_tokens=4, allowed_token_ids=[5, 6])
+            long = list(range(256, 320)) * 5
+            same = [
+                EngineRequest(request_id=f"s{i}", prompt_token_ids=long, params=params)
+                for i in range(3)
+            ]
+            answers = await asyncio.gather(*(tokens(client, a) for a in same))
+            assert answers[0] == answers[1] == answers[2]
+            assert set(answers[0]) <= {5, 6}
 
     asyncio.run(play())
 

@@ -23,6 +23,7 @@ from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.fill import open_engine
 from vllm_di.errors import EngineDeadError, RequestError
 from vllm_di.server import wire
+from vllm_di.server.sharing import Borrower
 
 IDLE_SECONDS = 1.0
 """An idle engine looks after its workers this often."""
@@ -79,6 +80,7 @@ class Pulse:
 def serve(engine: Engine, connection: Connection[wire.ToEngine], pulse: Pulse) -> None:
     """Run until the peer closes."""
     inbox: Inbox = queue.SimpleQueue()
+    borrower = Borrower()
     threading.Thread(target=_read, args=(connection, inbox), name="requests", daemon=True).start()
     while True:
         messages = _drain(inbox, wait=not engine.has_work())
@@ -91,11 +93,15 @@ def serve(engine: Engine, connection: Connection[wire.ToEngine], pulse: Pulse) -
                 return
             if isinstance(message, wire.Add):
                 try:
-                    engine.add(message.request)
+                    engine.add(borrower.request(message))
                 except RequestError as error:
                     refused.append(_refusal(message.request.request_id, error))
             elif isinstance(message, wire.Abort):
                 engine.abort(message.request_id)
+            elif isinstance(message, wire.Keep):
+                borrower.keep(message)
+            elif isinstance(message, wire.Drop):
+                borrower.drop(message)
             else:
                 engine.reset_prefix_cache()
         with pulse.step():

@@ -37,11 +37,12 @@ from vllm_di.frontend.outputs import (
     position_logprobs,
 )
 from vllm_di.frontend.requests import (
-    bad_words_token_ids,
+    Prepared,
     check_token_ids,
     encode_prompt,
     fan_out,
     fitted,
+    prepared,
 )
 
 
@@ -78,11 +79,15 @@ class RequestProcessor:
         self.vocab_size = vocab_size
         self._clock = clock
 
+    def prepare(self, params: SamplingParams) -> Prepared:
+        """Check parameters that several prompts share. Raises RequestError."""
+        return prepared(self.tokenizer, params, self.vocab_size)
+
     def start(
         self,
         request_id: str,
         prompt: str | Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | Prepared,
         *,
         add_special_tokens: bool = True,
         priority: int = 0,
@@ -96,23 +101,22 @@ class RequestProcessor:
         context."""
         started = self._clock()
         ids = encode_prompt(self.tokenizer, prompt, add_special_tokens=add_special_tokens)
-        params = fitted(params, len(ids), self.max_model_len, default_max_tokens)
-        check_token_ids((min(ids), max(ids)), self.vocab_size, "prompt")
-        check_token_ids(params.stop_token_ids, self.vocab_size, "stop_token_ids")
-        check_token_ids(params.logit_bias or (), self.vocab_size, "logit_bias")
-        check_token_ids(params.allowed_token_ids or (), self.vocab_size, "allowed_token_ids")
+        if isinstance(params, SamplingParams):
+            params = self.prepare(params)
+        own = fitted(params.params, len(ids), self.max_model_len, default_max_tokens)
+        check_token_ids(ids, self.vocab_size, "prompt")
         arrival = time.time()
         requests = fan_out(
             request_id,
             ids,
-            params,
-            bad_words_token_ids(self.tokenizer, params.bad_words),
+            own,
+            params.bad_words_token_ids,
             priority=priority,
             cache_salt=cache_salt,
             arrival_time=arrival,
         )
         text = prompt if isinstance(prompt, str) else None
-        return Generation(self, request_id, text, params, requests, self._clock, started)
+        return Generation(self, request_id, text, own, requests, self._clock, started)
 
 
 class Generation:

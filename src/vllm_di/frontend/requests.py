@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import msgspec
 
@@ -60,7 +62,7 @@ def fitted(
         return params
     if default_max_tokens is not None:
         room = min(room, max(default_max_tokens, params.min_tokens))
-    return msgspec.structs.replace(params, max_tokens=room)
+    return changed(params, max_tokens=room)
 
 
 def bad_words_token_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
@@ -73,6 +75,26 @@ def bad_words_token_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[list
             if ids:
                 found[tuple(ids)] = None
     return [list(ids) for ids in found]
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """Sampling parameters that were checked against a model, once for all prompts of a request."""
+
+    params: SamplingParams
+    bad_words_token_ids: list[list[int]]
+
+
+def prepared(tokenizer: Tokenizer, params: SamplingParams, vocab_size: int) -> Prepared:
+    """Raises RequestError for ids outside the vocabulary."""
+    check_token_ids(params.stop_token_ids, vocab_size, "stop_token_ids")
+    check_token_ids(params.logit_bias or (), vocab_size, "logit_bias")
+    allowed = params.allowed_token_ids
+    if allowed is not None:
+        check_token_ids(allowed, vocab_size, "allowed_token_ids")
+        once = list(dict.fromkeys(allowed))
+        if len(once) < len(allowed):
+            params = changed(params, allowed_token_ids=once)
+    return Prepared(params, bad_words_token_ids(tokenizer, params.bad_words))
 
 
 def fan_out(
@@ -88,14 +110,11 @@ def fan_out(
     """One engine request for each of the ``n`` texts. Text i has the id ``<id>-<i>`` and the seed
     + i."""
     requests: list[EngineRequest] = []
+    single = params if params.n == 1 else changed(params, n=1)
     for i in range(params.n):
-        own = params
-        if params.n > 1:
-            own = msgspec.structs.replace(
-                params,
-                n=1,
-                seed=None if params.seed is None else _wrapped(params.seed + i),
-            )
+        own = single
+        if i and params.seed is not None:
+            own = changed(single, seed=_wrapped(params.seed + i))
         requests.append(
             EngineRequest(
                 request_id=request_id if params.n == 1 else f"{request_id}-{i}",
@@ -108,6 +127,14 @@ def fan_out(
             )
         )
     return requests
+
+
+def changed(params: SamplingParams, **values: Any) -> SamplingParams:
+    """A copy, not checked again; its lists are the same objects."""
+    found = copy.copy(params)
+    for name, value in values.items():
+        msgspec.structs.force_setattr(found, name, value)
+    return found
 
 
 def _wrapped(seed: int) -> int:

@@ -44,13 +44,14 @@ async def start_completion(service: Service, request: CompletionRequest) -> Answ
     )
     if request.echo and request.logprobs is not None and params.prompt_logprobs is None:
         params = msgspec.structs.replace(params, prompt_logprobs=request.logprobs)
+    prepared = service.processor.prepare(params)
     special = request.add_special_tokens is not False
     request_id = new_id("cmpl")
     generations: list[Generation] = []
     for i, prompt in enumerate(prompts):
         own_id = request_id if len(prompts) == 1 else f"{request_id}-{i}"
         generations.append(
-            await service.start(own_id, prompt, params, request, add_special_tokens=special)
+            await service.start(own_id, prompt, prepared, request, add_special_tokens=special)
         )
         await asyncio.sleep(0)  # many prompts take long; let streams go on
     return CompletionAnswer(service, request, request_id, generations, echo_only=echo_only)

@@ -14,6 +14,7 @@ from vllm_di.components.transport import Codec, Failure
 from vllm_di.errors import EngineDeadError, RequestError, VllmDiError
 from vllm_di.server import wire
 from vllm_di.server.engine_watch import EngineProcess
+from vllm_di.server.sharing import Lender
 
 RESTART_SECONDS = 600.0
 """Restarts are counted within this time."""
@@ -38,6 +39,7 @@ class ProcessEngineClient(EngineClient):
         self.report: WorkerReport | None = None
         self._error: VllmDiError | None = None
         self._codec: Codec[wire.ToClient] = Codec(wire.ToClient)
+        self._lender = Lender()
         self._inboxes: dict[str, asyncio.Queue[TokenOutput | VllmDiError]] = {}
         self._settled, self._dead = asyncio.Event(), asyncio.Event()
         self._engine: EngineProcess | None = None
@@ -73,8 +75,10 @@ class ProcessEngineClient(EngineClient):
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
         inbox = self._inboxes[request_id] = asyncio.Queue()
         finished = False
+        lender = self._lender
         try:
-            self._send(wire.Add(request))
+            for message in lender.messages(request):
+                self._send(message)
             while not finished:
                 output = await inbox.get()
                 if isinstance(output, VllmDiError):
@@ -86,6 +90,10 @@ class ProcessEngineClient(EngineClient):
             del self._inboxes[request_id]
             if not finished:
                 self._send(wire.Abort(request_id))
+            unused = list(lender.end(request_id))
+            if lender is self._lender:  # else it was lent to an engine that is gone
+                for message in unused:
+                    self._send(message)
 
     async def close(self) -> None:
         if self._task is not None:
@@ -114,6 +122,7 @@ class ProcessEngineClient(EngineClient):
     async def _serve(self, engine: EngineProcess) -> VllmDiError:
         """Take messages until the process ends; returns why it did."""
         watching: asyncio.Task[None] | None = None
+        self._lender = Lender()  # this engine has nothing yet
         try:
             await engine.accept()
             watching = asyncio.create_task(engine.watch(self._hear))

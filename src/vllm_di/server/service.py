@@ -21,6 +21,7 @@ from vllm_di.components.interfaces import (
 from vllm_di.components.messages import SamplingParams, WorkerReport
 from vllm_di.errors import RequestError
 from vllm_di.frontend.processor import Generation, RequestProcessor
+from vllm_di.frontend.requests import Prepared
 from vllm_di.server.admission import Admission
 from vllm_di.server.config import ServerConfig
 from vllm_di.server.protocol import GenerateRequest
@@ -125,7 +126,7 @@ class Service:
         self,
         request_id: str,
         prompt: str | Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | Prepared,
         request: GenerateRequest,
         *,
         add_special_tokens: bool,

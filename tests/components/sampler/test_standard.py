@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -290,3 +291,19 @@ def test_a_batch_that_changes_is_not_mistaken_for_the_one_before() -> None:
         for i, state in enumerate(rows):
             alone, _ = sampler().sample(logits[i : i + 1].clone(), [state])
             assert same(tokens[i], alone[0])
+
+
+def test_texts_with_the_same_lists_share_their_arrays() -> None:
+    allowed, bias, words = [3, 4, 5], {4: 1.0}, [[3], [4, 5]]
+    rows = [row(i, seed=i, allowed_token_ids=allowed, logit_bias=bias) for i in range(3)]
+    for state in rows:
+        state.bad_words_token_ids = words
+        state.params = copy.copy(state.params)  # a struct of its own, with the same lists
+    own = sampler()
+    own.sample(noise(3, 50), rows)
+    assert len(own._known) == 1
+    assert len({id(state.sampler_state.adjustments.arrays) for state in rows}) == 1
+    own._group = None
+    for state in rows:
+        state.sampler_state = None
+    assert not own._known, "nothing is held for sequences that are gone"

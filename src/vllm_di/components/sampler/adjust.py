@@ -7,7 +7,7 @@ min_tokens, bias, repetition, frequency, presence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,41 @@ Values = npt.NDArray[np.float32]
 NEVER = float("-inf")
 
 
+class Arrays:
+    """A request's lists as the sampler wants them. Its texts have the same lists, and share
+    these."""
+
+    def __init__(self, row: SequenceState) -> None:
+        params, bias = row.params, row.params.logit_bias or {}
+        self.sources = sources(row)  # held: their identities are the key
+        self.allowed: Ids | None = None
+        if params.allowed_token_ids is not None:
+            self.allowed = np.array(params.allowed_token_ids, np.int64)
+        self.bias_ids: Ids = np.array(list(bias), np.int64)
+        self.bias: Values = np.array(list(bias.values()), np.float32)
+        self.bad_tokens = [word[0] for word in row.bad_words_token_ids if len(word) == 1]
+        self.bad_after: dict[int, list[list[int]]] = {}
+        """Longer bad words, by their last token but one."""
+        for word in row.bad_words_token_ids:
+            if len(word) > 1:
+                self.bad_after.setdefault(word[-2], []).append(word)
+
+
+def sources(row: SequenceState) -> tuple[object, ...]:
+    """What ``Arrays`` are made of."""
+    params = row.params
+    return params.allowed_token_ids, params.logit_bias, row.bad_words_token_ids
+
+
+Known = MutableMapping[tuple[int, ...], Arrays]
+"""Arrays that live, by the identities of their sources."""
+
+
 class Adjustments:
     """Masks, biases and penalties of one sequence. Its tokens are counted as they come."""
 
     @classmethod
-    def of(cls, row: SequenceState) -> Adjustments | None:
+    def of(cls, row: SequenceState, known: Known | None = None) -> Adjustments | None:
         """None for a request that leaves its logits alone."""
         params = row.params
         wanted = (
@@ -37,21 +67,27 @@ class Adjustments:
             or params.frequency_penalty
             or params.repetition_penalty != 1.0
         )
-        return cls(row) if wanted else None
+        if not wanted:
+            return None
+        key = tuple(map(id, sources(row)))
+        arrays = None if known is None else known.get(key)
+        if arrays is None:
+            arrays = Arrays(row)
+            if known is not None:
+                known[key] = arrays
+        return cls(row, arrays)
 
-    def __init__(self, row: SequenceState) -> None:
-        params, bias = row.params, row.params.logit_bias or {}
-        self.allowed: Ids | None = None
-        if params.allowed_token_ids is not None:
-            self.allowed = np.array(params.allowed_token_ids, np.int64)
-        self.bias_ids: Ids = np.array(list(bias), np.int64)
-        self.bias: Values = np.array(list(bias.values()), np.float32)
+    def __init__(self, row: SequenceState, arrays: Arrays) -> None:
+        params = row.params
+        self.arrays = arrays
+        self.allowed, self.bias_ids, self.bias = arrays.allowed, arrays.bias_ids, arrays.bias
         self.repetition = params.repetition_penalty
         self.frequency, self.presence = params.frequency_penalty, params.presence_penalty
-        self._bad_words = [word for word in row.bad_words_token_ids if word]
         self._min_tokens = params.min_tokens
         # ids that would end the sequence: kept away until min_tokens are out, ignore_eos or not
-        self._ends = sorted({*row.eos_token_ids, *params.stop_token_ids})
+        self._ends = (
+            sorted({*row.eos_token_ids, *params.stop_token_ids}) if self._min_tokens else []
+        )
         self._counts_prompt = self.repetition != 1.0
         self.penalised = bool(self._counts_prompt or self.frequency or self.presence)
         self.ids: Ids = np.zeros(0, np.int64)  # ids seen, each once
@@ -63,10 +99,13 @@ class Adjustments:
         """Ids that may not come now: ends before min_tokens, last parts of bad words."""
         generated = row.num_generated
         banned = self._ends.copy() if generated < self._min_tokens else []
-        for word in self._bad_words:
-            before = len(word) - 1  # tokens that must have been generated for it to be complete
-            if before <= generated and row.token_ids[len(row.token_ids) - before :] == word[:-1]:
-                banned.append(word[-1])
+        banned += self.arrays.bad_tokens
+        if generated and self.arrays.bad_after:
+            tokens = row.token_ids
+            for word in self.arrays.bad_after.get(tokens[-1], ()):
+                before = len(word) - 1  # tokens that must have been generated for it to be complete
+                if before <= generated and tokens[len(tokens) - before :] == word[:-1]:
+                    banned.append(word[-1])
         return banned
 
     def count(self, row: SequenceState) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vllm_di.components.interfaces import OpTable, Sampler, SequenceState
 from vllm_di.components.messages import SampledToken, TokenLogprobs
-from vllm_di.components.sampler.adjust import Adjustments, adjust
+from vllm_di.components.sampler.adjust import Adjustments, Known, adjust
 from vllm_di.components.sampler.logprobs import report
 
 NOT_FINITE = "the model gave logits that are not finite (NaN or infinity)"
@@ -25,10 +26,10 @@ TOO_LARGE = "a penalty took the model's logits beyond what a float holds"
 class RowState:
     """What the sampler keeps of one sequence."""
 
-    def __init__(self, row: SequenceState) -> None:
+    def __init__(self, row: SequenceState, known: Known) -> None:
         params = row.params
         self.params = params
-        self.adjustments = Adjustments.of(row)
+        self.adjustments = Adjustments.of(row, known)
         seed = params.seed if params.seed is not None else secrets.randbits(64)
         self.seed = seed % 2**64
 
@@ -73,6 +74,7 @@ class StandardSampler(Sampler):
     def __init__(self, ops: OpTable) -> None:
         self._greedy, self._random = ops.greedy_sample, ops.top_k_top_p_sample
         self._group: Group | None = None
+        self._known: Known = WeakValueDictionary()
 
     @torch.inference_mode()
     def sample(
@@ -110,10 +112,14 @@ class StandardSampler(Sampler):
         return report(logits, token_ids, [count] * len(token_ids))
 
     def _grouped(self, logits: Tensor, rows: Sequence[SequenceState]) -> Group:
-        states = [row.sampler_state or _state(row) for row in rows]
+        states = [row.sampler_state or self._state(row) for row in rows]
         if self._group is None or self._group.states != states:
             self._group = Group(states, logits.device, logits.shape[-1])
         return self._group
+
+    def _state(self, row: SequenceState) -> RowState:
+        row.sampler_state = state = RowState(row, self._known)
+        return state
 
     def _raw(self, logits: Tensor, group: Group) -> Tensor:
         """Logits before any adjustment, of the rows that report log-probabilities."""
@@ -166,11 +172,6 @@ class StandardSampler(Sampler):
             return {}
         reports = report(raw, [ids[i] for i in group.reported], group.counts)
         return dict(zip(group.reported, reports, strict=True))
-
-
-def _state(row: SequenceState) -> RowState:
-    row.sampler_state = state = RowState(row)
-    return state
 
 
 def _listed(token_ids: Tensor) -> list[int]:

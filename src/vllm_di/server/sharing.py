@@ -1,0 +1,123 @@
+"""What the texts of one request have in common crosses to the engine process once: a long prompt,
+and lists such as ``allowed_token_ids``. The engine then holds one object for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from vllm_di.components.messages import EngineRequest
+from vllm_di.frontend.requests import changed
+from vllm_di.server import wire
+
+LONG_PROMPT = 256
+"""Tokens from which a prompt is shared; a shorter one goes with its request."""
+_LISTS = tuple(name for name in wire.Lists.__struct_fields__ if name != "bad_words_token_ids")
+"""Fields of the sampling parameters."""
+
+
+@dataclass(slots=True)
+class _Loan:
+    key: int
+    parts: tuple[object, ...]
+    """Held, so that their identities stay theirs."""
+    num_users: int = 0
+
+
+class Lender:
+    """The API process's side. Equal means the same object: the texts of a request have the same
+    lists."""
+
+    def __init__(self) -> None:
+        self._loans: dict[tuple[int, ...], _Loan] = {}
+        self._of: dict[str, list[_Loan]] = {}
+        self._num_loans = 0
+
+    def messages(self, request: EngineRequest) -> Iterator[wire.ToEngine]:
+        """What adds a request: the lists that the engine does not have yet, then the rest."""
+        prompt_key = lists_key = 0
+        light, lists = _split(request)
+        if lists is not None:
+            lists_key, is_new = self._lend(request.request_id, _parts(lists))
+            if is_new:
+                yield wire.Keep(lists_key, lists=lists)
+        prompt = request.prompt_token_ids
+        if len(prompt) >= LONG_PROMPT:
+            prompt_key, is_new = self._lend(request.request_id, (prompt,))
+            if is_new:
+                yield wire.Keep(prompt_key, prompt=prompt)
+            light = msgspec.structs.replace(light, prompt_token_ids=[])
+        yield wire.Add(light, prompt_key, lists_key)
+
+    def end(self, request_id: str) -> Iterator[wire.ToEngine]:
+        """After a request's end: what nobody uses any longer."""
+        unused = []
+        for loan in self._of.pop(request_id, ()):
+            loan.num_users -= 1
+            if loan.num_users == 0:
+                del self._loans[tuple(map(id, loan.parts))]
+                unused.append(loan.key)
+        if unused:
+            yield wire.Drop(unused)
+
+    def _lend(self, request_id: str, parts: tuple[object, ...]) -> tuple[int, bool]:
+        """-> the key, and whether it is new."""
+        identity = tuple(map(id, parts))
+        loan = self._loans.get(identity)
+        is_new = loan is None
+        if loan is None:
+            self._num_loans += 1
+            loan = self._loans[identity] = _Loan(self._num_loans, parts)
+        loan.num_users += 1
+        self._of.setdefault(request_id, []).append(loan)
+        return loan.key, is_new
+
+
+class Borrower:
+    """The engine process's side."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, wire.Keep] = {}
+
+    def keep(self, message: wire.Keep) -> None:
+        self._kept[message.key] = message
+
+    def drop(self, message: wire.Drop) -> None:
+        for key in message.keys:
+            self._kept.pop(key, None)
+
+    def request(self, message: wire.Add) -> EngineRequest:
+        """The whole request, with the kept objects themselves."""
+        request = message.request
+        changes: dict[str, Any] = {}
+        if message.prompt:
+            changes["prompt_token_ids"] = self._kept[message.prompt].prompt
+        if message.lists:
+            lists = self._kept[message.lists].lists
+            assert lists is not None
+            changes["params"] = changed(
+                request.params, **{name: getattr(lists, name) for name in _LISTS}
+            )
+            changes["bad_words_token_ids"] = lists.bad_words_token_ids
+        return msgspec.structs.replace(request, **changes) if changes else request
+
+
+def _split(request: EngineRequest) -> tuple[EngineRequest, wire.Lists | None]:
+    """The request without its lists, and these."""
+    params = request.params
+    values = {name: value for name in _LISTS if (value := getattr(params, name))}
+    if not values:
+        return request, None
+    empty: dict[str, Any] = dict.fromkeys(values)
+    empty |= {name: [] for name in ("stop", "stop_token_ids", "bad_words") if name in values}
+    light = msgspec.structs.replace(
+        request, params=changed(params, **empty), bad_words_token_ids=[]
+    )
+    return light, wire.Lists(**values, bad_words_token_ids=request.bad_words_token_ids)
+
+
+def _parts(lists: wire.Lists) -> tuple[object, ...]:
+    return tuple(getattr(lists, name) or None for name in wire.Lists.__struct_fields__)
