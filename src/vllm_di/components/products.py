@@ -31,6 +31,11 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(dense(a), dense(b))
 
 
+def einsum(equation: str, *operands: Tensor) -> Tensor:
+    """As torch.einsum."""
+    return torch.einsum(equation, *map(dense, operands))
+
+
 def wide_product(x: Tensor, weight: Tensor) -> Tensor:
     """x [rows, in], weight [out, in] -> [rows, out] fp32, never rounded on the way. torch has it
     for accelerators alone."""

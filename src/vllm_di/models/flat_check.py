@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vllm_di.components import products
 from vllm_di.components.interfaces import AttentionSpec
 from vllm_di.errors import UnsupportedModelError
 from vllm_di.models.hf_attention import NAME, STEP, Step, attend, spec_of
@@ -69,8 +70,13 @@ def check_flat_steps(model: Any, num_layers: int, max_model_len: int) -> Evidenc
         vocab = int(model.get_input_embeddings().weight.shape[0])
         device = model.get_input_embeddings().weight.device
         far = max(0, max_model_len - LENGTH)
-        ids = [(torch.arange(LENGTH, device=device) * 7919 + 13 * n + 5) % vocab for n in (0, 1)]
-        places = [torch.arange(LENGTH, device=device) + start for start in (0, far)]
+        ids = [
+            (torch.arange(LENGTH, dtype=torch.int64, device=device) * 7919 + 13 * n + 5) % vocab
+            for n in (0, 1)
+        ]
+        places = [
+            torch.arange(LENGTH, dtype=torch.int64, device=device) + start for start in (0, far)
+        ]
         own = [_own(model, i, p) for i, p in zip(ids, places, strict=True)]
         model.set_attn_implementation(NAME)
         flat = _flat(model, ids, places, num_layers)
@@ -103,7 +109,8 @@ def _own(model: Any, ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tenso
     if head is None:
         raise UnsupportedModelError("it has no head of its own")
     kept: list[Tensor] = []
-    turns = torch.tensor(AMPLITUDES, device=ids.device).repeat(LENGTH)[:LENGTH, None]
+    turns = torch.tensor(AMPLITUDES, dtype=torch.float32, device=ids.device)
+    turns = turns.repeat(LENGTH)[:LENGTH, None]
 
     def before(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         kept.append(given[0])
@@ -170,13 +177,13 @@ class DenseAttention:
                 new = [torch.cat(pair) for pair in zip(cache[n], new, strict=True)]
             cache[n] = tuple(new)
             keys, values = (x.repeat_interleave(spec.num_heads // x.shape[1], 1) for x in new)
-            scores = torch.einsum("qhd,khd->hqk", query, keys) * spec.scale
+            scores = products.einsum("qhd,khd->hqk", query, keys) * spec.scale
             if spec.soft_cap is not None:
                 scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
-            at = torch.arange(len(keys), device=q.device)
+            at = torch.arange(len(keys), dtype=torch.int64, device=q.device)
             seen = _visible(at[-len(query) :, None], at, spec.window)
             scores = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-            parts.append(torch.einsum("hqk,khd->qhd", scores, values))
+            parts.append(products.einsum("hqk,khd->qhd", scores, values))
         return torch.cat(parts)
 
 
@@ -218,7 +225,7 @@ def _head(own: list[tuple[Tensor, Tensor, Tensor]], before: float) -> Head:
     """What the model does to its head's output: a factor, or a factor and a soft cap."""
     out, logits = (torch.cat([run[n] for run in own]) for n in (1, 2))
     small, large = (slice(AMPLITUDES.index(a), None, len(AMPLITUDES)) for a in (1e-3, 1e3))
-    rows = [torch.arange(len(out))[part] for part in (small, large)]
+    rows = [torch.arange(len(out), dtype=torch.int64)[part] for part in (small, large)]
     factor = _factor(out[rows[0]], logits[rows[0]])
     for cap in (None, float(logits[rows[1]].abs().max())):
         head = Head(before, factor, cap)
@@ -284,7 +291,7 @@ def _compare_rule(
     edges = {0, *(w for n in (1, 2, 3) if window for w in (n * window,))}
     edges |= {2**n for n in range(length.bit_length() + 1)}
     near = {e + d for e in edges for d in (-1, 0, 1)} | {length - 1}
-    at = torch.tensor(sorted(p for p in near if 0 <= p < length), device=device)
+    at = torch.tensor(sorted(p for p in near if 0 <= p < length), dtype=torch.int64, device=device)
     zero = torch.zeros(1, dtype=torch.long, device=device)[:, None, None, None]
     try:
         seen = rule(zero, zero, at[None, None, :, None], at[None, None, None, :])[0, 0]
