@@ -4,8 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-families test-mutants faults sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
-.PHONY: serve test fuzz vendor-schemas vendor-llama-cpp test-slow test-mutants sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
+.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-families test-mutants sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -61,6 +60,9 @@ matrix: venv  ## the support matrix's page, after a report was recorded
 format: venv  ## format the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+soak: venv  ## 50,000 mixed requests: memory at rest may not grow with them (some minutes)
+	$(BIN)/python -m tests.rigs.soak $(ARGS)
 
 fuzz: venv  ## random bodies and raw bytes against a server on loopback, and how costs grow
 	$(BIN)/python -m tests.rigs.fuzz $(ARGS)
