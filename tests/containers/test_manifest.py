@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
 from vllm_di.components.interfaces import INTERFACE_VERSION
+from vllm_di.containers import manifest as manifest_module
 from vllm_di.containers.assembly import assemble
 from vllm_di.containers.manifest import Manifest, is_served, read_manifest, served_versions
 from vllm_di.containers.tree import ConfigFiles
@@ -23,13 +25,15 @@ def read(out_of_tree: bool = False, **keys: Any) -> Manifest:
     return read_manifest(node, "chip", place, out_of_tree=out_of_tree)
 
 
-def test_defaults() -> None:
+def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read()
     assert manifest.capabilities.dtypes == ("float32",)
     assert manifest.detect.modules == ()
     assert manifest.announcement() == "platform chip: declared (not hardware-tested)"
-    old = read(interface=served_versions()[0]).announcement()
-    assert f"which the minor after {INTERFACE_VERSION} will not serve" in old
+    before, now = served_versions("2.1")
+    monkeypatch.setattr(manifest_module, "INTERFACE_VERSION", now)
+    old = msgspec.structs.replace(manifest, interface=before).announcement()
+    assert "written for interfaces 2.0, which the minor after 2.1 will not serve" in old
     assert read(level="hardware-tested").announcement() == "platform chip: hardware-tested"
     claimed = read().announcement("hardware-tested")
     assert "chip: declared (hardware-tested is claimed; no recorded report shows it)" in claimed

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from tests.containers.two_platforms import LINES, TWO, config_dir
 
-from vllm_di.components.executor.pipeline import agreed
+from vllm_di.components.executor.pipeline import agreed, check_fit
 from vllm_di.components.interfaces import Placement
-from vllm_di.components.messages import KvSpec, LimitsReport, WorkerReport
+from vllm_di.components.kv_groups import sized
+from vllm_di.components.messages import CacheSize, KvGroup, KvSpec, LimitsReport, WorkerReport
 from vllm_di.containers.assembly import Assembly, assemble
 from vllm_di.containers.engine import WorkerContainer
 from vllm_di.containers.explain import explain
@@ -167,8 +168,6 @@ def test_an_executor_that_knows_no_stages_is_refused(tmp_path: Path) -> None:
 def report(**changes: object) -> WorkerReport:
     values: dict[str, object] = {
         "block_size": 32,
-        "num_blocks": 10,
-        "bytes_per_block": 100,
         "kv_specs": [KvSpec(layer=0, num_kv_heads=1, head_size=1)],
         "limits": LimitsReport(max_prefill_rows=4),
         "max_model_len": 64,
@@ -185,8 +184,11 @@ def report(**changes: object) -> WorkerReport:
 def test_the_pipeline_reports_what_is_true_of_all_stages(tmp_path: Path) -> None:
     launcher = Launcher(assemble(BASE, [config_dir(tmp_path)]))
     strict = LimitsReport(max_prefill_rows=2, mixed_steps=False, null_block=True)
-    whole = agreed([report(), report(num_blocks=7, limits=strict, device="x")], launcher)
+    stages = [report(), report(limits=strict, device="x")]
+    groups = [KvGroup([0, 1])]
+    whole = sized(agreed(stages, launcher), groups, [CacheSize(9, 100), CacheSize(7, 100)])
     assert (whole.num_blocks, whole.bytes_per_block, whole.weight_bytes) == (7, 200, 10)
+    assert whole.kv_groups == groups
     assert whole.limits == strict and len(whole.kv_specs) == 2 and whole.device == "cpu, x"
     assert [d["memory_free"] for d in whole.details["stages"]] == [10_000, 10_000]
 
@@ -201,7 +203,6 @@ def test_the_pipeline_reports_what_is_true_of_all_stages(tmp_path: Path) -> None
         ),
         ({"vocab_size": 3}, r"stages\.1\.model\.vocab_size comes out as 3"),
         ({"max_model_len": 3}, r"stages\.1\.model\.max_model_len comes out as 3"),
-        ({"bytes_per_block": 950}, r"stages\.1\.worker\.memory_fraction.* want .* are free"),
     ],
 )
 def test_stages_that_do_not_fit_together(
@@ -210,3 +211,10 @@ def test_stages_that_do_not_fit_together(
     launcher = Launcher(assemble(BASE, [config_dir(tmp_path)]))
     with pytest.raises(ConfigError, match=words):
         agreed([report(), report(**changes)], launcher)
+
+
+def test_stages_that_want_more_of_one_device_than_it_has(tmp_path: Path) -> None:
+    launcher = Launcher(assemble(BASE, [config_dir(tmp_path)]))
+    words = r"stages\.1\.worker\.memory_fraction.* want .* are free"
+    with pytest.raises(ConfigError, match=words):
+        check_fit([report(), report()], [CacheSize(9, 100), CacheSize(99, 1200)], launcher)

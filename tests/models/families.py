@@ -20,7 +20,7 @@ from tests.models.runner import BLOCK, attention, device, ops
 from torch import Tensor
 
 from vllm_di.components.communicator.single import SingleCommunicator
-from vllm_di.components.interfaces import BatchPlan, Placement
+from vllm_di.components.interfaces import BatchPlan, ModelStep, Placement
 from vllm_di.components.kv_layout.hnd import HndLayout
 from vllm_di.components.loader.safetensors import find_files, read_files
 from vllm_di.errors import UnsupportedModelError, VllmDiError
@@ -252,7 +252,14 @@ def run(model: TransformersModel, parts: list[list[list[int]]]) -> list[Tensor]:
             seq_lens_host=lengths,
         )
         with torch.inference_mode():
-            out = model.forward(plan.token_ids, plan.positions, caches, backend.build(plan))
+            given = ModelStep(
+                token_ids=plan.token_ids,
+                positions=plan.positions,
+                caches=caches,
+                groups=[0] * len(caches),
+                metadata=[backend.build(plan)],
+            )
+            out = model.forward(given)
             for i, part in enumerate(model.logits(out).split(counts)):
                 logits[i].append(part)
     return [torch.cat(part) for part in logits]

@@ -17,6 +17,7 @@ from vllm_di.components.interfaces import (
     BatchPlan,
     Communicator,
     Model,
+    ModelStep,
     OpTable,
     Placement,
 )
@@ -53,7 +54,7 @@ class Running:
     """A model with a cache of its own, fed token by token or chunk by chunk."""
 
     def __init__(self, model: Model, backend: AttentionBackend, layout: HndLayout) -> None:
-        self.model, self.backend = model, backend
+        self.model, self.backend, self.layout = model, backend, layout
         blocks = -(-model.max_model_len // BLOCK)
         self.caches = layout.allocate(model.kv_specs(), blocks + 3, torch.float32)
         for cache in self.caches:  # what nobody wrote must not show
@@ -81,8 +82,16 @@ class Running:
             seq_lens_host=[self.length],
         )
         with torch.inference_mode():
-            metadata = self.backend.build(plan)
-            out = self.model.forward(plan.token_ids, positions, self.caches, metadata, hidden)
+            out = self.model.forward(
+                ModelStep(
+                    token_ids=plan.token_ids,
+                    positions=positions,
+                    caches=self.caches,
+                    groups=[0] * len(self.caches),
+                    metadata=[self.backend.build(plan)],
+                    hidden=hidden,
+                )
+            )
             return self.model.logits(out) if self.model.last else out
 
 

@@ -16,7 +16,8 @@ from tests.models.runner import Running, load
 
 from vllm_di.components.graph.eager import EagerGraph
 from vllm_di.components.graph.tape import TapeGraph
-from vllm_di.components.interfaces import BatchPlan, Model
+from vllm_di.components.interfaces import BatchPlan, GraphPolicy, Model
+from vllm_di.components.kv_groups import group_layers
 from vllm_di.components.program.eager import EagerProgram
 from vllm_di.errors import CheckpointError, ConfigError
 from vllm_di.models.config import DecoderConfig
@@ -111,6 +112,12 @@ def test_layers_are_two_numbers(layers: list[object]) -> None:
         msgspec.convert({"layers": layers}, DecoderConfig)
 
 
+def program(running: Running, graph: GraphPolicy) -> EagerProgram:
+    found = EagerProgram(running.model, running.backend, running.layout, graph)
+    found.allocate(group_layers([running.model.kv_specs()]), 4)
+    return found
+
+
 class Program:
     """A stage on a tape, as the worker runs it."""
 
@@ -126,8 +133,7 @@ class Program:
             max_tokens=8,
             max_tapes=4,
         )
-        self.caches = running.caches
-        self.run = EagerProgram(running.model, running.backend, self.graph).run
+        self.run = program(running, self.graph).run
 
 
 def test_a_stage_runs_from_a_tape_that_follows_its_hidden_states(tmp_path: Path) -> None:
@@ -139,16 +145,16 @@ def test_a_stage_runs_from_a_tape_that_follows_its_hidden_states(tmp_path: Path)
     batch = plan(1, [0])
     batch.slot_mapping.fill_(0)
     eager = [load(tmp_path, layers=span, **kinds) for span in ((0, 2), (2, 4))]
-    programs = [EagerProgram(e.model, e.backend, EagerGraph()) for e in eager]
+    programs = [program(e, EagerGraph()) for e in eager]
     for token in (5, 9, 5):
         batch.token_ids.fill_(token)
-        one = first.run(batch, first.caches).clone()
+        one = first.run(batch).clone()
         assert one.shape == (1, stages[0].model.hidden_size)
-        want_one = programs[0].run(batch, eager[0].caches).clone()
+        want_one = programs[0].run(batch).clone()
         assert torch.equal(one, want_one)
         # hidden states at a new address each time: an old tape would read the old ones
-        got = second.run(_with(batch, one), second.caches).clone()
-        want = programs[1].run(_with(batch, want_one), eager[1].caches)
+        got = second.run(_with(batch, one)).clone()
+        want = programs[1].run(_with(batch, want_one))
         assert torch.equal(got, want)
     assert len(first.graph._tapes) == 1
     assert all(tape is not None for tape in first.graph._tapes.values())

@@ -97,7 +97,7 @@ defaults:
 platform:
   name: mychip
   level: declared
-  interface: "1.0"  # the minor before is served too
+  interface: "2.0"  # the minor before is served too
   detect: {}
 """,
     "mychip/conf/attention/mychip.yaml": """\

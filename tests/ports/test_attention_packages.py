@@ -180,7 +180,7 @@ def batch(padding: int, block_size: int = 256) -> tuple[BatchPlan, LayerCache]:
         query_lens_host=lengths,
         seq_lens_host=[context for _, context in SEQUENCES],
     )
-    return plan, LayerCache(keys, values)
+    return plan, LayerCache((keys, values))
 
 
 @pytest.mark.parametrize("name", ["flash_attn", "flashinfer"])

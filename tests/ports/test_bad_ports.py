@@ -110,12 +110,12 @@ BAD = {
         "which is not installed",
     ),
     "pins another interface version": (
-        changed(PLATFORM, '"1.0"', '"0.9"'),
-        "conf/platform/mychip.yaml:11: platform.interface: mychip was written for interfaces 0.9, "
+        changed(PLATFORM, '"2.0"', '"1.1"'),
+        "conf/platform/mychip.yaml:11: platform.interface: mychip was written for interfaces 1.1, "
         "this engine has ",
     ),
     "pins none": (
-        changed(PLATFORM, '  interface: "1.0"', ""),
+        changed(PLATFORM, '  interface: "2.0"', ""),
         "conf/platform/mychip.yaml:8: platform.interface: a port out of tree must say which",
     ),
     "has a wrong key": (

@@ -12,23 +12,26 @@ every other one is a key of the YAML node.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from vllm_di.components.messages import (
+    CacheSize,
     EngineOutputs,
     EngineRequest,
     EngineStats,
-    HiddenStates,
+    KvGroup,
     KvSpec,
     LimitsReport,
     Peer,
-    SampledToken,
+    SampledTokens,
     SamplingParams,
+    StepInput,
     StepPlan,
     StepResult,
     TokenOutput,
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 
     from vllm_di.components.quantized import QuantizedWeight
 
-INTERFACE_VERSION = "1.1"
+INTERFACE_VERSION = "2.0"
 """Of this page and of ``messages.py``; docs/interface-versions.md has the policy."""
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -508,20 +511,57 @@ def _absent(library: OpLibrary, op: str) -> NotImplementedError:
 
 
 @dataclass(slots=True)
+class GroupTables:
+    """Where the tokens of a step lie in the cache of one KvGroup."""
+
+    seq_lens: Tensor  # [seqs] int32, as in BatchPlan
+    block_table: Tensor  # [seqs, max_blocks] int32
+    slot_mapping: Tensor  # [tokens] int64, -1 for padding
+    seq_lens_host: list[int]
+
+
+@dataclass(slots=True)
 class BatchPlan:
     """One step's batch on the device: the common ground of every attention backend. Rows are
-    tokens."""
+    tokens.
+
+    An attention backend sees the tables of one KvGroup. Those of a sliding window begin with the
+    first block that a query of the step can see: ``seq_lens`` counts from there, ``positions`` do
+    not.
+    """
 
     token_ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64
     query_start: Tensor  # [seqs + 1] int32, cumulative query lengths
-    seq_lens: Tensor  # [seqs] int32, context length after this step
+    seq_lens: Tensor  # [seqs] int32, context length after this step, from the table's first block
     block_table: Tensor  # [seqs, max_blocks] int32
     slot_mapping: Tensor  # [tokens] int64, -1 for padding
     logits_rows: Tensor  # [rows] int64, the token rows whose logits are wanted
     query_lens_host: list[int] = field(default_factory=list)
     seq_lens_host: list[int] = field(default_factory=list)
     hidden: Tensor | None = None  # [tokens, hidden] from the stage before; None on the first
+    more_groups: Sequence[GroupTables] = ()
+    """Tables of the second KvGroup and those after it; an attention backend is not shown them."""
+
+    @property
+    def num_groups(self) -> int:
+        return 1 + len(self.more_groups)
+
+    def of_group(self, group: int) -> BatchPlan:
+        """The batch as the attention of one KvGroup sees it."""
+        if not self.more_groups:
+            return self
+        if group == 0:
+            return replace(self, more_groups=())
+        tables = self.more_groups[group - 1]
+        return replace(
+            self,
+            seq_lens=tables.seq_lens,
+            block_table=tables.block_table,
+            slot_mapping=tables.slot_mapping,
+            seq_lens_host=tables.seq_lens_host,
+            more_groups=(),
+        )
 
     @property
     def max_query_len(self) -> int:
@@ -544,12 +584,42 @@ class AttentionSpec:
     soft_cap: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class CacheTensor:
+    """One tensor of a layer's cache, as its KvLayout describes it."""
+
+    name: str
+    """``key``, ``value``, ``latent``, ``key_scale``, ..."""
+    shape: tuple[int, ...]
+    """Of one block."""
+    dtype: torch.dtype
+    block_dim: int = 0
+    """Where the dimension of blocks stands among those of ``shape``: 1 in [2, blocks, ...]."""
+
+    @property
+    def bytes_per_block(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def whole_shape(self, num_blocks: int) -> tuple[int, ...]:
+        return (*self.shape[: self.block_dim], num_blocks, *self.shape[self.block_dim :])
+
+
 @dataclass(slots=True)
 class LayerCache:
-    """One layer's part of the KV cache, shaped by the KvLayout."""
+    """One layer's part of the KV cache: the tensors that ``KvLayout.describe`` names, in its
+    order."""
 
-    key: Tensor
-    value: Tensor
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def key(self) -> Tensor:
+        """The first tensor: the keys, of a layout that has them apart from the values."""
+        return self.tensors[0]
+
+    @property
+    def value(self) -> Tensor:
+        """The second tensor: the values, of such a layout."""
+        return self.tensors[1]
 
 
 @dataclass(slots=True)
@@ -568,19 +638,31 @@ class KvLayout(ABC):
     """The shape's name, which attention backends declare: ``hnd`` is [blocks, kv_heads, block_size,
     head_size]."""
     block_size: int
-    pad_slot: int = -1
+    device: Device
+    """Where the cache is allocated."""
     dtype_name: str = "auto"
     """The cache's dtype; ``auto`` is the model's."""
 
     @abstractmethod
-    def bytes_per_block(self, specs: Sequence[KvSpec], dtype: torch.dtype) -> int:
-        """Bytes that one block takes over all layers."""
+    def describe(self, spec: KvSpec, dtype: torch.dtype) -> tuple[CacheTensor, ...]:
+        """The tensors that a layer's cache consists of; ``dtype`` is the model's."""
 
-    @abstractmethod
+    def bytes_per_block(self, specs: Sequence[KvSpec], dtype: torch.dtype) -> int:
+        """Bytes that one block takes over all these layers."""
+        return sum(t.bytes_per_block for spec in specs for t in self.describe(spec, dtype))
+
     def allocate(
         self, specs: Sequence[KvSpec], num_blocks: int, dtype: torch.dtype
     ) -> list[LayerCache]:
         """The cache, one entry for each layer, zeroed."""
+
+        def layer(spec: KvSpec) -> LayerCache:
+            tensors = self.describe(spec, dtype)
+            return LayerCache(
+                tuple(self.device.zeros(t.whole_shape(num_blocks), t.dtype) for t in tensors)
+            )
+
+        return [layer(spec) for spec in specs]
 
     @abstractmethod
     def write(self, cache: LayerCache, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
@@ -590,12 +672,6 @@ class KvLayout(ABC):
     def gather(self, cache: LayerCache, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The first ``length`` tokens behind one row of a block table: k, v [length, kv_heads,
         head_size]."""
-
-    @abstractmethod
-    def copy_blocks(
-        self, caches: Sequence[LayerCache], src: Sequence[int], dst: Sequence[int]
-    ) -> None:
-        """Copy whole blocks in every layer."""
 
 
 class UnrotatedForward(Protocol):
@@ -664,6 +740,23 @@ class AttentionBackend(ABC):
         )
 
     def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class ModelStep:
+    """What the model is given in one step. A graph policy takes it whole and hands it on, so that a
+    new field here breaks none."""
+
+    token_ids: Tensor  # [tokens] int64
+    positions: Tensor  # [tokens] int64
+    caches: Sequence[LayerCache]  # one for each layer that keeps a cache, in layer order
+    groups: Sequence[int]  # the KvGroup of each of these layers
+    metadata: Sequence[Any]  # of the attention backend, one for each KvGroup
+    hidden: Tensor | None = None  # [tokens, hidden] from the stage before; None on the first
+
+
+StepFunction = Callable[[ModelStep], "Tensor"]
+"""``Model.forward``, or what a graph policy runs in its place."""
 
 
 class Quantization(ABC):
@@ -740,17 +833,9 @@ class Model(ABC):
         """Fill with random weights (std 0.02), the same on every rank, then ``finalize``."""
 
     @abstractmethod
-    def forward(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        caches: Sequence[LayerCache],
-        metadata: Any,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
-        """token_ids, positions [tokens] int64 -> hidden states [tokens, hidden]: on the last stage
-        after the last norm, else the residual stream. ``hidden`` [tokens, hidden] is the stream
-        that the stage before ended with (may be overwritten); None on the first."""
+    def forward(self, step: ModelStep) -> Tensor:
+        """-> hidden states [tokens, hidden]: on the last stage after the last norm, else the
+        residual stream. May overwrite ``step.hidden``."""
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
@@ -777,21 +862,18 @@ class GraphPolicy(ABC):
     """(4) Compile, capture and replay of a step function."""
 
     @abstractmethod
-    def wrap(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The function that runs in place of ``step``. Called once."""
+    def wrap(self, forward: StepFunction) -> StepFunction:
+        """The function that runs in place of ``forward``. Called once."""
 
     def capture(self, sizes: Sequence[int], run: Callable[[int], object]) -> None:
         """Capture a graph for each token count by calling ``run(size)``, a decode step of that many
         sequences. Eager policies do nothing."""
 
-    def place(self, plan: BatchPlan) -> tuple[BatchPlan, Any | None]:
-        """Called before each step -> the plan that the step sees, and the metadata to build into
-        (``AttentionBackend.build``). Where a graph is captured for it, the plan is copied to the
-        addresses that the graph reads."""
-        return plan, None
-
-    def before_replay(self, metadata: Any) -> None:
-        """Called before each step: a vendor's graph updates its task arguments here."""
+    def place(self, plan: BatchPlan) -> tuple[BatchPlan, Sequence[Any]]:
+        """Called before each step -> the plan that the step sees, and each KvGroup's metadata to
+        build into (``AttentionBackend.build``), or nothing. Where a graph is captured for it, the
+        plan is copied to the addresses that the graph reads."""
+        return plan, ()
 
     def close(self) -> None: ...
 
@@ -811,11 +893,22 @@ class ShapePolicy(ABC):
 class ModelProgram(ABC):
     """(10) How one step runs: the module called eagerly, or a whole compiled step."""
 
-    def prepare(self) -> None:
+    def prepare(self, groups: Sequence[KvGroup]) -> None:
         """Called once, when the weights are loaded and before the cache is sized: compile here."""
 
     @abstractmethod
-    def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:
+    def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
+        """Allocate the cache, which the program owns; all groups draw from ``num_blocks``. Called
+        once, after ``prepare``."""
+
+    @property
+    @abstractmethod
+    def caches(self) -> Sequence[LayerCache]:
+        """The cache as it is now, one entry for each layer that keeps one. A program that replaces
+        its cache in each step gives the last one: it is good until the next step."""
+
+    @abstractmethod
+    def run(self, plan: BatchPlan) -> Tensor:
         """-> logits [len(plan.logits_rows), vocab] fp32; on a stage that is not the last, hidden
         states [tokens, hidden] for the next one, in the model's dtype."""
 
@@ -838,7 +931,8 @@ class SequenceState:
     token_ids: list[int]
     """Prompt and all generated tokens known so far."""
     prompt_len: int
-    block_ids: list[int]
+    block_ids: list[list[int]]
+    """Of each KvGroup. Blocks that a sliding window has left still stand here."""
     eos_token_ids: list[int]
     bad_words_token_ids: list[list[int]]
     sampler_state: Any = None
@@ -859,7 +953,7 @@ class Sampler(ABC):
     @abstractmethod
     def sample(
         self, logits: Tensor, rows: Sequence[SequenceState]
-    ) -> tuple[list[SampledToken], dict[int, str]]:
+    ) -> tuple[list[SampledTokens], dict[int, str]]:
         """logits [rows, vocab] fp32 (may be overwritten) -> one token a row, and seq_id -> reason
         for rows that failed (NaN). A row's result depends on that row alone."""
 
@@ -873,7 +967,7 @@ class ModelRunner(ABC):
     """Turns a StepPlan into a BatchPlan, runs it, samples."""
 
     @abstractmethod
-    def allocate(self, num_blocks: int) -> None:
+    def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
         """Allocate the KV cache. Called once, after the weights are loaded."""
 
     @abstractmethod
@@ -881,27 +975,31 @@ class ModelRunner(ABC):
         """Run every shape once."""
 
     @abstractmethod
-    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
-        """One step; ``hidden`` comes from the stage before, and goes to the next one in the result.
+    def execute(self, step: StepInput) -> StepResult:
+        """One step. Hidden states come from the stage before, and go to the next one in the result.
         On ranks other than 0 and on stages before the last the result's lists are empty."""
 
     def close(self) -> None: ...
 
 
 class Worker(ABC):
-    """One rank: loads the weights, sizes and allocates the cache, executes steps. Calls come in
-    this order."""
+    """One rank: loads the weights, compiles, allocates the cache, executes steps. Calls come in
+    this order: the cache is sized when nothing else will take memory."""
 
     @abstractmethod
     def load(self) -> WorkerReport:
-        """Load weights; report how many blocks fit this rank."""
+        """Load the weights. The number of blocks is not known yet: 0."""
+
+    @abstractmethod
+    def prepare(self, groups: list[KvGroup]) -> CacheSize:
+        """Compile for these groups, which are those of all stages -> how many blocks fit then."""
 
     @abstractmethod
     def allocate(self, num_blocks: int) -> None:
         """Allocate the agreed number of blocks (the minimum over ranks) and warm up."""
 
     @abstractmethod
-    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
+    def execute(self, step: StepInput) -> StepResult:
         """One step, as ``ModelRunner.execute``."""
 
     def close(self) -> None: ...
@@ -988,29 +1086,23 @@ class KvCacheManager(ABC):
     block_size: int
 
     @abstractmethod
-    def match_prefix(self, seq_id: int, token_ids: Sequence[int], salt: str | None) -> int:
-        """Give ``seq_id`` the cached full blocks that its tokens start with, all but the last
-        token's (which must run); return the number of tokens that they hold."""
-
     def admit(
         self, seq_id: int, prefix: Prefix, take: Callable[[int], int]
     ) -> tuple[int, int] | None:
-        """Start ``seq_id`` with the cached blocks that its tokens begin with, and with blocks for
-        the ``take(cached)`` tokens behind them; return (cached, taken). None, and nothing has
-        changed, when ``take`` says 0 or there are too few blocks: the head of the queue asks again
-        in each step, so a refusal should be cheap."""
-        cached = self.match_prefix(seq_id, prefix.token_ids, prefix.salt) if prefix.lookup else 0
-        count = take(cached)
-        if count <= 0 or self.allocate(seq_id, cached + count) is None:
-            self.free(seq_id)
-            return None
-        prefix.admitted = True
-        return cached, count
+        """Start ``seq_id`` with the cached full blocks that its tokens begin with, all but the last
+        token's (which must run), and with blocks for the ``take(cached)`` tokens behind them;
+        return (cached, taken). None, and nothing has changed, when ``take`` says 0 or there are too
+        few blocks: the head of the queue asks again in each step, so a refusal should be cheap."""
 
     @abstractmethod
-    def allocate(self, seq_id: int, num_tokens: int) -> list[int] | None:
-        """Grow ``seq_id``'s block table to hold ``num_tokens``; return the blocks added, or None
-        (and change nothing) when there are too few."""
+    def num_missing(self, seq_id: int, num_tokens: int, num_computed: int) -> int:
+        """How many blocks ``allocate`` lacks; 0 when it can."""
+
+    @abstractmethod
+    def allocate(self, seq_id: int, num_tokens: int, num_computed: int) -> list[list[int]] | None:
+        """Give back the blocks of ``seq_id`` that no query from position ``num_computed`` on can
+        see, then grow its block tables to hold ``num_tokens``. Return the blocks added to each
+        KvGroup's, or None (and change nothing) when there are too few."""
 
     @abstractmethod
     def commit(self, seq_id: int, token_ids: Sequence[int], num_computed: int) -> None:
@@ -1021,7 +1113,8 @@ class KvCacheManager(ABC):
         """Give back all blocks of ``seq_id``; unknown ids are ignored."""
 
     @abstractmethod
-    def block_ids(self, seq_id: int) -> list[int]: ...
+    def block_ids(self, seq_id: int) -> list[list[int]]:
+        """The block table of each KvGroup; -1 stands for a block that its window has left."""
 
     @property
     @abstractmethod
@@ -1036,6 +1129,24 @@ class KvCacheManager(ABC):
     def stats(self) -> tuple[int, int]:
         """(tokens looked up, tokens found) since the start, each request counted once: when it is
         first admitted."""
+
+
+class Drafter(ABC):
+    """Guesses tokens that a sequence goes on with. Each is checked by the model in the next step:
+    the answer is the same, it comes in fewer steps."""
+
+    max_drafts: int = 0
+    """Most tokens guessed at once."""
+
+    def drafts_for(self, num_decoding: int) -> int:
+        """How many tokens to guess for each sequence of a step in which so many decode: in a full
+        batch a wrong guess takes the place of another's token."""
+        return self.max_drafts
+
+    @abstractmethod
+    def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
+        """What follows ``token_ids``, ``most`` tokens at most; [] for no idea. Called for every
+        decoding sequence in every step, on the engine's thread."""
 
 
 class Scheduler(ABC):

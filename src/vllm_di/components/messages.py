@@ -160,12 +160,18 @@ class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
     seq_id: int
     num_computed: int
     num_tokens: int
-    new_blocks: list[int]
-    """Block ids appended to the sequence's block table before this step."""
-    last_token: int
-    """The token sampled in the step before, to be appended to the sequence first; -1 for none."""
+    new_blocks: list[list[int]]
+    """For each KvGroup, block ids appended to the sequence's block table before this step; -1
+    stands for a block that its window has left already."""
+    new_tokens: list[int]
+    """Tokens chosen since the sequence's step before, to be appended to it first."""
     samples: bool
     """True when the step reaches the end of the sequence, so that its last row is sampled."""
+    is_prefill: bool
+    """Whether several tokens were known and not computed: a prompt, or after a preemption all. Else
+    the step runs the last one chosen, and drafts."""
+    draft_tokens: list[int] = []
+    """Guesses of what follows, the last of ``num_tokens``: each that proves right is kept."""
 
 
 class HiddenStates(msgspec.Struct, frozen=True, array_like=True):
@@ -189,14 +195,25 @@ class StepPlan(msgspec.Struct, frozen=True):
     """Sequences that ended, were aborted or preempted since the step before: forget them."""
 
 
+class StepInput(msgspec.Struct, frozen=True):
+    """What a worker is given to execute one step."""
+
+    plan: StepPlan
+    hidden: HiddenStates | None = None
+    """From the stage before; None on the first."""
+
+
 # ------------------------------------------------------------------------------------------------
 # workers -> engine
 
 
-class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+class SampledTokens(msgspec.Struct, frozen=True, array_like=True):
+    """What a step chose for one sequence: one token, or several where drafts proved right."""
+
     seq_id: int
-    token_id: int
-    logprobs: TokenLogprobs | None = None
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each token, where the request asked for them."""
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -210,7 +227,7 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 class StepResult(msgspec.Struct, frozen=True):
     step: int
-    tokens: list[SampledToken]
+    tokens: list[SampledTokens]
     prompt_logprobs: list[PromptLogprobs] = []
     failed: dict[int, str] = {}
     """seq_id to a reason, for sequences that failed alone (NaN logits, say). The others of the step
@@ -233,6 +250,42 @@ class KvSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens a sliding layer can see, itself included."""
 
 
+class KvGroup(msgspec.Struct, frozen=True):
+    """Layers that share a block table: of one kind, with one window.
+
+    The groups of a model draw their blocks from one pool. On each rank the layer at place i of one
+    group shares its tensors with the layers at place i of the others, and a block belongs to one
+    group at a time.
+    """
+
+    layers: list[int]
+    """``KvSpec.layer`` of each, over all stages of a pipeline."""
+    window: int | None = None
+
+    def first_block(self, position: int, block_size: int) -> int:
+        """The first block that a query at ``position``, or any after it, can see."""
+        if self.window is None:
+            return 0
+        return max(0, position - self.window + 1) // block_size
+
+    def most_blocks(self, num_tokens: int, chunk: int, block_size: int) -> int:
+        """Blocks that a sequence of ``num_tokens`` holds at most, when a step runs up to ``chunk``
+        of them."""
+        whole = -(-num_tokens // block_size)
+        if self.window is None:
+            return whole
+        # before the chunk the window, which begins inside of a block
+        return min(whole, -(-(self.window - 1 + chunk) // block_size) + 1)
+
+
+class CacheSize(msgspec.Struct, frozen=True):
+    """How much KV cache fits one rank."""
+
+    num_blocks: int
+    bytes_per_block: int
+    """Over the layers that share a block."""
+
+
 class LimitsReport(msgspec.Struct, frozen=True, kw_only=True):
     """What the platform cannot do, as data that the one scheduler obeys."""
 
@@ -245,6 +298,8 @@ class LimitsReport(msgspec.Struct, frozen=True, kw_only=True):
     """Most context tokens summed over a step's sequences."""
     null_block: bool = False
     """Block 0 is kept free for padding."""
+    drafts: bool = True
+    """A step may run several tokens of a decoding sequence, to check guesses."""
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -262,8 +317,6 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     are built from it."""
 
     block_size: int
-    num_blocks: int
-    bytes_per_block: int
     kv_specs: list[KvSpec]
     limits: LimitsReport
     max_model_len: int
@@ -274,6 +327,11 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
     depth: int = 1
     """Steps that the executor keeps in flight: the scheduler shares sequences out over them."""
+    num_blocks: int = 0
+    """Shared by all groups; 0 until the cache is sized."""
+    bytes_per_block: int = 0
+    """Over all ranks of one stage alike, summed over the stages."""
+    kv_groups: list[KvGroup] = []
     details: dict[str, Any] = {}
     """For people: which instruction path each op runs on, fusions in force, load time."""
 

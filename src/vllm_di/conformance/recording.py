@@ -21,7 +21,8 @@ class RecordingExecutor(Executor):
         self._inner, self.depth, self.patience = inner, inner.depth, inner.patience
         self.plans: list[StepPlan] = []
         self.report: WorkerReport
-        self._tables: dict[int, list[int]] = {}
+        self._tables: dict[int, list[list[int]]] = {}
+        """Of each live sequence the blocks of each KvGroup."""
 
     def start(self) -> WorkerReport:
         self.report = self._inner.start()
@@ -49,26 +50,38 @@ class RecordingExecutor(Executor):
         for seq_id in plan.finished:
             self._tables.pop(seq_id, None)
         for new in plan.new:
-            self._tables[new.seq_id] = []
+            self._tables[new.seq_id] = [[] for _ in self.report.kv_groups]
         for share in plan.scheduled:
-            self._tables[share.seq_id] += share.new_blocks
+            tables = self._tables[share.seq_id]
+            for table, fresh in zip(tables, share.new_blocks, strict=True):
+                table += fresh
+            self._leave(share)
         for share in plan.scheduled:
             written = self._written(share)
-            for other, table in self._tables.items():
-                shared = written & set(table) if other != share.seq_id else set()
+            for other, tables in self._tables.items():
+                held = {block for table in tables for block in table}
+                shared = written & held if other != share.seq_id else set()
                 assert not shared, (
                     f"step {plan.step}: sequence {share.seq_id} writes to blocks {sorted(shared)}, "
                     f"which sequence {other} holds"
                 )
 
+    def _leave(self, share: ScheduledSequence) -> None:
+        """Blocks that the windows have left are not the sequence's any more."""
+        for group, table in zip(self.report.kv_groups, self._tables[share.seq_id], strict=True):
+            left = group.first_block(share.num_computed, self.report.block_size)
+            table[:left] = [-1] * left
+
     def _written(self, share: ScheduledSequence) -> set[int]:
-        size, table = self.report.block_size, self._tables[share.seq_id]
+        size, tables = self.report.block_size, self._tables[share.seq_id]
         first, last = share.num_computed, share.num_computed + share.num_tokens - 1
-        assert last // size < len(table), (
-            f"sequence {share.seq_id} runs tokens {first} to {last}, but has {len(table)} blocks"
+        assert all(last // size < len(table) for table in tables), (
+            f"sequence {share.seq_id} runs tokens {first} to {last}, but has "
+            f"{[len(table) for table in tables]} blocks"
         )
-        assert len(set(table)) == len(table), f"sequence {share.seq_id} has a block twice: {table}"
-        found = set(table[first // size : last // size + 1])
+        held = [block for table in tables for block in table if block >= 0]
+        assert len(set(held)) == len(held), f"sequence {share.seq_id} has a block twice: {tables}"
+        found = {block for table in tables for block in table[first // size : last // size + 1]}
         assert all(0 <= block < self.report.num_blocks for block in found), f"blocks {found}"
         return found
 

@@ -33,6 +33,7 @@ class EngineContainer(DeclarativeContainer):
     executor = Dependency(instance_of=i.Executor)
     kv_cache_manager = Dependency(instance_of=i.KvCacheManager)
     structured_output = Dependency(instance_of=i.StructuredOutput)
+    drafter = Dependency(instance_of=i.Drafter)
     scheduler = Dependency(instance_of=i.Scheduler)
     engine = Dependency(instance_of=i.Engine)
     # given

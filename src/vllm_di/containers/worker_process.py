@@ -48,11 +48,11 @@ def serve(worker: Worker, connection: Connection[rpc.Command]) -> None:
     while True:
         command = connection.receive()
         if isinstance(command, rpc.Execute):
-            # a worker written for interfaces 1.0 knows of no hidden states
-            handed = () if command.hidden is None else (command.hidden,)
-            connection.send(rpc.Result(worker.execute(command.plan, *handed)))
+            connection.send(rpc.Result(worker.execute(command.step)))
         elif isinstance(command, rpc.Load):
             connection.send(rpc.Report(worker.load()))
+        elif isinstance(command, rpc.Prepare):
+            connection.send(rpc.Size(worker.prepare(command.groups)))
         elif isinstance(command, rpc.Allocate):
             worker.allocate(command.num_blocks)
             connection.send(rpc.Done())

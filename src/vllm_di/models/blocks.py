@@ -191,8 +191,8 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP on a residual stream. ``forward`` takes the stream apart: what was added
-    last, and the rest."""
+    """Attention and MLP on a residual stream. ``forward`` returns (delta, residual); the next
+    ``add_rms_norm`` adds them."""
 
     def __init__(self, parts: Parts, layer: int) -> None:
         super().__init__()
@@ -227,8 +227,7 @@ class Layer(nn.Module):
         cache: LayerCache,
         metadata: Any,
     ) -> tuple[Tensor, Tensor]:
-        """x, residual [tokens, hidden] -> (what the MLP adds, the stream that it is to be added
-        to)."""
+        """x, residual [tokens, hidden] -> (delta, residual), of the same shape."""
         if residual is None:
             residual, x = x, self.ops.rms_norm(x, self.input_norm.weight, self.eps)
         else:

@@ -10,7 +10,7 @@ import logging
 import re
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar
 
 import msgspec
@@ -21,8 +21,8 @@ from vllm_di.components.interfaces import (
     AttentionBackend,
     Communicator,
     Device,
-    LayerCache,
     Model,
+    ModelStep,
     OpTable,
     Quantization,
 )
@@ -114,7 +114,7 @@ class Decoder(nn.Module, Model):
         self._layers = [Layer(parts, i) for i in self._span]
         self.layers = nn.ModuleList(self._layers)
         self.norm = parts.norm(c.hidden_size)
-        if not self.last:  # the model's norm is elsewhere: of what adds and norms, the sum is used
+        if not self.last:  # the final norm runs there; here only the residual sum is used
             self.norm.weight.fill_(1.0)
         for layer in self._layers:
             attention.check(layer.attention.spec)
@@ -311,18 +311,13 @@ class Decoder(nn.Module, Model):
             for i, layer in zip(self._span, self._layers, strict=True)
         ]
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        caches: Sequence[LayerCache],
-        metadata: Any,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
-        x = self._embed(token_ids) if hidden is None else hidden
+    def forward(self, step: ModelStep) -> Tensor:
+        x = self._embed(step.token_ids) if step.hidden is None else step.hidden
         residual: Tensor | None = None
-        for layer, cos_sin, cache in zip(self._layers, self._cos_sin, caches, strict=True):
-            x, residual = layer(x, residual, positions, cos_sin, cache, metadata)
+        for layer, cos_sin, cache, group in zip(
+            self._layers, self._cos_sin, step.caches, step.groups, strict=True
+        ):
+            x, residual = layer(x, residual, step.positions, cos_sin, cache, step.metadata[group])
         assert residual is not None
         normed, stream = self.ops.add_rms_norm(x, residual, self.norm.weight, self._eps)
         return normed if self.last else stream

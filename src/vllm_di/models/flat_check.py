@@ -147,7 +147,7 @@ def _flat(model: Any, ids: list[Tensor], places: list[Tensor], layers: int) -> l
     done = [0, 0]
     for counts in CHUNKS:
         spans = [slice(d, d + n) for d, n in zip(done, counts, strict=True)]
-        step = Step(DenseAttention(), caches, counts)
+        step = Step(DenseAttention(), caches, [counts] * layers)
         out = body_of(model)(
             input_ids=torch.cat([i[s] for i, s in zip(ids, spans, strict=True)])[None],
             position_ids=torch.cat([p[s] for p, s in zip(places, spans, strict=True)])[None],

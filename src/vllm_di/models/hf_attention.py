@@ -32,8 +32,8 @@ class Step:
     """What the attention of each layer needs of the step that runs."""
 
     backend: Attends
-    caches: Sequence[Any]
-    metadata: Any
+    caches: Sequence[Any]  # of each layer
+    metadata: Sequence[Any]  # of each layer
 
 
 def attend(
@@ -52,7 +52,8 @@ def attend(
     spec = spec_of(module, query, key, value, kwargs)
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     cache = step.caches[module.layer_idx]
-    return step.backend.forward(q, k, v, cache, step.metadata, spec)[None], None
+    metadata = step.metadata[module.layer_idx]
+    return step.backend.forward(q, k, v, cache, metadata, spec)[None], None
 
 
 def spec_of(

@@ -3,7 +3,7 @@ its attention interface."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +15,8 @@ from vllm_di.components.interfaces import (
     AttentionSpec,
     Communicator,
     Device,
-    LayerCache,
     Model,
+    ModelStep,
 )
 from vllm_di.components.messages import KvSpec
 from vllm_di.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -154,17 +154,13 @@ class TransformersModel(Model):
         ]
         self._weight_bytes = sum(p.nbytes for p in self._model.parameters())
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        caches: Sequence[LayerCache],
-        metadata: Any,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
-        step = Step(self._attention, caches, metadata)
+    def forward(self, step: ModelStep) -> Tensor:
+        metadata = [step.metadata[group] for group in step.groups]
         out = body_of(self._model)(
-            input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **{STEP: step}
+            input_ids=step.token_ids[None],
+            position_ids=step.positions[None],
+            use_cache=False,
+            **{STEP: Step(self._attention, step.caches, metadata)},
         )
         normed: Tensor = out.last_hidden_state[0]
         return normed

@@ -57,7 +57,7 @@ def test_all_give_one_answer(changes: dict[str, object]) -> None:
     assert torch.equal(caches[0].key, caches[1].key)
     # the form that a compiled program traces: it leaves the writing to the program
     before, backend = caches[2].key.clone(), SdpaAttention(on)
-    cache = TracedCache(caches[2].key, caches[2].value)
+    cache = TracedCache(caches[2].tensors)
     traced = backend.forward(q, k, v, cache, backend.export()(plan), kind)
     torch.testing.assert_close(traced, gathered)
     assert torch.equal(cache.key, before)

@@ -14,7 +14,7 @@ from tests.components.scheduler.fakes import report
 
 from vllm_di.components.executor.multiprocess import MultiprocessExecutor
 from vllm_di.components.interfaces import Placement, WorkerLauncher
-from vllm_di.components.messages import HiddenStates, SampledToken, StepPlan, StepResult
+from vllm_di.components.messages import CacheSize, SampledTokens, StepInput, StepPlan, StepResult
 from vllm_di.errors import ConfigError, EngineDeadError
 
 WORKER = """
@@ -47,12 +47,15 @@ class FakeWorker:
         self.rank, self.how = rank, how
 
     def load(self) -> Any:
-        return report(20 - self.rank)
+        return report()
+
+    def prepare(self, groups: Any) -> CacheSize:
+        return CacheSize(20 - self.rank, 8)
 
     def allocate(self, num_blocks: int) -> None:
         assert num_blocks == 19
 
-    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
+    def execute(self, step: StepInput) -> StepResult:
         if self.rank == 1 and self.how == "dies":
             import os
 
@@ -72,8 +75,8 @@ class FakeWorker:
             import os
 
             os.kill(os.getpid(), 9)
-        tokens = [SampledToken(1, plan.step)] if self.rank == 0 else []
-        return StepResult(plan.step, tokens)
+        tokens = [SampledTokens(1, [step.plan.step])] if self.rank == 0 else []
+        return StepResult(step.plan.step, tokens)
 
 
 class Script(WorkerLauncher):
@@ -103,8 +106,8 @@ def test_steps_run_in_order_and_nobody_is_left(tmp_path: Path) -> None:
     running = executor(tmp_path, "works")
     assert running.start().num_blocks == 19  # the fewest of all ranks
     futures = [running.submit(StepPlan(n, [], [], [])) for n in range(5)]
-    assert [f.result(20).tokens[0].token_id for f in futures] == list(range(5))
-    assert [r.num_blocks for r in running.collective("load")] == [20, 19]
+    assert [f.result(20).tokens[0].token_ids[0] for f in futures] == list(range(5))
+    assert [s.num_blocks for s in running.collective("prepare", [])] == [20, 19]
     with pytest.raises(ConfigError, match="no method 'system'"):
         running.collective("system", "true")
     running.check_alive()
@@ -170,7 +173,7 @@ def test_a_stopped_worker_that_goes_on_is_no_longer_silent(
     second.resume()
     while any(peer.silent for peer in running.processes()):
         time.sleep(0.01)
-    assert running.submit(StepPlan(1, [], [], [])).result(20).tokens[0].token_id == 1
+    assert running.submit(StepPlan(1, [], [], [])).result(20).tokens[0].token_ids[0] == 1
     running.close()
 
 

@@ -20,8 +20,11 @@ from vllm_di import LLM, SamplingParams
 from vllm_di.components.executor.pipeline import PipelineExecutor
 from vllm_di.components.interfaces import Placement, Worker, WorkerLauncher
 from vllm_di.components.messages import (
+    CacheSize,
     HiddenStates,
-    SampledToken,
+    KvGroup,
+    SampledTokens,
+    StepInput,
     StepPlan,
     StepResult,
     WorkerReport,
@@ -90,12 +93,16 @@ class FakeStage(Worker):
         self.threads.add(threading.get_ident())
         if self.how == "bad config" and self.stage == 1:
             raise ConfigError("conf/x.yaml:3: no")
-        return report(20 - self.stage)
+        return report()
+
+    def prepare(self, groups: list[KvGroup]) -> CacheSize:
+        return CacheSize(20 - self.stage, 8)
 
     def allocate(self, num_blocks: int) -> None:
         assert num_blocks == 19
 
-    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
+    def execute(self, step: StepInput) -> StepResult:
+        plan, hidden = step.plan, step.hidden
         self.threads.add(threading.get_ident())
         if self.how == "raises" and self.stage == 1:
             raise RuntimeError("boom")
@@ -104,7 +111,7 @@ class FakeStage(Worker):
         data = b"%d" % self.stage if hidden is None else hidden.data + b"%d" % self.stage
         if self.stage == 0:
             return StepResult(plan.step, [], hidden=HiddenStates(1, 1, "float32", data))
-        return StepResult(plan.step, [SampledToken(1, int(data) + 100 * plan.step)])
+        return StepResult(plan.step, [SampledTokens(1, [int(data) + 100 * plan.step])])
 
 
 class FakeLauncher(WorkerLauncher):
@@ -142,8 +149,8 @@ def test_steps_pass_through_the_stages_in_order() -> None:
     told = running.start()
     assert (told.num_blocks, told.depth) == (19, 2)
     futures = [running.submit(StepPlan(n, [], [], [])) for n in range(5)]
-    assert [f.result(20).tokens[0].token_id for f in futures] == [100 * n + 1 for n in range(5)]
-    assert [r.num_blocks for r in running.collective("load")] == [20, 19]
+    assert [f.result(20).tokens[0].token_ids[0] for f in futures] == [100 * n + 1 for n in range(5)]
+    assert [s.num_blocks for s in running.collective("prepare", [])] == [20, 19]
     with pytest.raises(ConfigError, match="no method 'system'"):
         running.collective("system", "true")
     running.check_alive()
@@ -157,7 +164,7 @@ def test_stages_work_at_the_same_time() -> None:
     running = executor(FakeLauncher("meets"))
     running.start()
     futures = [running.submit(StepPlan(n, [], [], [])) for n in (1, 2)]
-    assert [f.result(20).tokens[0].token_id for f in futures] == [101, 201]
+    assert [f.result(20).tokens[0].token_ids[0] for f in futures] == [101, 201]
     running.close()
 
 

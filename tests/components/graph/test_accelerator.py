@@ -7,7 +7,7 @@ then, into the tensor that the capture gave: what a graph does.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from vllm_di.components.attention.paged import PagedAttention
 from vllm_di.components.attention.sdpa import SdpaAttention
 from vllm_di.components.device.host import HostDevice
 from vllm_di.components.graph.accelerator import AcceleratorGraph
-from vllm_di.components.interfaces import BatchPlan
+from vllm_di.components.interfaces import BatchPlan, ModelStep
 from vllm_di.components.kv_layout.hnd import HndLayout
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.components.quantization.none import NoQuantization
@@ -75,9 +75,9 @@ class Step:
         self.sizes: list[int] = []
         self.fails = False
 
-    def __call__(
-        self, token_ids: Tensor, positions: Tensor, caches: Any, plan: BatchPlan, hidden: Any
-    ) -> Tensor:
+    def __call__(self, step: ModelStep) -> Tensor:
+        token_ids, positions = step.token_ids, step.positions
+        plan: BatchPlan = step.metadata[0]
         self.sizes.append(len(token_ids))
 
         def run() -> Tensor:
@@ -113,6 +113,10 @@ def decodes(count: int, padded: int, *, base: int = 0, columns: int = 3) -> Batc
     )
 
 
+def model_step(plan: BatchPlan, metadata: Sequence[Any]) -> ModelStep:
+    return ModelStep(plan.token_ids, plan.positions, [], [], metadata, plan.hidden)
+
+
 class Runner:
     """What program and model runner do with a graph."""
 
@@ -122,11 +126,10 @@ class Runner:
 
     def __call__(self, plan: BatchPlan) -> Tensor:
         plan, out = self.graph.place(plan)
-        metadata = plan if out is None else out
-        return self.run(plan.token_ids, plan.positions, [], metadata, plan.hidden)
+        return self.run(model_step(plan, out or [plan]))
 
     def eager(self, plan: BatchPlan) -> Tensor:
-        return self.step(plan.token_ids, plan.positions, [], plan, None)
+        return self.step(model_step(plan, [plan]))
 
     def capture(self, *sizes: int) -> None:
         self.graph.capture(sizes, lambda size: self(decodes(size, size)))
@@ -188,7 +191,7 @@ def test_padding_hides_what_the_last_step_left() -> None:
     got = runner(decodes(2, 4, base=1)).clone()
     assert torch.equal(got[:2], runner.eager(decodes(2, 4, base=1))[:2])
     static, metadata = runner.graph.place(decodes(2, 4, base=1))
-    assert metadata is static
+    assert list(metadata) == [static]
     assert static.seq_lens.tolist() == [4, 5, 0, 0]
     assert static.slot_mapping.tolist() == [1, 2, -1, -1]
     assert static.query_start.tolist() == [0, 1, 2, 3, 4]
@@ -216,7 +219,7 @@ def test_prefills_and_uncaptured_sizes_run_as_they_stand(caplog: pytest.LogCaptu
     caplog.set_level("INFO")
     prefill = decodes(1, 4)
     prefill.query_lens_host, prefill.seq_lens_host = [4], [4]
-    assert runner.graph.place(prefill) == (prefill, None)
+    assert runner.graph.place(prefill) == (prefill, ())
     assert torch.equal(runner(prefill), runner.eager(prefill))
     assert not caplog.messages
     for size in (6, 7):

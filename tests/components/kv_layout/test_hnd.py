@@ -47,18 +47,6 @@ def test_slots_below_zero_are_dropped() -> None:
     assert not cache.key.any()
 
 
-def test_blocks_are_copied_in_every_layer() -> None:
-    on = layout()
-    caches = on.allocate(SPECS, 4, torch.float32)
-    for cache in caches:
-        cache.key[1], cache.value[1] = 5.0, 6.0
-    on.copy_blocks(caches, [1], [3])
-    for cache in caches:
-        assert (cache.key[3] == 5).all()
-        assert (cache.value[3] == 6).all()
-        assert not cache.key[2].any()
-
-
 def test_a_dtype_that_the_device_lacks_is_refused() -> None:
     with pytest.raises(ConfigError, match="float7"):
         layout("float7")

@@ -20,5 +20,6 @@ def test_what_is_given_is_reported() -> None:
         "max_prefill_rows": 3,
         "max_batch_context": 5000,
         "null_block": True,
+        "drafts": False,
     }
     assert msgspec.structs.asdict(StandardLimits(**values).report()) == values  # type: ignore[arg-type]

@@ -11,9 +11,10 @@ from vllm_di.components.interfaces import ModelRunner
 from vllm_di.components.messages import (
     NewSequence,
     PromptLogprobs,
-    SampledToken,
+    SampledTokens,
     SamplingParams,
     ScheduledSequence,
+    StepInput,
     StepPlan,
     StepResult,
 )
@@ -28,7 +29,7 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     tokens: list[int] = field(default_factory=list)
-    sampled: list[SampledToken] = field(default_factory=list)
+    sampled: list[SampledTokens] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     error: str | None = None
     seq_id: int = -1
@@ -84,7 +85,7 @@ class Driver:
             scheduled.append(self._share(one, most))
         self._step += 1
         finished, self._finished = self._finished, []
-        result = self._runner.execute(StepPlan(self._step, new, scheduled, finished))
+        result = self._runner.execute(StepInput(StepPlan(self._step, new, scheduled, finished)))
         assert result.step == self._step
         self.results.append(result)
         self._take(result)
@@ -122,9 +123,10 @@ class Driver:
             seq_id=one.seq_id,
             num_computed=one.computed,
             num_tokens=count,
-            new_blocks=fresh,
-            last_token=one.last,
+            new_blocks=[fresh],
+            new_tokens=[] if one.last < 0 else [one.last],
             samples=end == len(one.tokens),
+            is_prefill=one.computed < len(one.tokens) - 1,
         )
         one.computed, one.last = end, -1
         return share
@@ -137,9 +139,10 @@ class Driver:
             by_id[seq_id].error = reason
         for token in result.tokens:
             one = by_id[token.seq_id]
-            one.tokens.append(token.token_id)
+            (chosen,) = token.token_ids
+            one.tokens.append(chosen)
             one.sampled.append(token)
-            one.last = token.token_id
+            one.last = chosen
         for one in [one for one in self.live if one.done]:
             self.live.remove(one)
             self.forget(one)

@@ -16,6 +16,7 @@ from vllm_di.components.interfaces import (
     KvLayout,
     LayerCache,
     Model,
+    ModelStep,
     ShapePolicy,
 )
 from vllm_di.components.messages import KvSpec
@@ -68,14 +69,7 @@ class CountingModel(Model):
     def load_random(self, seed: int) -> None:
         self.loaded_with = seed
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        caches: Sequence[LayerCache],
-        metadata: Any,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, step: ModelStep) -> Tensor:
         raise AssertionError("not run")
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -92,15 +86,9 @@ class EchoModel(CountingModel):
         self.broken: set[int] = set()
         """A token whose row has NaN logits."""
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        caches: Sequence[LayerCache],
-        metadata: Any,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
-        plan: BatchPlan = metadata
+    def forward(self, step: ModelStep) -> Tensor:
+        token_ids, positions, cache = step.token_ids, step.positions, step.caches[0]
+        plan: BatchPlan = step.metadata[0]
         tokens = len(token_ids)
         self.batches.append(tokens)
         assert len(positions) == len(plan.slot_mapping) == tokens
@@ -109,14 +97,14 @@ class EchoModel(CountingModel):
         assert int(plan.seq_lens.max()) <= self.max_model_len
         assert plan.block_table.stride(-1) == 1
         keys, values = (x.float().view(tokens, 1, 1) for x in (token_ids, positions))
-        self._layout.write(caches[0], keys, values, plan.slot_mapping)
+        self._layout.write(cache, keys, values, plan.slot_mapping)
         hidden = torch.full((tokens, 1), -1.0)
         bounds = plan.query_start.tolist()
         for row, length in enumerate(plan.seq_lens.tolist()):
             start, end = bounds[row], bounds[row + 1]
             assert plan.query_lens_host[row] == end - start
             assert plan.seq_lens_host[row] == length
-            read, places = self._layout.gather(caches[0], plan.block_table[row], length)
+            read, places = self._layout.gather(cache, plan.block_table[row], length)
             context = [int(t) for t in read.flatten().tolist()]
             if plan.slot_mapping[start] >= 0:
                 assert places.flatten().tolist() == list(range(length))

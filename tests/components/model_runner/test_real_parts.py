@@ -17,6 +17,7 @@ from vllm_di.components.communicator.single import SingleCommunicator
 from vllm_di.components.device.host import HostDevice
 from vllm_di.components.graph.eager import EagerGraph
 from vllm_di.components.interfaces import AttentionBackend, ModelRunner, Placement
+from vllm_di.components.kv_groups import group_layers
 from vllm_di.components.kv_layout.hnd import HndLayout
 from vllm_di.components.model_runner.standard import StandardModelRunner
 from vllm_di.components.ops.table import SelectedOps
@@ -77,7 +78,7 @@ def runner(attention: str) -> ModelRunner:
     found = StandardModelRunner(
         device=device,
         model=model,
-        program=EagerProgram(model, backend, EagerGraph()),
+        program=EagerProgram(model, backend, layout, EagerGraph()),
         kv_layout=layout,
         shapes=DynamicShapes(),
         graph=EagerGraph(),
@@ -86,7 +87,7 @@ def runner(attention: str) -> ModelRunner:
         max_num_seqs=8,
         max_num_batched_tokens=128,
     )
-    found.allocate(NUM_BLOCKS)
+    found.allocate(group_layers([model.kv_specs()]), NUM_BLOCKS)
     found.warm_up()
     return found
 
@@ -117,11 +118,12 @@ def test_together_and_chunked_equal_alone_and_whole(
         for left, right in zip(single.sampled, one.sampled, strict=True):
             if left.logprobs is not None:
                 assert right.logprobs is not None
-                assert right.logprobs.token_ids == left.logprobs.token_ids
-                assert right.logprobs.logprobs == pytest.approx(left.logprobs.logprobs, abs=1e-4)
-        mine, theirs = (
+                (mine,), (theirs,) = right.logprobs, left.logprobs
+                assert mine.token_ids == theirs.token_ids
+                assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+        prompt, alone_prompt = (
             [p for scored in r.prompt_logprobs for p in scored.positions] for r in (one, single)
         )
-        assert [p.token_ids for p in mine] == [p.token_ids for p in theirs]
-        for p, q in zip(mine, theirs, strict=True):
+        assert [p.token_ids for p in prompt] == [p.token_ids for p in alone_prompt]
+        for p, q in zip(prompt, alone_prompt, strict=True):
             assert p.logprobs == pytest.approx(q.logprobs, abs=1e-4)

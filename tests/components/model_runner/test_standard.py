@@ -21,12 +21,14 @@ from tests.components.sampler.rows import check_logprobs
 
 from vllm_di.components.device.host import HostDevice
 from vllm_di.components.graph.eager import EagerGraph
-from vllm_di.components.interfaces import LayerCache, Placement, ShapePolicy
+from vllm_di.components.interfaces import BatchPlan, LayerCache, Placement, ShapePolicy
 from vllm_di.components.kv_layout.hnd import HndLayout
 from vllm_di.components.messages import (
+    KvGroup,
     NewSequence,
     SamplingParams,
     ScheduledSequence,
+    StepInput,
     StepPlan,
 )
 from vllm_di.components.model_runner.standard import StandardModelRunner
@@ -56,7 +58,7 @@ class Bench:
         self.runner = StandardModelRunner(
             device=device,
             model=self.model,
-            program=EagerProgram(self.model, PlanAttention(), EagerGraph()),
+            program=EagerProgram(self.model, PlanAttention(), self.layout, EagerGraph()),
             kv_layout=self.layout,
             shapes=shapes or DynamicShapes(),
             graph=EagerGraph(),
@@ -65,12 +67,12 @@ class Bench:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
         )
-        self.runner.allocate(NUM_BLOCKS)
+        self.runner.allocate([KvGroup([0])], NUM_BLOCKS)
         self.driver = Driver(self.runner, NUM_BLOCKS)
 
     @property
     def cache(self) -> LayerCache:
-        return self.runner._caches[0]
+        return self.runner._program.caches[0]
 
 
 def greedy_reference(prompt: list[int], count: int) -> list[int]:
@@ -140,7 +142,7 @@ def test_a_plan_that_only_ends_sequences() -> None:
     bench = Bench(max_num_seqs=1)
     one = request([3, 4], 1)
     bench.driver.run([one])
-    result = bench.runner.execute(StepPlan(2, [], [], [one.seq_id]))
+    result = bench.runner.execute(StepInput(StepPlan(2, [], [], [one.seq_id])))
     assert result.step == 2 and result.tokens == []
     again = request([3, 4], 1)
     assert bench.driver.run([again])[0].output == one.output
@@ -157,7 +159,7 @@ def test_a_step_of_chunks_alone_samples_nothing() -> None:
 
 def test_an_unknown_sequence_to_end_is_ignored() -> None:
     bench = Bench()
-    assert bench.runner.execute(StepPlan(1, [], [], [77])).tokens == []
+    assert bench.runner.execute(StepInput(StepPlan(1, [], [], [77]))).tokens == []
 
 
 # -- failures -------------------------------------------------------------------------------------
@@ -231,7 +233,8 @@ def test_logprobs_of_sampled_tokens() -> None:
     bench.driver.run([one, request([6], 5)])
     for i, token in enumerate(one.sampled):
         assert token.logprobs is not None
-        check_logprobs(token.logprobs, expected_logits(one.tokens[: 2 + i]), token.token_id, 3)
+        (told,), (chosen,) = token.logprobs, token.token_ids
+        check_logprobs(told, expected_logits(one.tokens[: 2 + i]), chosen, 3)
 
 
 # -- ranks ----------------------------------------------------------------------------------------
@@ -249,10 +252,10 @@ def test_other_ranks_run_the_same_forward_and_tell_nothing() -> None:
                 prompt_len=3,
             )
         ],
-        [ScheduledSequence(1, 0, 3, [5], -1, True)],
+        [ScheduledSequence(1, 0, 3, [[5]], [], samples=True, is_prefill=True)],
         [],
     )
-    told, silent = first.runner.execute(plan), second.runner.execute(plan)
+    told, silent = (one.runner.execute(StepInput(plan)) for one in (first, second))
     assert told.tokens and told.prompt_logprobs
     assert (silent.step, silent.tokens, silent.prompt_logprobs, silent.failed) == (1, [], [], {})
     assert torch.equal(first.cache.key, second.cache.key)
@@ -300,9 +303,9 @@ def test_nothing_is_allocated_for_the_plan_of_a_decode_step() -> None:
     plans = []
     run = bench.runner._run
 
-    def recorded(plan: object, caches: object) -> torch.Tensor:
+    def recorded(plan: BatchPlan) -> torch.Tensor:
         plans.append(plan)
-        return run(plan, caches)  # type: ignore[arg-type]
+        return run(plan)
 
     bench.runner._run = recorded
     bench.driver.run([request([4, 5, 6], 5), request([7], 5)])

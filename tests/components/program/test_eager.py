@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,7 +8,9 @@ import torch
 from tests.components.model_runner.fakes import CountingModel, PlanAttention
 from torch import Tensor
 
-from vllm_di.components.interfaces import BatchPlan, GraphPolicy, LayerCache
+from vllm_di.components.device.host import HostDevice
+from vllm_di.components.interfaces import BatchPlan, GraphPolicy, Model, ModelStep, StepFunction
+from vllm_di.components.kv_layout.hnd import HndLayout
 from vllm_di.components.program.eager import EagerProgram
 
 VOCAB = 11
@@ -20,18 +22,18 @@ class Recorded(GraphPolicy):
     def __init__(self) -> None:
         self.events: list[str] = []
 
-    def wrap(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrap(self, forward: StepFunction) -> StepFunction:
         self.events.append("wrap")
 
-        def wrapped(*args: Any) -> Tensor:
+        def wrapped(step: ModelStep) -> Tensor:
             self.events.append("step")
-            return step(*args)
+            return forward(step)
 
         return wrapped
 
-    def before_replay(self, metadata: Any) -> None:
-        assert isinstance(metadata, BatchPlan)
-        self.events.append("before_replay")
+    def place(self, plan: BatchPlan) -> tuple[BatchPlan, Sequence[Any]]:
+        self.events.append("place")
+        return super().place(plan)
 
 
 class Rows(CountingModel):
@@ -41,20 +43,22 @@ class Rows(CountingModel):
         super().__init__(vocab_size=VOCAB)
         self.rows: list[int] = []
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        caches: Sequence[LayerCache],
-        metadata: Any,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, step: ModelStep) -> Tensor:
         assert torch.is_inference_mode_enabled()
-        return torch.arange(len(token_ids), dtype=torch.float32)[:, None]
+        return torch.arange(len(step.token_ids), dtype=torch.float32)[:, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
         self.rows.append(len(hidden))
         return hidden.expand(-1, VOCAB).clone()
+
+
+def program(model: Model, graph: GraphPolicy) -> EagerProgram:
+    layout = HndLayout(
+        HostDevice(threads=1, memory_budget=None, default_dtype="float32"),
+        block_size=16,
+        dtype="auto",
+    )
+    return EagerProgram(model, PlanAttention(), layout, graph)
 
 
 def plan(tokens: int, rows: list[int]) -> BatchPlan:
@@ -74,7 +78,7 @@ def plan(tokens: int, rows: list[int]) -> BatchPlan:
 @pytest.mark.parametrize("rows", [[4], [0, 2, 3], [0, 1, 2, 3, 4]])
 def test_only_the_wanted_rows_get_logits(rows: list[int]) -> None:
     model = Rows()
-    logits = EagerProgram(model, PlanAttention(), Recorded()).run(plan(5, rows), [])
+    logits = program(model, Recorded()).run(plan(5, rows))
     assert logits[:, 0].tolist() == rows
     assert logits.shape == (len(rows), VOCAB)
     assert model.rows == [len(rows)]
@@ -82,14 +86,14 @@ def test_only_the_wanted_rows_get_logits(rows: list[int]) -> None:
 
 def test_chunks_of_prompts_alone_cost_no_product_with_the_vocabulary() -> None:
     model = Rows()
-    logits = EagerProgram(model, PlanAttention(), Recorded()).run(plan(5, []), [])
+    logits = program(model, Recorded()).run(plan(5, []))
     assert logits.shape == (0, VOCAB) and logits.dtype == torch.float32
     assert model.rows == []
 
 
 def test_the_graph_policy_is_asked_before_each_step() -> None:
     graph = Recorded()
-    program = EagerProgram(Rows(), PlanAttention(), graph)
-    program.run(plan(2, [1]), [])
-    program.run(plan(1, [0]), [])
-    assert graph.events == ["wrap", *["before_replay", "step"] * 2]
+    asked = program(Rows(), graph)
+    asked.run(plan(2, [1]))
+    asked.run(plan(1, [0]))
+    assert graph.events == ["wrap", *["place", "step"] * 2]

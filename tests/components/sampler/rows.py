@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_di.components.interfaces import OpTable, SequenceState
-from vllm_di.components.messages import SampledToken, SamplingParams, TokenLogprobs
+from vllm_di.components.messages import SampledTokens, SamplingParams, TokenLogprobs
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.components.sampler.standard import StandardSampler
@@ -53,7 +53,7 @@ def token_of(logits: Tensor, state: SequenceState) -> int:
     """The one token of one row that must not fail. logits [vocab]."""
     tokens, failed = sampler().sample(logits[None].clone(), [state])
     assert not failed
-    return tokens[0].token_id
+    return tokens[0].token_ids[0]
 
 
 def expected_adjusted(logits: Sequence[float], state: SequenceState) -> list[float]:
@@ -82,9 +82,9 @@ def expected_adjusted(logits: Sequence[float], state: SequenceState) -> list[flo
     return found
 
 
-def same(left: SampledToken, right: SampledToken) -> bool:
+def same(left: SampledTokens, right: SampledTokens) -> bool:
     """Equal to the last bit, whatever the sequences are called."""
-    return (left.token_id, left.logprobs) == (right.token_id, right.logprobs)
+    return (left.token_ids[0], left.logprobs) == (right.token_ids[0], right.logprobs)
 
 
 def check_logprobs(found: TokenLogprobs, logits: Tensor, token: int, count: int) -> None:

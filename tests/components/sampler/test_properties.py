@@ -100,7 +100,7 @@ def test_in_company_as_alone(
                 assert broken == {i: failed[i]}
                 continue
             assert same(by_id[i], solo[0])
-            _append(crowd[i], single[i], token=solo[0].token_id)
+            _append(crowd[i], single[i], token=solo[0].token_ids[0])
 
 
 def _append(*states: SequenceState, token: int) -> None:

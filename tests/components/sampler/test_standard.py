@@ -21,7 +21,7 @@ def test_greedy_takes_the_lowest_id_on_a_tie() -> None:
     logits[0, [2, 4]] = 5.0
     logits[2, 5] = 1.0
     tokens, failed = sampler().sample(logits, [row(i, temperature=0) for i in (7, 8, 9)])
-    assert [(t.seq_id, t.token_id) for t in tokens] == [(7, 2), (8, 0), (9, 5)]
+    assert [(t.seq_id, t.token_ids[0]) for t in tokens] == [(7, 2), (8, 0), (9, 5)]
     assert failed == {}
     assert all(t.logprobs is None for t in tokens)
 
@@ -52,8 +52,8 @@ def draws(logits: torch.Tensor, num_rows: int, num_steps: int, **params: Any) ->
         tokens, failed = chooser.sample(logits.repeat(num_rows, 1), rows)
         assert not failed
         for state, token in zip(rows, tokens, strict=True):
-            state.token_ids.append(token.token_id)
-        ids = torch.tensor([t.token_id for t in tokens])
+            state.token_ids.append(token.token_ids[0])
+        ids = torch.tensor([t.token_ids[0] for t in tokens])
         counts.index_add_(0, ids, torch.ones(num_rows, dtype=torch.float64))
     return counts
 
@@ -115,7 +115,7 @@ def generate(state: SequenceState, steps: int = 30) -> list[int]:
     chooser = sampler()
     for step in range(steps):
         tokens, _ = chooser.sample(noise(1, 300, seed=step, scale=1.0), [state])
-        state.token_ids.append(tokens[0].token_id)
+        state.token_ids.append(tokens[0].token_ids[0])
     return state.token_ids[state.prompt_len :]
 
 
@@ -131,7 +131,7 @@ def test_a_seeded_sequence_goes_on_after_a_preemption() -> None:
     chooser, state = sampler(), row(3, output=whole[:12], seed=11)
     for step in range(12, 30):
         tokens, _ = chooser.sample(noise(1, 300, seed=step, scale=1.0), [state])
-        state.token_ids.append(tokens[0].token_id)
+        state.token_ids.append(tokens[0].token_ids[0])
     assert state.token_ids[1:] == whole
 
 
@@ -178,7 +178,7 @@ def test_minus_infinity_is_a_mask_of_the_model() -> None:
     logits = torch.full((2, 9), -math.inf)
     logits[:, 6] = -2.0
     tokens, failed = sampler().sample(logits, [row(4, seed=1), row(5, temperature=0)])
-    assert [t.token_id for t in tokens] == [6, 6] and not failed
+    assert [t.token_ids[0] for t in tokens] == [6, 6] and not failed
     nothing = torch.full((1, 9), -math.inf)
     assert list(sampler().sample(nothing, [row(4)])[1]) == [4]
 
@@ -216,10 +216,10 @@ def test_logprobs_are_of_the_raw_logits() -> None:
         row(2, temperature=1.5, seed=3, logprobs=20, presence_penalty=1.0, output=[4, 5]),
     ]
     tokens, _ = sampler().sample(raw.clone(), rows)
-    assert tokens[1].token_id == 7
+    assert tokens[1].token_ids[0] == 7
     for i, token in enumerate(tokens):
         assert token.logprobs is not None
-        check_logprobs(token.logprobs, raw[i], token.token_id, rows[i].params.logprobs or 0)
+        check_logprobs(token.logprobs[0], raw[i], token.token_ids[0], rows[i].params.logprobs or 0)
 
 
 def test_rows_without_logprobs_get_none() -> None:
@@ -230,7 +230,7 @@ def test_rows_without_logprobs_get_none() -> None:
 def test_more_alternatives_than_tokens() -> None:
     tokens, _ = sampler().sample(noise(1, 5), [row(0, logprobs=20, temperature=0)])
     assert tokens[0].logprobs is not None
-    check_logprobs(tokens[0].logprobs, noise(1, 5)[0], tokens[0].token_id, 5)
+    check_logprobs(tokens[0].logprobs[0], noise(1, 5)[0], tokens[0].token_ids[0], 5)
 
 
 @pytest.mark.parametrize("count", [0, 3, 20])

@@ -6,14 +6,16 @@ import zlib
 from concurrent.futures import Future
 from typing import Any
 
+from vllm_di.components.drafter.none import NoDrafter
 from vllm_di.components.engine.standard import StandardEngine
-from vllm_di.components.interfaces import Executor
+from vllm_di.components.interfaces import Drafter, Executor
 from vllm_di.components.kv_cache_manager.paged import PagedKvCacheManager
 from vllm_di.components.messages import (
     EngineRequest,
+    KvGroup,
     KvSpec,
     LimitsReport,
-    SampledToken,
+    SampledTokens,
     SamplingParams,
     StepPlan,
     StepResult,
@@ -27,11 +29,18 @@ EOS = 999
 BLOCK = 4
 
 
-def report(num_blocks: int = 16, depth: int = 1, **limits: Any) -> WorkerReport:
+def report(
+    num_blocks: int = 16,
+    depth: int = 1,
+    windows: tuple[int | None, ...] = (None,),
+    **limits: Any,
+) -> WorkerReport:
+    """``windows``: one KvGroup for each."""
     return WorkerReport(
         block_size=BLOCK,
         num_blocks=num_blocks,
         bytes_per_block=64,
+        kv_groups=[KvGroup([i], window) for i, window in enumerate(windows)],
         kv_specs=[KvSpec(layer=0, num_kv_heads=1, head_size=4)],
         limits=LimitsReport(**limits),
         max_model_len=48,
@@ -69,9 +78,11 @@ class FakeExecutor(Executor):
     def __init__(self, the_report: WorkerReport) -> None:
         self.report = the_report
         self.tokens: dict[int, list[int]] = {}
-        self.blocks: dict[int, list[int]] = {}
-        self.slots: dict[int, int] = {}
-        """Slot of the cache to the hash of all tokens up to the one that was written there."""
+        self.blocks: dict[int, list[list[int]]] = {}
+        """Of each KvGroup."""
+        self.slots: dict[int, tuple[int, int]] = {}
+        """Slot of the cache to the group, and the hash of all tokens up to the one that was written
+        there."""
         self.fail: set[str] = set()
         self.plans: list[StepPlan] = []
 
@@ -85,28 +96,40 @@ class FakeExecutor(Executor):
             self.blocks.pop(seq_id, None)
         for new in plan.new:
             assert new.seq_id not in self.tokens
-            self.tokens[new.seq_id], self.blocks[new.seq_id] = list(new.token_ids), []
+            self.tokens[new.seq_id], self.blocks[new.seq_id] = (
+                list(new.token_ids),
+                [[] for _ in self.report.kv_groups],
+            )
         sampled = []
         for share in plan.scheduled:
-            ids, blocks = self.tokens[share.seq_id], self.blocks[share.seq_id]
-            if share.last_token >= 0:
-                ids.append(share.last_token)
-            blocks += share.new_blocks
-            assert len(set(blocks)) == len(blocks)
+            ids, tables = self.tokens[share.seq_id], self.blocks[share.seq_id]
+            ids += share.new_tokens
+            drafted = ids + share.draft_tokens
             end = share.num_computed + share.num_tokens
             assert share.num_tokens > 0
-            assert end <= min(len(ids), len(blocks) * BLOCK)
-            for position in range(share.num_computed):  # what came before is in the cache
-                assert self.slots[self._slot(blocks, position)] == _mark(ids, position)
-            for position in range(share.num_computed, end):
-                self.slots[self._slot(blocks, position)] = _mark(ids, position)
-            assert share.samples == (end == len(ids))
+            assert share.is_prefill == (len(ids) - share.num_computed > 1)
+            for index, (blocks, fresh) in enumerate(zip(tables, share.new_blocks, strict=True)):
+                blocks += fresh
+                assert end <= min(len(drafted), len(blocks) * BLOCK)
+                self._run(index, blocks, drafted, share.num_computed, end)
+            assert share.samples == (end == len(drafted))
             if share.samples:
-                sampled.append(SampledToken(share.seq_id, next_token(ids)))
+                sampled.append(SampledTokens(share.seq_id, _chosen(ids, share.draft_tokens)))
         result = StepResult(plan.step, sampled)
         future: Future[StepResult] = Future()
         future.set_result(result)
         return future
+
+    def _run(self, index: int, blocks: list[int], ids: list[int], start: int, end: int) -> None:
+        """One group's layers: what each query sees is in the cache, what runs is written to it."""
+        group = self.report.kv_groups[index]
+        held = blocks[group.first_block(start, BLOCK) :]
+        assert len(set(held)) == len(held) and -1 not in held
+        first = 0 if group.window is None else max(0, start - group.window + 1)
+        for position in range(first, start):
+            assert self.slots[self._slot(blocks, position)] == (index, _mark(ids, position))
+        for position in range(start, end):
+            self.slots[self._slot(blocks, position)] = (index, _mark(ids, position))
 
     def collective(self, method: str, *args: Any) -> list[Any]:
         return []
@@ -114,6 +137,16 @@ class FakeExecutor(Executor):
     @staticmethod
     def _slot(blocks: list[int], position: int) -> int:
         return blocks[position // BLOCK] * BLOCK + position % BLOCK
+
+
+def _chosen(ids: list[int], drafts: list[int]) -> list[int]:
+    """The next token, and one more for each draft that proves right."""
+    chosen = [next_token(ids)]
+    for draft in drafts:
+        if draft != chosen[-1]:
+            break
+        chosen.append(next_token(ids + chosen))
+    return chosen
 
 
 def _mark(ids: list[int], position: int) -> int:
@@ -124,7 +157,12 @@ class World:
     """An engine on fakes, and what it has put out."""
 
     def __init__(
-        self, the_report: WorkerReport, *, prefix_caching: bool = True, **scheduler: Any
+        self,
+        the_report: WorkerReport,
+        *,
+        prefix_caching: bool = True,
+        drafter: Drafter | None = None,
+        **scheduler: Any,
     ) -> None:
         self.kv = PagedKvCacheManager(the_report, prefix_caching=prefix_caching)
         self.num_free = self.kv.num_free_blocks
@@ -135,7 +173,11 @@ class World:
             "max_waiting": None,
         }
         self.scheduler = ContinuousScheduler(
-            the_report, self.kv, NoStructuredOutput(), **(settings | scheduler)
+            the_report,
+            self.kv,
+            NoStructuredOutput(),
+            drafter or NoDrafter(),
+            **(settings | scheduler),
         )
         self.executor = FakeExecutor(the_report)
         self.engine = StandardEngine(self.scheduler, self.kv, self.executor, the_report)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from tests.components.scheduler.fakes import BLOCK, VOCAB, World, expected, report
+from tests.components.scheduler.fakes import BLOCK, VOCAB, World, expected, next_token, report
 
+from vllm_di.components.interfaces import Drafter, Prefix
 from vllm_di.components.kv_cache_manager import paged
+from vllm_di.components.kv_cache_manager.paged import PagedKvCacheManager
 from vllm_di.components.messages import (
+    KvGroup,
     PromptLogprobs,
-    SampledToken,
+    SampledTokens,
     SamplingParams,
     StepResult,
     TokenLogprobs,
@@ -31,6 +35,8 @@ prompts = st.lists(st.integers(0, 3), min_size=1, max_size=30)
     st.integers(12, 40),
     st.integers(1, 3),
     st.booleans(),
+    st.sampled_from([(None,), (5,), (None, 6, 6), (3, 9)]),
+    st.integers(0, 3),
     st.sampled_from(
         [
             {},
@@ -46,9 +52,15 @@ def test_each_request_gets_its_own_tokens(
     blocks: int,
     depth: int,
     caching: bool,
+    windows: tuple[int | None, ...],
+    drafts: int,
     limits: dict[str, Any],
 ) -> None:
-    world = World(report(blocks, depth, **limits), prefix_caching=caching)
+    world = World(
+        report(blocks * len(windows), depth, windows, **limits),
+        prefix_caching=caching,
+        drafter=Guesser(drafts),
+    )
     asked = {}
     for i, (prompt, count) in enumerate(wanted):
         asked[f"r{i}"] = world.add(f"r{i}", prompt, max_tokens=count)
@@ -59,26 +71,48 @@ def test_each_request_gets_its_own_tokens(
     for plan in world.executor.plans:
         assert len(plan.scheduled) <= 4
         assert sum(s.num_tokens for s in plan.scheduled) <= 16
-        rows = [s.num_tokens > 1 for s in plan.scheduled]
+        rows = [s.is_prefill for s in plan.scheduled]
         assert rows == sorted(rows)  # decodes first
         if not limits.get("mixed_steps", True):
             started = {new.seq_id for new in plan.new}
-            decodes = [s for s in plan.scheduled if s.seq_id not in started and s.last_token >= 0]
+            decodes = [s for s in plan.scheduled if s.seq_id not in started and s.new_tokens]
             assert not (decodes and any(rows))
         if limits.get("max_prefill_rows"):
             assert sum(rows) <= 1
         if limits.get("null_block"):
-            assert all(0 not in s.new_blocks for s in plan.scheduled)
+            assert all(0 not in blocks for s in plan.scheduled for blocks in s.new_blocks)
+
+
+class Guesser(Drafter):
+    """Knows what comes next, and errs now and then."""
+
+    def __init__(self, max_drafts: int) -> None:
+        self.max_drafts = max_drafts
+
+    def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
+        ids = list(token_ids)
+        for _ in range(most):
+            ids.append(next_token(ids))
+        guesses = ids[len(token_ids) :]
+        if len(token_ids) % 3 == 0:
+            guesses[-1] = (guesses[-1] + 1) % VOCAB
+        return guesses
 
 
 class EngineMachine(RuleBasedStateMachine):
     """Requests come, go and are aborted while steps run in a cache that is too small for all."""
 
     depth = 1
+    windows: tuple[int | None, ...] = (None,)
+    drafts = 0
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(report(14, self.depth), max_waiting=8)
+        self.world = World(
+            report(14 * len(self.windows), self.depth, self.windows),
+            max_waiting=8,
+            drafter=Guesser(self.drafts),
+        )
         self.asked: dict[str, Any] = {}
         self.count = 0
 
@@ -118,8 +152,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def blocks_are_counted(self) -> None:
-        held = [b for s in self.world.scheduler._running for b in self.world.kv.block_ids(s)]
-        assert self.world.num_free - self.world.kv.num_free_blocks == len(set(held))
+        tables = [t for s in self.world.scheduler._running for t in self.world.kv.block_ids(s)]
+        held = {block for table in tables for block in table if block != -1}
+        assert self.world.num_free - self.world.kv.num_free_blocks == len(held)
 
     def teardown(self) -> None:
         self.world.run()
@@ -138,6 +173,56 @@ class DeepMachine(EngineMachine):
 
 DeepMachine.TestCase.settings = EngineMachine.TestCase.settings
 TestDeepMachine = DeepMachine.TestCase
+
+
+class WindowMachine(EngineMachine):
+    """With layers that see all and layers that see little, and with drafts."""
+
+    windows = (None, 5, 5)
+    drafts = 3
+
+
+WindowMachine.TestCase.settings = EngineMachine.TestCase.settings
+TestWindowMachine = WindowMachine.TestCase
+
+
+def test_a_window_bounds_what_a_sequence_holds() -> None:
+    world = World(report(200, windows=(None, 8)), max_num_batched_tokens=16)
+    prompt = list(range(40))
+    world.add("long", prompt, max_tokens=8, ignore_eos=True)
+    most = 0
+    while world.engine.has_work():
+        world.step()
+        for table in world.kv.block_ids(1)[1:]:
+            most = max(most, sum(block != -1 for block in table))
+    assert world.out["long"] == expected(prompt, SamplingParams(max_tokens=8, ignore_eos=True))
+    assert most <= KvGroup([0], 8).most_blocks(48, 16, BLOCK) < 48 // BLOCK
+
+
+def test_a_prefix_is_found_as_far_as_every_group_has_what_it_sees() -> None:
+    world = World(report(40, windows=(None, 6)), max_num_batched_tokens=16)
+    prompt = list(range(30))
+    world.add("first", prompt, max_tokens=1)
+    world.run()
+    # all but the last token: 7 blocks, though the window has left most of its own
+    assert cached_tokens(world.kv, prompt) == 28
+    # behind the window nothing is left that a shorter beginning could end in
+    assert cached_tokens(world.kv, prompt[:10] + [99] * 20) in (0, 8)
+
+
+def test_drafts_that_prove_right_save_steps() -> None:
+    params = {"max_tokens": 12, "ignore_eos": True}
+    alone, guessed = World(report(40)), World(report(40), drafter=Guesser(3))
+    for world in (alone, guessed):
+        world.add("a", [1, 2, 3], **params)
+        world.run()
+    assert guessed.out == alone.out
+    assert len(guessed.executor.plans) < len(alone.executor.plans)
+
+
+def test_a_platform_without_drafts_refuses_a_drafter() -> None:
+    with pytest.raises(ConfigError, match=r"Guesser guesses tokens.*limits\.drafts=false"):
+        World(report(40, drafts=False), drafter=Guesser(2))
 
 
 def test_preemption_recomputes_and_loses_nothing() -> None:
@@ -214,7 +299,7 @@ def test_equal_beginnings_share_blocks_after_they_are_computed() -> None:
     world.run()
     first, second = world.executor.plans[0].scheduled[0], world.executor.plans[-1].scheduled[0]
     assert second.num_computed == 4 * BLOCK
-    assert second.new_blocks[:4] == first.new_blocks[:4]
+    assert second.new_blocks[0][:4] == first.new_blocks[0][:4]
     assert world.scheduler.stats().prefix_cache_hits == 16
     world.engine.reset_prefix_cache()
     world.add("c", [7] * 17, max_tokens=1)
@@ -255,6 +340,13 @@ def test_a_sequence_that_fails_alone_ends_alone() -> None:
     assert world.kv.num_free_blocks == world.num_free
 
 
+def cached_tokens(kv: PagedKvCacheManager, prompt: list[int]) -> int:
+    found = kv.admit(-1, Prefix(prompt), lambda cached: 1)
+    kv.free(-1)
+    assert found is not None
+    return found[0]
+
+
 def test_what_a_failed_sequence_left_is_never_taken_for_a_prefix() -> None:
     """Its blocks may hold anything."""
     world = World(report(40))
@@ -264,10 +356,10 @@ def test_what_a_failed_sequence_left_is_never_taken_for_a_prefix() -> None:
     assert plan is not None
     failed = {plan.scheduled[0].seq_id: "out of memory"}
     world.scheduler.update(plan, StepResult(plan.step, [], failed=failed))
-    assert world.kv.match_prefix(99, prompt, None) == 0
+    assert cached_tokens(world.kv, prompt) == 0
     world.add("good", prompt, max_tokens=4)
     world.run()
-    assert world.kv.match_prefix(100, prompt, None) > 0
+    assert cached_tokens(world.kv, prompt) > 0
 
 
 def test_a_result_for_an_aborted_sequence_is_dropped() -> None:
@@ -277,13 +369,13 @@ def test_a_result_for_an_aborted_sequence_is_dropped() -> None:
     assert plan is not None
     assert world.scheduler.abort("a")
     assert not world.scheduler.abort("a")
-    token = SampledToken(plan.scheduled[0].seq_id, 5)
+    token = SampledTokens(plan.scheduled[0].seq_id, [5])
     assert world.scheduler.update(plan, StepResult(plan.step, [token])) == []
     assert world.kv.num_free_blocks == world.num_free
 
 
-def _tokens(*pairs: tuple[int, int]) -> list[SampledToken]:
-    return [SampledToken(seq_id, token) for seq_id, token in pairs]
+def _tokens(*pairs: tuple[int, int]) -> list[SampledTokens]:
+    return [SampledTokens(seq_id, [token]) for seq_id, token in pairs]
 
 
 @pytest.mark.parametrize(

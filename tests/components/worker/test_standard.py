@@ -12,6 +12,7 @@ from tests.components.model_runner.fakes import CountingModel, PlanAttention
 
 from vllm_di.components.interfaces import (
     BatchPlan,
+    CacheTensor,
     Device,
     DeviceMemory,
     KvLayout,
@@ -23,7 +24,7 @@ from vllm_di.components.interfaces import (
     Placement,
 )
 from vllm_di.components.limits.standard import StandardLimits
-from vllm_di.components.messages import HiddenStates, KvSpec, StepPlan, StepResult
+from vllm_di.components.messages import CacheSize, KvGroup, KvSpec, StepInput, StepPlan, StepResult
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.components.worker.standard import StandardWorker
@@ -32,6 +33,7 @@ from vllm_di.errors import CheckpointError, ConfigError
 BLOCK = 16
 BLOCK_BYTES = 1000
 FREE = 1_000_000
+GROUPS = [KvGroup([0])]
 
 
 class SmallDevice(Device):
@@ -64,15 +66,13 @@ class Pages(KvLayout):
         assert len(specs) == 1 and dtype == torch.float32
         return self._block_bytes
 
-    def allocate(self, *_: Any) -> list[LayerCache]:
-        return []
+    def describe(self, spec: KvSpec, dtype: torch.dtype) -> tuple[CacheTensor, ...]:
+        return ()
 
     def write(self, *_: Any) -> None: ...
 
     def gather(self, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.empty(0), torch.empty(0)
-
-    def copy_blocks(self, *_: Any) -> None: ...
 
 
 class Seven(Loader):
@@ -95,25 +95,34 @@ class Runner(ModelRunner):
     def __init__(self, events: list[str]) -> None:
         self._events = events
 
-    def allocate(self, num_blocks: int) -> None:
+    def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
+        assert groups == GROUPS
         self._events.append(f"allocate {num_blocks}")
 
     def warm_up(self) -> None:
         self._events.append("warm_up")
 
-    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
+    def execute(self, step: StepInput) -> StepResult:
         self._events.append("execute")
-        return StepResult(plan.step, [])
+        return StepResult(step.plan.step, [])
 
 
 class Prepared(ModelProgram):
     def __init__(self, events: list[str]) -> None:
         self._events = events
 
-    def prepare(self) -> None:
+    def prepare(self, groups: Sequence[KvGroup]) -> None:
+        assert groups == GROUPS
         self._events.append("prepare")
 
-    def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> torch.Tensor:
+    def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
+        raise AssertionError("the runner allocates")
+
+    @property
+    def caches(self) -> Sequence[LayerCache]:
+        return []
+
+    def run(self, plan: BatchPlan) -> torch.Tensor:
         raise AssertionError("the runner runs the program")
 
 
@@ -148,6 +157,7 @@ def worker(
             max_prefill_rows=None,
             max_batch_context=None,
             null_block=null_block,
+            drafts=True,
         ),
         ops=SelectedOps(TorchOps()),
         program=Prepared(events),
@@ -157,29 +167,37 @@ def worker(
         kv_cache_memory=kv_cache_memory,
         memory_fraction=memory_fraction,
         max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=64,
     )
+
+
+def sized(**given: Any) -> CacheSize:
+    one = worker(**given)
+    one.load()
+    return one.prepare(GROUPS)
 
 
 def test_the_order_of_a_worker_s_life() -> None:
     events: list[str] = []
     one = worker(events, num_blocks=9)
-    report = one.load()
-    # a program compiles once the weights are in; memory counts with both
-    assert events == ["load", "prepare", "synchronize", "memory"]
-    one.allocate(report.num_blocks)
-    assert one.execute(StepPlan(4, [], [], [])).step == 4
-    assert events[4:] == ["allocate 9", "warm_up", "execute"]
+    one.load()
+    assert events == ["load", "synchronize", "memory"]
+    size = one.prepare(GROUPS)
+    # the cache is sized once the weights are in and the program is compiled
+    assert events[3:] == ["prepare", "synchronize", "memory"]
+    one.allocate(size.num_blocks)
+    assert one.execute(StepInput(StepPlan(4, [], [], []))).step == 4
+    assert events[6:] == ["allocate 9", "warm_up", "execute"]
 
 
 def test_the_report_says_what_only_the_device_knows() -> None:
     report = worker(num_blocks=9, max_model_len=100).load()
-    assert (report.num_blocks, report.block_size, report.bytes_per_block) == (9, BLOCK, BLOCK_BYTES)
+    assert (report.num_blocks, report.block_size, report.bytes_per_block) == (0, BLOCK, 0)
     assert (report.max_model_len, report.vocab_size, report.eos_token_ids) == (100, 50, [0])
     assert (report.device, report.dtype) == ("cpu", "float32")
     assert report.kv_specs == [KvSpec(layer=0, num_kv_heads=1, head_size=1)]
     details = report.details
     assert details["rank"] == 1 and details["load_seconds"] >= 0
-    assert details["kv_cache_bytes"] == 9 * BLOCK_BYTES
     assert (details["memory_free"], details["memory_total"]) == (FREE, 2 * FREE)
     assert details["ops"]["linear"] == "torch"
 
@@ -198,7 +216,7 @@ def test_the_report_says_what_only_the_device_knows() -> None:
     ],
 )
 def test_the_cache_is_sized_from_config_or_free_memory(given: dict[str, Any], blocks: int) -> None:
-    assert worker(**given).load().num_blocks == blocks
+    assert sized(**given).num_blocks == blocks
 
 
 @pytest.mark.parametrize(
@@ -213,7 +231,7 @@ def test_the_cache_is_sized_from_config_or_free_memory(given: dict[str, Any], bl
 )
 def test_one_whole_sequence_must_fit(given: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=key) as caught:
-        worker(**given).load()
+        sized(**given)
     assert "64 tokens" in str(caught.value) and "model.max_model_len" in str(caught.value)
     assert "3.91 KiB" in str(caught.value) or given.get("null_block")
 
@@ -221,7 +239,7 @@ def test_one_whole_sequence_must_fit(given: dict[str, Any], key: str) -> None:
 @pytest.mark.parametrize("given", [{"num_blocks": 1001}, {"kv_cache_memory": "2MB"}])
 def test_more_than_is_free_is_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"976.56 KiB are free"):
-        worker(**given, max_num_seqs=1000).load()
+        sized(**given, max_num_seqs=1000)
 
 
 def test_two_sizes_of_one_cache_contradict_each_other() -> None:

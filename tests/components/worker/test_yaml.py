@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from vllm_di.components.executor.inline import start_alone
 from vllm_di.components.interfaces import Placement
 from vllm_di.components.messages import LimitsReport
 from vllm_di.containers.assembly import assemble
@@ -16,9 +17,7 @@ TINY = ["platform=cpu", "model=tiny", "model.dtype=float32", "ops=torch"]
 
 def test_the_defaults_load_and_restrict_nothing() -> None:
     with opened(WorkerContainer, assemble(TINY), placement=Placement()) as container:
-        report = container.worker().load()
-        assert report.limits == LimitsReport()
-        container.worker().allocate(report.num_blocks)
+        assert start_alone(container.worker()).limits == LimitsReport()
 
 
 def test_the_worker_follows_the_scheduler() -> None:
@@ -26,7 +25,7 @@ def test_the_worker_follows_the_scheduler() -> None:
     small = ["scheduler.max_num_seqs=2", "model.max_model_len=64", "kv_layout.block_size=32"]
     assembly = assemble([*TINY, *small])
     with opened(WorkerContainer, assembly, placement=Placement()) as container:
-        assert container.worker().load().num_blocks == 4
+        assert start_alone(container.worker()).num_blocks == 4
 
 
 @pytest.mark.parametrize(

@@ -164,8 +164,6 @@ DEVICE = (
     ),
     _slot("kv_layout", "device.PadWritten", "differ after a write", "kv/test_writes[64-float32]"),
     _slot("kv_layout", "device.OffsetWrong", "differ after a write", "kv/test_writes[64-float32]"),
-    _slot("kv_layout", "device.KeysAlone", "a copy is not", "kv/test_block_copies"),
-    _slot("kv_layout", "device.FirstLayerAlone", "a copy is not", "kv/test_block_copies"),
     _slot("kv_layout", "device.HalfTheBytes", "the layout says", "kv/test_bytes_per_block"),
     _slot("communicator", "device.SwappedRanks", "rank order", "communicator/test_collectives[2]"),
     _slot("communicator", "device.NoReduce", "no sum", "communicator/test_collectives[2]"),

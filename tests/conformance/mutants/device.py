@@ -58,23 +58,6 @@ class PadWritten(HndLayout):
         super().write(cache, k, v, torch.where(slot_mapping < 0, last, slot_mapping))
 
 
-class KeysAlone(HndLayout):
-    """Copies the keys of a block, not its values."""
-
-    def copy_blocks(
-        self, caches: Sequence[LayerCache], src: Sequence[int], dst: Sequence[int]
-    ) -> None:
-        for cache in caches:
-            cache.key[list(dst)] = cache.key[list(src)]
-
-
-class FirstLayerAlone(HndLayout):
-    def copy_blocks(
-        self, caches: Sequence[LayerCache], src: Sequence[int], dst: Sequence[int]
-    ) -> None:
-        super().copy_blocks(caches[:1], src, dst)
-
-
 class HalfTheBytes(HndLayout):
     def bytes_per_block(self, specs: Sequence[KvSpec], dtype: torch.dtype) -> int:
         return super().bytes_per_block(specs, dtype) // 2

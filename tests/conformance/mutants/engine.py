@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +10,17 @@ from torch import Tensor
 
 from vllm_di.components.executor.inline import InlineExecutor
 from vllm_di.components.graph.eager import EagerGraph
-from vllm_di.components.interfaces import BatchPlan, LayerCache, Model, Prefix
+from vllm_di.components.interfaces import (
+    BatchPlan,
+    Model,
+    ModelStep,
+    Prefix,
+    StepFunction,
+)
 from vllm_di.components.kv_cache_manager import paged
 from vllm_di.components.kv_cache_manager.paged import PagedKvCacheManager
 from vllm_di.components.loader.safetensors import SafetensorsLoader
-from vllm_di.components.messages import HiddenStates, StepPlan, StepResult
+from vllm_di.components.messages import StepInput, StepPlan, StepResult
 from vllm_di.components.model_runner.standard import StandardModelRunner
 from vllm_di.components.program.eager import EagerProgram
 from vllm_di.components.sampler.standard import StandardSampler
@@ -41,8 +47,8 @@ class KeepsABlock(PagedKvCacheManager):
     """Never gives the last block of a sequence back."""
 
     def free(self, seq_id: int) -> None:
-        if (table := self._tables.get(seq_id)) and table.blocks:
-            self._users[table.blocks[-1]] += 1
+        if (table := self._tables.get(seq_id)) and table.groups[0]:
+            self._users[table.groups[0][-1]] += 1
         super().free(seq_id)
 
 
@@ -51,18 +57,18 @@ class SharesABlock(PagedKvCacheManager):
 
     last: int | None = None
 
-    def allocate(self, seq_id: int, num_tokens: int) -> list[int] | None:
-        new = super().allocate(seq_id, num_tokens)
-        if new:
-            table = self._tables[seq_id]
-            if self.last is not None and self.last not in table.blocks:
+    def allocate(self, seq_id: int, num_tokens: int, num_computed: int) -> list[list[int]] | None:
+        added = super().allocate(seq_id, num_tokens, num_computed)
+        if added and (new := added[0]):
+            blocks = self._tables[seq_id].groups[0]
+            if self.last is not None and self.last not in blocks:
                 self._users[new[-1]] -= 1
                 self._free[new[-1]] = None
                 self._users[self.last] += 1
                 self._free.pop(self.last, None)
-                table.blocks[-1] = new[-1] = self.last
+                blocks[-1] = new[-1] = self.last
             self.last = new[-1]
-        return new
+        return added
 
 
 class MatchesTooMuch(PagedKvCacheManager):
@@ -119,43 +125,43 @@ class ChunkSkipsAToken(ContinuousScheduler):
 class RowsOff(EagerProgram):
     """Gives the logits of the token before the one that was asked for."""
 
-    def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:
+    def run(self, plan: BatchPlan) -> Tensor:
         plan.logits_rows = (plan.logits_rows - 1).clamp(min=0)
-        return super().run(plan, caches)
+        return super().run(plan)
 
 
 class BatchDependent(EagerProgram):
     """A little of each row reaches the others."""
 
-    def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:
-        found = super().run(plan, caches)
+    def run(self, plan: BatchPlan) -> Tensor:
+        found = super().run(plan)
         return found + 0.05 * found.mean(0, keepdim=True) * (len(found) > 1)
 
 
 class Noisy(EagerProgram):
-    def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:
-        found = super().run(plan, caches)
+    def run(self, plan: BatchPlan) -> Tensor:
+        found = super().run(plan)
         return found + 0.05 * torch.rand_like(found)
 
 
 class NarrowLogits(EagerProgram):
     """Logits that were rounded to bfloat16."""
 
-    def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:
-        return super().run(plan, caches).bfloat16().float()
+    def run(self, plan: BatchPlan) -> Tensor:
+        return super().run(plan).bfloat16().float()
 
 
 class StaleGraph(EagerGraph):
     """Replays the first step of each size on its old inputs."""
 
-    def wrap(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrap(self, forward: StepFunction) -> StepFunction:
         captured: dict[int, Tensor] = {}
 
-        def replay(token_ids: Tensor, *rest: Any) -> Tensor:
-            found = step(token_ids, *rest)
-            if len(token_ids) > 8:
+        def replay(step: ModelStep) -> Tensor:
+            found = forward(step)
+            if len(step.token_ids) > 8:
                 return found
-            return captured.setdefault(len(token_ids), found.clone())
+            return captured.setdefault(len(step.token_ids), found.clone())
 
         return replay
 
@@ -163,13 +169,14 @@ class StaleGraph(EagerGraph):
 class StalePositions(EagerGraph):
     """Positions are those of the capture."""
 
-    def wrap(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrap(self, forward: StepFunction) -> StepFunction:
         captured: dict[int, Tensor] = {}
 
-        def replay(token_ids: Tensor, positions: Tensor, *rest: Any) -> Tensor:
-            if len(token_ids) <= 8:
-                positions = captured.setdefault(len(token_ids), positions.clone())
-            return step(token_ids, positions, *rest)
+        def replay(step: ModelStep) -> Tensor:
+            size = len(step.token_ids)
+            if size <= 8:
+                step.positions = captured.setdefault(size, step.positions.clone())
+            return forward(step)
 
         return replay
 
@@ -177,17 +184,17 @@ class StalePositions(EagerGraph):
 class OwnSampler(StandardModelRunner):
     """Ignores the sampler that was chosen."""
 
-    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
+    def execute(self, step: StepInput) -> StepResult:
         if not hasattr(self, "_own"):
             self._own = StandardSampler(self._model.ops)  # type: ignore[attr-defined]
         self._sampler = self._own
-        return super().execute(plan, hidden)
+        return super().execute(step)
 
 
 class Fragile(StandardModelRunner):
     """Lets a sampler's failure end the engine."""
 
-    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
+    def execute(self, step: StepInput) -> StepResult:
         sampler, runner = self._sampler, self
 
         class Raises:
@@ -202,7 +209,7 @@ class Fragile(StandardModelRunner):
 
         runner._sampler = Raises()  # type: ignore[assignment]
         try:
-            found = super().execute(plan, hidden)
+            found = super().execute(step)
         finally:
             runner._sampler = sampler
         if any("SystemError" in reason for reason in found.failed.values()):

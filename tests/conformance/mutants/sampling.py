@@ -10,10 +10,10 @@ import msgspec
 from torch import Tensor
 
 from vllm_di.components.interfaces import OpTable, SequenceState
-from vllm_di.components.messages import SampledToken, TokenLogprobs
+from vllm_di.components.messages import SampledTokens, TokenLogprobs
 from vllm_di.components.sampler.standard import StandardSampler
 
-Sampled = tuple[list[SampledToken], dict[int, str]]
+Sampled = tuple[list[SampledTokens], dict[int, str]]
 RETAINED: list[Any] = []
 """What leaks."""
 
@@ -105,12 +105,11 @@ class RankFromZero(StandardSampler):
         tokens, failed = super().sample(logits, rows)
         return [self._told(token) for token in tokens], failed
 
-    def _told(self, token: SampledToken) -> SampledToken:
-        told = token.logprobs
-        if told is None:
+    def _told(self, token: SampledTokens) -> SampledTokens:
+        if token.logprobs is None:
             return token
-        lower = TokenLogprobs(told.token_ids, told.logprobs, told.rank - 1)
-        return SampledToken(token.seq_id, token.token_id, lower)
+        lower = [TokenLogprobs(t.token_ids, t.logprobs, t.rank - 1) for t in token.logprobs]
+        return SampledTokens(token.seq_id, token.token_ids, lower)
 
 
 class RowsSwapped(StandardSampler):
@@ -118,8 +117,8 @@ class RowsSwapped(StandardSampler):
 
     def sample(self, logits: Tensor, rows: Sequence[SequenceState]) -> Sampled:
         tokens, failed = super().sample(logits, rows)
-        ids = [token.token_id for token in tokens][::-1]
-        return [SampledToken(t.seq_id, i) for t, i in zip(tokens, ids, strict=True)], failed
+        ids = [token.token_ids for token in tokens][::-1]
+        return [SampledTokens(t.seq_id, i) for t, i in zip(tokens, ids, strict=True)], failed
 
 
 class LateError(StandardSampler):

@@ -12,7 +12,7 @@ import torch
 from tests.ports.ascend.simulated_checks import batch, on_device, parts
 from torch import Tensor
 
-from vllm_di.components.interfaces import AttentionSpec
+from vllm_di.components.interfaces import AttentionSpec, BatchPlan, ModelStep
 from vllm_di.components.messages import KvSpec
 from vllm_di.ports.ascend.graph import NEEDED, AscendGraph
 
@@ -116,14 +116,18 @@ class TwoLayers:
         self.caches = layout.allocate(specs, 9, torch.bfloat16)
         self.attention, self.inputs = attention, list[Any]()
 
-    def __call__(
-        self, token_ids: Tensor, positions: Tensor, caches: Any, metadata: Any, hidden: Any = None
-    ) -> Tensor:
-        self.inputs.append((token_ids, positions, metadata))
-        x = token_ids[:, None, None].expand(-1, 2, 64).to(torch.bfloat16)
-        for cache in caches:
+    def __call__(self, step: ModelStep) -> Tensor:
+        (metadata,) = step.metadata
+        self.inputs.append((step.token_ids, step.positions, metadata))
+        x = step.token_ids[:, None, None].expand(-1, 2, 64).to(torch.bfloat16)
+        for cache in step.caches:
             x = self.attention.forward(x, x, x, cache, metadata, self.spec)
         return x.flatten(1)
+
+
+def model_step(plan: BatchPlan, attention: Any, layers: TwoLayers) -> ModelStep:
+    metadata = [attention.build(plan)]
+    return ModelStep(plan.token_ids, plan.positions, layers.caches, [0, 0], metadata)
 
 
 def step(policy_run: Any, attention: Any, layers: TwoLayers, past: list[int], first: int) -> Tensor:
@@ -131,7 +135,7 @@ def step(policy_run: Any, attention: Any, layers: TwoLayers, past: list[int], fi
     plan = on_device(batch([1] * len(past), past, blocks))
     plan.token_ids.copy_(torch.arange(first, first + len(past)))
     plan.positions.copy_(torch.tensor(past))
-    out: Tensor = policy_run(plan.token_ids, plan.positions, layers.caches, attention.build(plan))
+    out: Tensor = policy_run(model_step(plan, attention, layers))
     return out
 
 
@@ -187,9 +191,9 @@ def check_other_steps_run_as_they_stand() -> None:
         blocks = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)
         for queries, padding in (([3, 1], 0), ([1], 1)):
             plan = on_device(batch(queries, [0] * len(queries), blocks[: len(queries)], padding))
-            run(plan.token_ids, plan.positions, layers.caches, attention.build(plan))
+            run(model_step(plan, attention, layers))
         many = torch.arange(1, 6, dtype=torch.int32)[:, None]
         plan = on_device(batch([1] * 5, [0] * 5, many))
-        run(plan.token_ids, plan.positions, layers.caches, attention.build(plan))
+        run(model_step(plan, attention, layers))
         assert len(layers.inputs) == 3
         assert not [c for c in recording.calls if c[0] in ("capture", "replay")]

@@ -152,7 +152,7 @@ def check_attention_calls() -> None:
                 decode_rows=meta(len(decodes), dtype=torch.int64) if mixed else None,
                 decode_blocks=meta(len(decodes), 3, dtype=torch.int32) if mixed else None,
             )
-            cache = LayerCache(meta(9, 128, 2, head_size), meta(9, 128, 2, head_size))
+            cache = LayerCache((meta(9, 128, 2, head_size), meta(9, 128, 2, head_size)))
             q, k = meta(tokens, 8, head_size), meta(tokens, 2, head_size)
             same(attention.forward(q, k, k, cache, m, spec), q)
 

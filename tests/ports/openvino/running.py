@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vllm_di.components.interfaces import BatchPlan, LayerCache, Model, ModelProgram, Placement
+from vllm_di.components.interfaces import BatchPlan, Model, ModelProgram, Placement
+from vllm_di.components.messages import KvGroup
 from vllm_di.containers.assembly import assemble
 from vllm_di.containers.engine import WorkerContainer
 from vllm_di.containers.fill import opened
@@ -24,8 +25,8 @@ Share = tuple[int, Sequence[int]]
 class Running:
     """A program with a cache of its own. Token ids are remembered by their number alone."""
 
-    def __init__(self, model: Model, program: ModelProgram, caches: list[LayerCache]) -> None:
-        self.model, self.program, self.caches = model, program, caches
+    def __init__(self, model: Model, program: ModelProgram) -> None:
+        self.model, self.program, self.caches = model, program, program.caches
         order = torch.randperm(
             SEQUENCES * BLOCKS_PER_SEQUENCE, generator=torch.Generator().manual_seed(0)
         )
@@ -57,20 +58,22 @@ class Running:
 
     def feed(self, shares: Sequence[Share], hidden: Tensor | None = None) -> Tensor:
         """-> logits [tokens, vocab], or what a stage that is not the last gives."""
-        return self.program.run(self.plan(shares, hidden), self.caches)
+        return self.program.run(self.plan(shares, hidden))
 
 
 @contextmanager
 def running(*overrides: str) -> Iterator[Running]:
     """Loaded and compiled, its cache filled with what nobody wrote."""
     with opened(WorkerContainer, assemble(overrides), placement=Placement()) as container:
-        container.worker().load()
-        model, layout = container.model(), container.kv_layout()
-        caches = layout.allocate(model.kv_specs(), SEQUENCES * BLOCKS_PER_SEQUENCE, model.dtype)
-        for cache in caches:
+        worker = container.worker()
+        groups = [KvGroup([spec.layer for spec in worker.load().kv_specs])]
+        model, program = container.model(), container.program()
+        program.prepare(groups)
+        program.allocate(groups, SEQUENCES * BLOCKS_PER_SEQUENCE)
+        for cache in program.caches:
             for tensor in (cache.key, cache.value):
                 tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
-        yield Running(model, container.program(), caches)
+        yield Running(model, program)
 
 
 def tokens(seed: int, count: int, vocab: int = 97) -> list[int]:

@@ -116,7 +116,7 @@ def test_only_the_wanted_rows_and_only_their_slots(
         plan = one.plan([(0, tokens(0, 37))])
         for rows in ([36], [0, 5, 36], []):
             plan.logits_rows = torch.tensor(rows, dtype=torch.int64)
-            got = one.program.run(plan, one.caches)
+            got = one.program.run(plan)
             assert got.shape == (len(rows), 99) and got.dtype == torch.float32
             assert torch.allclose(got, want[0][rows], atol=1e-5 * float(want[0].abs().max()))
         written = torch.zeros(before[0].shape[0], BLOCK, dtype=torch.bool)
@@ -127,7 +127,7 @@ def test_only_the_wanted_rows_and_only_their_slots(
         # a warm-up writes nothing
         old = one.caches[0].key.clone()
         plan.slot_mapping = torch.full((37,), -1)
-        one.program.run(plan, one.caches)
+        one.program.run(plan)
         assert torch.equal(old.nan_to_num(7.0), one.caches[0].key.nan_to_num(7.0))
 
 
@@ -194,7 +194,7 @@ def test_padding_is_cut_off(llama: tuple[tuple[str, str], list[torch.Tensor]]) -
         plan.token_ids = torch.cat((plan.token_ids, zeros))
         plan.positions = torch.cat((plan.positions, zeros))
         plan.slot_mapping = torch.cat((plan.slot_mapping, zeros - 1))
-        assert differ([one.program.run(plan, one.caches)], want[:1]) < 1e-5
+        assert differ([one.program.run(plan)], want[:1]) < 1e-5
 
 
 def test_the_weights_are_dropped_once_compiled() -> None:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import msgspec
 
 from vllm_di.components.interfaces import Executor, Placement, Worker, WorkerLauncher
-from vllm_di.components.messages import StepPlan, StepResult, WorkerReport
+from vllm_di.components.kv_groups import group_layers, sized
+from vllm_di.components.messages import StepInput, StepPlan, StepResult, WorkerReport
 
 
 class InlineExecutor(Executor):
@@ -28,13 +29,11 @@ class InlineExecutor(Executor):
 
     def start(self) -> WorkerReport:
         self._worker = self._stack.enter_context(self._launcher.open(Placement()))
-        report = self._worker.load()
-        self._worker.allocate(report.num_blocks)
-        return report
+        return start_alone(self._worker)
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         future: Future[StepResult] = Future()
-        future.set_result(self._worker.execute(plan))
+        future.set_result(self._worker.execute(StepInput(plan)))
         return future
 
     def collective(self, method: str, *args: Any) -> list[Any]:
@@ -42,3 +41,12 @@ class InlineExecutor(Executor):
 
     def close(self) -> None:
         self._stack.close()
+
+
+def start_alone(worker: Worker) -> WorkerReport:
+    """Bring a worker that has the whole model, on one rank, to where it can execute steps."""
+    report = worker.load()
+    groups = group_layers([report.kv_specs])
+    size = worker.prepare(groups)
+    worker.allocate(size.num_blocks)
+    return sized(report, groups, [size])

@@ -21,12 +21,25 @@ from vllm_di.components.executor.processes import (
 )
 from vllm_di.components.heartbeat import Listener
 from vllm_di.components.interfaces import Executor, Placement, WorkerLauncher
-from vllm_di.components.messages import Peer, StepPlan, StepResult, WorkerReport
+from vllm_di.components.kv_groups import group_layers, sized
+from vllm_di.components.messages import (
+    CacheSize,
+    Peer,
+    StepInput,
+    StepPlan,
+    StepResult,
+    WorkerReport,
+)
 from vllm_di.components.transport import GroupStore
 from vllm_di.errors import ConfigError
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
-CALLABLE = {"load": rpc.Load, "allocate": rpc.Allocate, "execute": rpc.Execute}
+CALLABLE = {
+    "load": rpc.Load,
+    "prepare": rpc.Prepare,
+    "allocate": rpc.Allocate,
+    "execute": rpc.Execute,
+}
 """The worker's methods that may be called from here: nothing else crosses."""
 
 
@@ -55,7 +68,10 @@ class MultiprocessExecutor(Executor):
         try:
             self._spawn()
             reports: list[WorkerReport] = self._call(rpc.Load(), self._start_timeout)
-            report = _agreed(reports)
+            groups = group_layers([reports[0].kv_specs])
+            sizes: list[CacheSize] = self._call(rpc.Prepare(groups), self._start_timeout)
+            fewest = min(sizes, key=lambda size: size.num_blocks)  # ranks hold like shares
+            report = sized(_agreed(reports), groups, [fewest])
             self._call(rpc.Allocate(report.num_blocks), self._start_timeout)
         except BaseException:
             self.close()
@@ -126,16 +142,15 @@ class MultiprocessExecutor(Executor):
         while (item := self._plans.get()) is not None:
             plan, future = item
             try:
-                future.set_result(self._call(rpc.Execute(plan), self._step_timeout)[0])
+                future.set_result(self._call(rpc.Execute(StepInput(plan)), self._step_timeout)[0])
             except BaseException as error:
                 future.set_exception(error)
 
 
 def _agreed(reports: list[WorkerReport]) -> WorkerReport:
-    """Rank 0's report with what is true of all: the fewest blocks, everybody's details."""
+    """Rank 0's report with what is true of all: everybody's weights and details."""
     return msgspec.structs.replace(
         reports[0],
-        num_blocks=min(r.num_blocks for r in reports),
         weight_bytes=sum(r.weight_bytes for r in reports),
         details=reports[0].details | {"ranks": [r.details for r in reports]},
     )

@@ -15,10 +15,13 @@ from vllm_di.components.device.sizes import show_size
 from vllm_di.components.executor.processes import GRACE_SECONDS, WorkerProcess, connect
 from vllm_di.components.heartbeat import Listener
 from vllm_di.components.interfaces import Executor, Placement, Worker, WorkerLauncher
+from vllm_di.components.kv_groups import group_layers, sized
 from vllm_di.components.messages import (
+    CacheSize,
     HiddenStates,
     LimitsReport,
     Peer,
+    StepInput,
     StepPlan,
     StepResult,
     WorkerReport,
@@ -26,7 +29,7 @@ from vllm_di.components.messages import (
 from vllm_di.errors import ConfigError, EngineDeadError
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
-CALLABLE = ("load", "allocate", "execute")
+CALLABLE = ("load", "prepare", "allocate", "execute")
 """The worker's methods that may be called from here."""
 
 log = logging.getLogger(__name__)
@@ -57,6 +60,10 @@ class PipelineExecutor(Executor):
             self._open()
             reports: list[WorkerReport] = self.collective("load")
             report = agreed(reports, self._launcher)
+            groups = group_layers([r.kv_specs for r in reports])
+            sizes: list[CacheSize] = self.collective("prepare", groups)
+            report = sized(report, groups, sizes)
+            check_fit(reports, sizes, self._launcher)
             self.collective("allocate", report.num_blocks)
         except BaseException:
             self.close()
@@ -96,7 +103,7 @@ class PipelineExecutor(Executor):
         """One stage's part of a step, on its thread; then the next one's turn."""
         stage = self._stages[index]
         try:
-            result = stage.worker.execute(plan, hidden)
+            result = stage.worker.execute(StepInput(plan, hidden))
             if index + 1 == len(self._stages):
                 future.set_result(result)
             else:
@@ -170,12 +177,8 @@ def agreed(reports: list[WorkerReport], launcher: WorkerLauncher) -> WorkerRepor
     )
     _same("model.vocab_size", [r.vocab_size for r in reports], launcher, "they are one model")
     _same("model.max_model_len", [r.max_model_len for r in reports], launcher, "they are one model")
-    num_blocks = min(r.num_blocks for r in reports)
-    _fits(reports, num_blocks, launcher)
     return msgspec.structs.replace(
         reports[-1],
-        num_blocks=num_blocks,
-        bytes_per_block=sum(r.bytes_per_block for r in reports),
         kv_specs=[spec for r in reports for spec in r.kv_specs],
         limits=_strictest([r.limits for r in reports]),
         device=", ".join(r.device for r in reports),
@@ -193,11 +196,15 @@ def _same(key: str, values: Sequence[Any], launcher: WorkerLauncher, why: str) -
             )
 
 
-def _fits(reports: list[WorkerReport], num_blocks: int, launcher: WorkerLauncher) -> None:
-    """Stages on one device were each told of the same free memory."""
+def check_fit(
+    reports: Sequence[WorkerReport], sizes: Sequence[CacheSize], launcher: WorkerLauncher
+) -> None:
+    """Raise ConfigError where stages on one device, each told of the same free memory, want more
+    than that together."""
+    num_blocks = min(size.num_blocks for size in sizes)
     wanted: dict[str, int] = defaultdict(int)
-    for stage, report in enumerate(reports):
-        wanted[report.device] += num_blocks * report.bytes_per_block
+    for stage, (report, size) in enumerate(zip(reports, sizes, strict=True)):
+        wanted[report.device] += num_blocks * size.bytes_per_block
         free = report.details.get("memory_free")
         if free is not None and wanted[report.device] > free:
             raise ConfigError(
@@ -217,4 +224,5 @@ def _strictest(limits: list[LimitsReport]) -> LimitsReport:
         max_prefill_rows=least(x.max_prefill_rows for x in limits),
         max_batch_context=least(x.max_batch_context for x in limits),
         null_block=any(x.null_block for x in limits),
+        drafts=all(x.drafts for x in limits),
     )

@@ -14,7 +14,14 @@ from typing import Any
 from vllm_di.components.executor import rpc
 from vllm_di.components.heartbeat import Listener, Silence, put_down
 from vllm_di.components.interfaces import Placement, Worker, WorkerLauncher
-from vllm_di.components.messages import HiddenStates, Peer, StepPlan, StepResult, WorkerReport
+from vllm_di.components.messages import (
+    CacheSize,
+    KvGroup,
+    Peer,
+    StepInput,
+    StepResult,
+    WorkerReport,
+)
 from vllm_di.components.transport import Codec, Connection, Failure, Rendezvous
 from vllm_di.errors import EngineDeadError
 
@@ -63,11 +70,15 @@ class WorkerProcess(Worker):
         report: WorkerReport = self.call(rpc.Load(), self._start_timeout)
         return report
 
+    def prepare(self, groups: list[KvGroup]) -> CacheSize:
+        size: CacheSize = self.call(rpc.Prepare(groups), self._start_timeout)
+        return size
+
     def allocate(self, num_blocks: int) -> None:
         self.call(rpc.Allocate(num_blocks), self._start_timeout)
 
-    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
-        result: StepResult = self.call(rpc.Execute(plan, hidden), self._step_timeout)
+    def execute(self, step: StepInput) -> StepResult:
+        result: StepResult = self.call(rpc.Execute(step), self._step_timeout)
         return result
 
     def close(self) -> None:
@@ -235,6 +246,8 @@ def value(answer: rpc.Answer) -> Any:
         raise answer.error()
     if isinstance(answer, rpc.Report):
         return answer.report
+    if isinstance(answer, rpc.Size):
+        return answer.size
     if isinstance(answer, rpc.Result):
         return answer.result
     return answer.value if isinstance(answer, rpc.Done) else None

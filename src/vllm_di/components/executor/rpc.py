@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_di.components.messages import HiddenStates, StepPlan, StepResult, WorkerReport
+from vllm_di.components.messages import CacheSize, KvGroup, StepInput, StepResult, WorkerReport
 from vllm_di.components.transport import Failure
 
 
@@ -25,6 +25,16 @@ class Report(msgspec.Struct, tag=True, frozen=True):
     report: WorkerReport
 
 
+class Prepare(msgspec.Struct, tag=True, frozen=True):
+    """Compile, then say how many blocks fit; answered by Size."""
+
+    groups: list[KvGroup]
+
+
+class Size(msgspec.Struct, tag=True, frozen=True):
+    size: CacheSize
+
+
 class Allocate(msgspec.Struct, tag=True, frozen=True):
     """Allocate the KV cache and warm up; answered by Done."""
 
@@ -38,8 +48,7 @@ class Done(msgspec.Struct, tag=True, frozen=True):
 class Execute(msgspec.Struct, tag=True, frozen=True):
     """Run a step; answered by Result."""
 
-    plan: StepPlan
-    hidden: HiddenStates | None = None
+    step: StepInput
 
 
 class Result(msgspec.Struct, tag=True, frozen=True):
@@ -50,5 +59,5 @@ class Close(msgspec.Struct, tag=True, frozen=True):
     """Close the container and exit."""
 
 
-Command = Load | Allocate | Execute | Close
-Answer = Hello | Report | Done | Result | Failure
+Command = Load | Prepare | Allocate | Execute | Close
+Answer = Hello | Report | Size | Done | Result | Failure

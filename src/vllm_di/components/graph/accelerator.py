@@ -15,10 +15,12 @@ from vllm_di.components.interfaces import (
     BatchPlan,
     Device,
     GraphPolicy,
+    GroupTables,
     KvLayout,
-    LayerCache,
     Model,
+    ModelStep,
     Quantization,
+    StepFunction,
 )
 from vllm_di.errors import ConfigError
 
@@ -31,7 +33,7 @@ class Captured:
 
     def __init__(self, plan: BatchPlan) -> None:
         self.plan = plan
-        self.metadata: Any = None
+        self.metadata: Sequence[Any] = ()  # of each KvGroup
         self.graph: Any = None
         self.output: Tensor | None = None
 
@@ -98,33 +100,27 @@ class AcceleratorGraph(GraphPolicy):
         if wanted:
             log.info("captured decode steps of %s tokens", ", ".join(map(str, wanted[::-1])))
 
-    def place(self, plan: BatchPlan) -> tuple[BatchPlan, Any | None]:
+    def place(self, plan: BatchPlan) -> tuple[BatchPlan, Sequence[Any]]:
         size = len(plan.token_ids)
         if self._capturing:
-            self._captured[size] = Captured(self._static_plan(size))
+            self._captured[size] = Captured(self._static_plan(size, plan.num_groups))
         captured = self._captured.get(size)
         if captured is None or plan.max_query_len > 1:
             if captured is None and plan.max_query_len <= 1 and self._captured and not self._told:
                 self._told = True
                 log.info("a decode step of %d tokens is not captured; it runs as it stands", size)
-            return plan, None
+            return plan, ()
         self._copy(plan, captured.plan)
         return captured.plan, captured.metadata
 
-    def wrap(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(
-            token_ids: Tensor,
-            positions: Tensor,
-            caches: Sequence[LayerCache],
-            metadata: Any,
-            hidden: Tensor | None = None,
-        ) -> Tensor:
-            captured = self._captured.get(len(token_ids))
-            if captured is None or token_ids is not captured.plan.token_ids:
-                return step(token_ids, positions, caches, metadata, hidden)
+    def wrap(self, forward: StepFunction) -> StepFunction:
+        def run(step: ModelStep) -> Tensor:
+            captured = self._captured.get(len(step.token_ids))
+            if captured is None or step.token_ids is not captured.plan.token_ids:
+                return forward(step)
             if captured.graph is None:
-                captured.metadata = metadata
-                self._record(captured, lambda: step(token_ids, positions, caches, metadata, hidden))
+                captured.metadata = step.metadata
+                self._record(captured, lambda: forward(step))
             captured.graph.replay()
             assert captured.output is not None
             return captured.output
@@ -151,18 +147,28 @@ class AcceleratorGraph(GraphPolicy):
             ) from error
         captured.graph = graph
 
-    def _static_plan(self, size: int) -> BatchPlan:
+    def _static_plan(self, size: int, num_groups: int) -> BatchPlan:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return self._device.zeros(shape, dtype)
 
+        def tables() -> GroupTables:
+            return GroupTables(
+                seq_lens=zeros(size, dtype=torch.int32),
+                block_table=zeros(size, self._columns, dtype=torch.int32),
+                slot_mapping=zeros(size, dtype=torch.int64),
+                seq_lens_host=[],
+            )
+
+        first, *others = [tables() for _ in range(num_groups)]
         starts = torch.arange(size + 1, dtype=torch.int32)
         return BatchPlan(
             token_ids=zeros(size, dtype=torch.int64),
             positions=zeros(size, dtype=torch.int64),
             query_start=starts.to(self._device.torch_device),
-            seq_lens=zeros(size, dtype=torch.int32),
-            block_table=zeros(size, self._columns, dtype=torch.int32),
-            slot_mapping=zeros(size, dtype=torch.int64),
+            seq_lens=first.seq_lens,
+            block_table=first.block_table,
+            slot_mapping=first.slot_mapping,
+            more_groups=others,
             logits_rows=zeros(size, dtype=torch.int64),
             hidden=None
             if self._hidden is None
@@ -171,16 +177,21 @@ class AcceleratorGraph(GraphPolicy):
 
     def _copy(self, plan: BatchPlan, static: BatchPlan) -> None:
         """``plan`` of n sequences into ``static`` of as many or more."""
-        count, columns = plan.block_table.shape
         static.token_ids.copy_(plan.token_ids, non_blocking=True)
         static.positions.copy_(plan.positions, non_blocking=True)
-        static.slot_mapping.copy_(plan.slot_mapping, non_blocking=True)
-        static.block_table[:count, :columns].copy_(plan.block_table, non_blocking=True)
-        static.seq_lens[:count].copy_(plan.seq_lens, non_blocking=True)
-        static.seq_lens[count:].zero_()
+        _copy_tables(plan, static)
+        for tables, static_tables in zip(plan.more_groups, static.more_groups, strict=True):
+            _copy_tables(tables, static_tables)
         if static.hidden is not None and plan.hidden is not None:
             static.hidden.copy_(plan.hidden, non_blocking=True)
-        padding = len(static.seq_lens) - count
         static.query_lens_host = [1] * len(static.seq_lens)
-        static.seq_lens_host = [*plan.seq_lens_host, *[0] * padding]
         static.logits_rows = plan.logits_rows
+
+
+def _copy_tables(tables: BatchPlan | GroupTables, static: BatchPlan | GroupTables) -> None:
+    count, columns = tables.block_table.shape
+    static.slot_mapping.copy_(tables.slot_mapping, non_blocking=True)
+    static.block_table[:count, :columns].copy_(tables.block_table, non_blocking=True)
+    static.seq_lens[:count].copy_(tables.seq_lens, non_blocking=True)
+    static.seq_lens[count:].zero_()
+    static.seq_lens_host = [*tables.seq_lens_host, *[0] * (len(static.seq_lens) - count)]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
-from vllm_di.components.interfaces import GraphPolicy
+from vllm_di.components.interfaces import GraphPolicy, StepFunction
 
 
 class EagerGraph(GraphPolicy):
@@ -14,5 +10,5 @@ class EagerGraph(GraphPolicy):
 
     def __init__(self) -> None: ...
 
-    def wrap(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return step
+    def wrap(self, forward: StepFunction) -> StepFunction:
+        return forward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable
 from typing import Annotated, Any
 
 import msgspec
@@ -13,11 +13,12 @@ from vllm_di.components.interfaces import (
     AttentionBackend,
     Communicator,
     GraphPolicy,
-    LayerCache,
     Model,
+    ModelStep,
     OpTable,
     Quantization,
     Replay,
+    StepFunction,
 )
 
 log = logging.getLogger(__name__)
@@ -60,35 +61,29 @@ class TapeGraph(GraphPolicy):
         self.reason = "; ".join(reasons)
         """Why nothing is replayed; empty when steps are."""
 
-    def wrap(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrap(self, forward: StepFunction) -> StepFunction:
         recorder = self._recorder
         if recorder is None or self.reason:
             log.info("steps are not replayed: %s", self.reason)
-            return step
+            return forward
 
-        def run(
-            token_ids: Tensor,
-            positions: Tensor,
-            caches: Sequence[LayerCache],
-            metadata: Any,
-            hidden: Tensor | None = None,
-        ) -> Tensor:
-            if len(token_ids) > self._max_tokens or not self._can_replay(metadata):
-                return step(token_ids, positions, caches, metadata, hidden)
-            key = _key(token_ids, positions, metadata, hidden)
+        def run(step: ModelStep) -> Tensor:
+            if len(step.token_ids) > self._max_tokens or not all(
+                map(self._can_replay, step.metadata)
+            ):
+                return forward(step)
+            key = _key(step)
             known = self._tapes.get(key, ...)
             if known is None:
-                return step(token_ids, positions, caches, metadata, hidden)
+                return forward(step)
             if known is not ...:
                 known[1]()
                 return known[0]
             if len(self._tapes) >= self._max_tapes:
                 self._tapes.clear()
-            result, replay, reason = recorder.record(
-                lambda: step(token_ids, positions, caches, metadata, hidden)
-            )
+            result, replay, reason = recorder.record(lambda: forward(step))
             if replay is None:
-                log.info("a step of %d tokens is not replayed: %s", len(token_ids), reason)
+                log.info("a step of %d tokens is not replayed: %s", len(step.token_ids), reason)
             self._tapes[key] = None if replay is None else (result, replay)
             return result
 
@@ -98,10 +93,13 @@ class TapeGraph(GraphPolicy):
         self._tapes.clear()
 
 
-def _key(token_ids: Tensor, positions: Tensor, metadata: Any, hidden: Tensor | None) -> Hashable:
-    """What a recording holds on to: where the batch's tensors lie, and how many rows they have."""
-    tensors = [token_ids, positions] if hidden is None else [token_ids, positions, hidden]
-    tensors += _tensors(metadata)
+def _key(step: ModelStep) -> Hashable:
+    """The cache key: address, rows and stride of each tensor of the batch."""
+    tensors = [step.token_ids, step.positions]
+    if step.hidden is not None:
+        tensors.append(step.hidden)
+    for metadata in step.metadata:
+        tensors += _tensors(metadata)
     return tuple((t.data_ptr(), len(t), t.stride(0)) for t in tensors)
 
 

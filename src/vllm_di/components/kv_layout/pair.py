@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
 import torch
-from torch import Tensor
 
-from vllm_di.components.interfaces import Device, KvLayout, LayerCache
+from vllm_di.components.interfaces import CacheTensor, Device, KvLayout
 from vllm_di.components.messages import KvSpec
 
 
@@ -22,30 +20,13 @@ class PairLayout(KvLayout):
     ) -> None:
         if dtype != "auto":
             device.dtype(dtype)  # refuse early what the device lacks
-        self._device, self.block_size, self.dtype_name = device, block_size, dtype
+        self.device, self.block_size, self.dtype_name = device, block_size, dtype
 
     @abstractmethod
     def shape_of_block(self, spec: KvSpec) -> tuple[int, int, int]:
         """Of one block of one layer's keys, or of its values."""
 
-    def bytes_per_block(self, specs: Sequence[KvSpec], dtype: torch.dtype) -> int:
-        per_token = sum(2 * spec.num_kv_heads * spec.head_size for spec in specs)
-        return per_token * self.block_size * self._dtype(dtype).itemsize
-
-    def allocate(
-        self, specs: Sequence[KvSpec], num_blocks: int, dtype: torch.dtype
-    ) -> list[LayerCache]:
-        def empty(spec: KvSpec) -> Tensor:
-            return self._device.zeros((num_blocks, *self.shape_of_block(spec)), self._dtype(dtype))
-
-        return [LayerCache(empty(spec), empty(spec)) for spec in specs]
-
-    def copy_blocks(
-        self, caches: Sequence[LayerCache], src: Sequence[int], dst: Sequence[int]
-    ) -> None:
-        for cache in caches:
-            for tensor in (cache.key, cache.value):
-                tensor[list(dst)] = tensor[list(src)]
-
-    def _dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        return model_dtype if self.dtype_name == "auto" else self._device.dtype(self.dtype_name)
+    def describe(self, spec: KvSpec, dtype: torch.dtype) -> tuple[CacheTensor, ...]:
+        kept = dtype if self.dtype_name == "auto" else self.device.dtype(self.dtype_name)
+        shape = self.shape_of_block(spec)
+        return CacheTensor("key", shape, kept), CacheTensor("value", shape, kept)

@@ -23,6 +23,7 @@ class StandardLimits(SchedulerLimits):
         max_prefill_rows: AtLeastOne | None,
         max_batch_context: AtLeastOne | None,
         null_block: bool,
+        drafts: bool,
     ) -> None:
         self._report = LimitsReport(
             mixed_steps=mixed_steps,
@@ -30,6 +31,7 @@ class StandardLimits(SchedulerLimits):
             max_prefill_rows=max_prefill_rows,
             max_batch_context=max_batch_context,
             null_block=null_block,
+            drafts=drafts,
         )
 
     def report(self) -> LimitsReport:

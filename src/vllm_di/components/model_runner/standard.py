@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
 
 import msgspec
 import torch
@@ -14,7 +15,6 @@ from vllm_di.components.interfaces import (
     Device,
     GraphPolicy,
     KvLayout,
-    LayerCache,
     Model,
     ModelProgram,
     ModelRunner,
@@ -24,9 +24,11 @@ from vllm_di.components.interfaces import (
     ShapePolicy,
 )
 from vllm_di.components.messages import (
-    HiddenStates,
+    KvGroup,
     PromptLogprobs,
+    SampledTokens,
     ScheduledSequence,
+    StepInput,
     StepPlan,
     StepResult,
 )
@@ -36,6 +38,22 @@ from vllm_di.components.model_runner.hidden import HiddenBuffer, pack
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 log = logging.getLogger(__name__)
+
+
+class _Sampled(NamedTuple):
+    """A sequence that is to be sampled."""
+
+    row: int
+    """Its first row of logits; one more follows for each draft."""
+    state: SequenceState
+    drafts: list[int]
+
+
+def _joined(before: SampledTokens | None, token: SampledTokens) -> SampledTokens:
+    if before is None:
+        return token
+    logprobs = None if before.logprobs is None else before.logprobs + (token.logprobs or [])
+    return SampledTokens(token.seq_id, before.token_ids + token.token_ids, logprobs)
 
 
 class StandardModelRunner(ModelRunner):
@@ -57,7 +75,7 @@ class StandardModelRunner(ModelRunner):
     ) -> None:
         self._device, self._model, self._layout = device, model, kv_layout
         self._shapes, self._graph, self._sampler = shapes, graph, sampler
-        self._run = program.run
+        self._program, self._run = program, program.run
         self._samples = placement.rank == 0
         self._alone = placement.world_size == 1 and placement.num_stages == 1
         # a warm-up step is never longer than a sequence, nor than a step
@@ -68,22 +86,24 @@ class StandardModelRunner(ModelRunner):
             shapes.padded_tokens(max_num_batched_tokens),
             *self._warm_up_sizes,
         )
-        self._batch = Batch(
-            max_num_seqs=max_num_seqs,
-            max_num_tokens=max_num_tokens,
-            max_model_len=model.max_model_len,
-            block_size=kv_layout.block_size,
-            device=device,
-        )
+        self._max_num_seqs, self._max_num_tokens = max_num_seqs, max_num_tokens
+        self._batch: Batch
         self._hidden = (
             None
             if model.first
             else HiddenBuffer(max_num_tokens, model.hidden_size, model.dtype, device.torch_device)
         )
-        self._caches: list[LayerCache] = []
 
-    def allocate(self, num_blocks: int) -> None:
-        self._caches = self._layout.allocate(self._model.kv_specs(), num_blocks, self._model.dtype)
+    def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
+        self._program.allocate(groups, num_blocks)
+        self._batch = Batch(
+            max_num_seqs=self._max_num_seqs,
+            max_num_tokens=self._max_num_tokens,
+            max_model_len=self._model.max_model_len,
+            block_size=self._layout.block_size,
+            groups=groups,
+            device=self._device,
+        )
 
     def warm_up(self) -> None:
         for size in self._warm_up_sizes:
@@ -95,14 +115,14 @@ class StandardModelRunner(ModelRunner):
         batch = self._batch.blank(num_tokens)
         if self._hidden is not None:
             batch.hidden = self._hidden.blank(num_tokens)
-        return self._run(batch, self._caches)
+        return self._run(batch)
 
     def _blank_decodes(self, num_tokens: int) -> Tensor:
-        return self._run(self._batch.blank_decodes(num_tokens), self._caches)
+        return self._run(self._batch.blank_decodes(num_tokens))
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
-        batch = self._batch
+    def execute(self, step: StepInput) -> StepResult:
+        plan, batch = step.plan, self._batch
         batch.update(plan)
         if not plan.scheduled:
             return StepResult(plan.step, [])
@@ -110,10 +130,10 @@ class StandardModelRunner(ModelRunner):
         total = sum(s.num_tokens for s in plan.scheduled)
         built = batch.build(plan.scheduled, rows, self._shapes.padded_tokens(total))
         if self._hidden is not None:
-            assert hidden is not None, "a stage that is not the first was given no hidden states"
-            built.hidden = self._hidden.fill(hidden, len(built.token_ids))
+            assert step.hidden is not None, "a stage that is not the first has no hidden states"
+            built.hidden = self._hidden.fill(step.hidden, len(built.token_ids))
         try:
-            out = self._run(built, self._caches)
+            out = self._run(built)
         except torch.OutOfMemoryError as error:
             if not self._alone:  # the others are in the middle of the step, and wait
                 raise
@@ -125,13 +145,12 @@ class StandardModelRunner(ModelRunner):
         if not self._samples:
             return StepResult(plan.step, [])
         prompts, failed = self._score(scored, out)
-        logits = out if len(sampled) == len(rows) else out[[i for i, _ in sampled]]
         try:
-            tokens, others = self._sampler.sample(logits, [state for _, state in sampled])
+            tokens, others = self._sample(out, sampled)
         except Exception as error:  # the logits may be half edited: the step's requests end, not us
             log.exception("sampling failed")
             reason = f"sampling failed: {type(error).__name__}: {error}"
-            tokens, others = [], {state.seq_id: reason for _, state in sampled}
+            tokens, others = [], {one.state.seq_id: reason for one in sampled}
         if failed:
             tokens = [token for token in tokens if token.seq_id not in failed]
         faults = self._sampler.request_faults
@@ -140,11 +159,11 @@ class StandardModelRunner(ModelRunner):
 
     def _wanted_rows(
         self, plan: StepPlan
-    ) -> tuple[list[int], list[tuple[int, SequenceState]], list[tuple[ScheduledSequence, slice]]]:
-        """-> token rows whose logits are wanted; (index into these, sequence) to sample; (share,
-        span of these) to report prompt log-probabilities of."""
+    ) -> tuple[list[int], list[_Sampled], list[tuple[ScheduledSequence, slice]]]:
+        """-> token rows whose logits are wanted; the sequences to sample; (share, span of the rows)
+        to report prompt log-probabilities of."""
         rows: list[int] = []
-        sampled: list[tuple[int, SequenceState]] = []
+        sampled: list[_Sampled] = []
         scored: list[tuple[ScheduledSequence, slice]] = []
         start = 0
         for share in plan.scheduled:
@@ -157,10 +176,46 @@ class StandardModelRunner(ModelRunner):
                     scored.append((share, slice(len(rows), len(rows) + inside)))
                     rows += range(start, start + inside)
             if share.samples:
-                sampled.append((len(rows), state))
-                rows.append(end - 1)
+                drafts = share.draft_tokens
+                sampled.append(_Sampled(len(rows), state, drafts))
+                rows += range(end - 1 - len(drafts), end)
             start = end
         return rows, sampled, scored
+
+    def _sample(
+        self, logits: Tensor, sampled: list[_Sampled]
+    ) -> tuple[list[SampledTokens], dict[int, str]]:
+        """One token of each sequence, and a further one for each draft that proved right: what is
+        chosen is what would have been chosen without drafts."""
+        if not any(one.drafts for one in sampled):
+            if len(sampled) < len(logits):  # rows of prompts beside them
+                logits = logits[[one.row for one in sampled]]
+            return self._sampler.sample(logits, [one.state for one in sampled])
+        chosen: dict[int, SampledTokens] = {}
+        failed: dict[int, str] = {}
+        lengths = [len(one.state.token_ids) for one in sampled]
+        try:
+            at, active = 0, sampled
+            while active:
+                rows = logits[[one.row + at for one in active]]
+                tokens, others = self._sampler.sample(rows, [one.state for one in active])
+                failed |= others
+                found = {token.seq_id: token for token in tokens}
+                for one in active:
+                    if (token := found.get(one.state.seq_id)) is not None:
+                        one.state.token_ids += token.token_ids
+                        chosen[token.seq_id] = _joined(chosen.get(token.seq_id), token)
+                active = [
+                    one
+                    for one in active
+                    if at < len(one.drafts) and one.state.token_ids[-1] == one.drafts[at]
+                    if one.state.seq_id in found
+                ]
+                at += 1
+        finally:  # the scheduler hands over what it kept, with the next step
+            for one, length in zip(sampled, lengths, strict=True):
+                del one.state.token_ids[length:]
+        return [token for token in chosen.values() if token.seq_id not in failed], failed
 
     def _score(
         self, scored: list[tuple[ScheduledSequence, slice]], logits: Tensor

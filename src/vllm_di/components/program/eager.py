@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,46 +11,59 @@ from vllm_di.components.interfaces import (
     AttentionBackend,
     BatchPlan,
     GraphPolicy,
+    KvLayout,
     LayerCache,
     Model,
     ModelProgram,
+    ModelStep,
 )
+from vllm_di.components.kv_groups import Groups
+from vllm_di.components.messages import KvGroup
 
 
 class EagerProgram(ModelProgram):
     """Metadata, the layers, then the logits of the wanted rows alone."""
 
-    def __init__(self, model: Model, attention: AttentionBackend, graph: GraphPolicy) -> None:
-        self._build, self._graph = attention.build, graph
-        self._logits, self._vocab_size, self._last = model.logits, model.vocab_size, model.last
-        self._forward = graph.wrap(_first(model) if model.first else model.forward)
+    def __init__(
+        self, model: Model, attention: AttentionBackend, kv_layout: KvLayout, graph: GraphPolicy
+    ) -> None:
+        self._build, self._graph, self._layout = attention.build, graph, kv_layout
+        self._model, self._last = model, model.last
+        self._forward = graph.wrap(model.forward)
+        self._caches: list[LayerCache] = []
+        self._groups: list[int] = []
+
+    def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
+        layers = Groups(self._model.kv_specs(), groups)
+        pool = self._layout.allocate(layers.pool, num_blocks, self._model.dtype)
+        self._groups = layers.of_layer
+        self._caches = [pool[place] for place in layers.places]
+
+    @property
+    def caches(self) -> Sequence[LayerCache]:
+        return self._caches
 
     @torch.inference_mode()
-    def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:
+    def run(self, plan: BatchPlan) -> Tensor:
         plan, out = self._graph.place(plan)
-        metadata: Any = self._build(plan, out)
-        self._graph.before_replay(metadata)
-        hidden = self._forward(plan.token_ids, plan.positions, caches, metadata, plan.hidden)
+        metadata = [
+            self._build(plan.of_group(group), out[group] if out else None)
+            for group in range(plan.num_groups)
+        ]
+        hidden = self._forward(
+            ModelStep(
+                token_ids=plan.token_ids,
+                positions=plan.positions,
+                caches=self._caches,
+                groups=self._groups,
+                metadata=metadata,
+                hidden=plan.hidden,
+            )
+        )
         if not self._last:
             return hidden
         wanted = len(plan.logits_rows)
         if not wanted:  # chunks of prompts alone: no product with the vocabulary
-            return hidden.new_empty((0, self._vocab_size), dtype=torch.float32)
+            return hidden.new_empty((0, self._model.vocab_size), dtype=torch.float32)
         # the rows stand in order, each once: as many as there are tokens are all of them
-        return self._logits(hidden if wanted == len(hidden) else hidden[plan.logits_rows])
-
-
-def _first(model: Model) -> Callable[..., Tensor]:
-    """The first stage takes no hidden states: a model written for interfaces 1.0 knows of none."""
-    forward = model.forward
-
-    def step(
-        token_ids: Tensor,
-        positions: Tensor,
-        caches: Sequence[LayerCache],
-        metadata: Any,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
-        return forward(token_ids, positions, caches, metadata)
-
-    return step
+        return self._model.logits(hidden if wanted == len(hidden) else hidden[plan.logits_rows])

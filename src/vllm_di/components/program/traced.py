@@ -17,7 +17,15 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from vllm_di.components.interfaces import BatchPlan, LayerCache, Model, TracedCache
+from vllm_di.components.interfaces import (
+    BatchPlan,
+    GroupTables,
+    LayerCache,
+    Model,
+    ModelStep,
+    TracedCache,
+)
+from vllm_di.components.kv_groups import Groups
 from vllm_di.errors import ConfigError
 
 Build = Callable[[BatchPlan], Any]
@@ -31,8 +39,9 @@ class TracedStep:
 
     graph: GraphModule
     inputs: list[str]
-    """Names of the inputs in use, in order: ``token_ids``, ..., then ``key.0``, ``value.0``, ...
-    A stage that is not the first has ``hidden`` and no ``token_ids``."""
+    """Names of the inputs in use, in order: ``token_ids``, ..., ``metadata.0.FIELD`` of each
+    KvGroup, then ``key.0``, ``value.0``, ... of each place of the pool. A stage that is not the
+    first has ``hidden`` and no ``token_ids``."""
     unwritten: list[int]
     """Layers whose new keys and values the program has to write to the cache after the step."""
 
@@ -44,39 +53,55 @@ def step_inputs(model: Model, build: Build, plan: BatchPlan) -> dict[str, Tensor
     found = {**first, "positions": plan.positions}
     if model.last:
         found["rows"] = plan.logits_rows
-    metadata = build(plan)
-    for field in dataclasses.fields(metadata):
-        found[f"metadata.{field.name}"] = getattr(metadata, field.name)
+    for group in range(plan.num_groups):
+        metadata = build(plan.of_group(group))
+        for field in dataclasses.fields(metadata):
+            found[f"metadata.{group}.{field.name}"] = getattr(metadata, field.name)
     return found
 
 
 @torch.no_grad()
 def trace_step(
-    model: Model, build: Build, caches: Callable[[int], Sequence[LayerCache]], block_size: int
+    model: Model,
+    build: Build,
+    groups: Groups,
+    caches: Callable[[int], Sequence[LayerCache]],
+    block_size: int,
 ) -> TracedStep:
-    """``caches`` allocates a small cache of so many blocks. All sizes that a batch has stay free.
+    """``caches`` allocates the pool of a small cache of so many blocks. All sizes that a batch has
+    stay free.
 
     Raises ConfigError for a model, op or attention that cannot be traced.
     """
     sizes = _free_sizes(caches(1), model)
-    plan = _example(model, block_size, *itertools.islice(sizes, 4))
+    wanted, seqs, longest, *columns = itertools.islice(sizes, 3 + groups.count)
+    plan = _example(model, block_size, wanted, seqs, longest, columns)
     given = step_inputs(model, build, plan)
     kind, count = type(build(plan)), len(given)
-    layers = caches(next(sizes))
+    pool = caches(next(sizes))
     names, tensors = list(given), list(given.values())
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(pool):
         names += [f"key.{i}", f"value.{i}"]
         tensors += [layer.key, layer.value]
     unwritten: list[int] = []
 
     def step(*flat: Tensor) -> list[Tensor]:
         found = dict(zip(names, flat, strict=True))
-        parts = {n.removeprefix("metadata."): t for n, t in found.items() if "metadata." in n}
-        cells = list(flat[count:])
-        caches = [TracedCache(*pair) for pair in zip(cells[::2], cells[1::2], strict=True)]
+        caches = [
+            TracedCache((found[f"key.{place}"], found[f"value.{place}"])) for place in groups.places
+        ]
         hidden = found.get("hidden")
-        ids = found["token_ids"] if hidden is None else found["positions"]  # of the same shape
-        out = model.forward(ids, found["positions"], caches, kind(**parts), hidden)
+        out = model.forward(
+            ModelStep(
+                # a later stage has no use for the tokens: what stands there is of the same shape
+                token_ids=found["token_ids"] if hidden is None else found["positions"],
+                positions=found["positions"],
+                caches=caches,
+                groups=groups.of_layer,
+                metadata=[kind(**_fields(found, group)) for group in range(groups.count)],
+                hidden=hidden,
+            )
+        )
         if model.last:
             out = model.logits(out[found["rows"]])
         unwritten.extend(i for i, cache in enumerate(caches) if cache.new)
@@ -96,6 +121,12 @@ def trace_step(
     return TracedStep(graph, _without_unused(graph, names), unwritten)
 
 
+def _fields(inputs: dict[str, Tensor], group: int) -> dict[str, Tensor]:
+    """The metadata of one group, by its fields."""
+    prefix = f"metadata.{group}."
+    return {n.removeprefix(prefix): t for n, t in inputs.items() if n.startswith(prefix)}
+
+
 def _free_sizes(layers: Sequence[LayerCache], model: Model) -> Iterator[int]:
     """Ascending sizes for dimensions of the traced batch. The tracer takes dimensions of one size
     for one, so none is of the model or its cache."""
@@ -104,22 +135,34 @@ def _free_sizes(layers: Sequence[LayerCache], model: Model) -> Iterator[int]:
 
 
 def _example(
-    model: Model, block_size: int, wanted: int, seqs: int, columns: int, longest: int
+    model: Model, block_size: int, wanted: int, seqs: int, longest: int, columns: Sequence[int]
 ) -> BatchPlan:
-    """A batch of ``seqs`` sequences, the first with ``longest`` queries, and ``wanted`` logits."""
+    """A batch of ``seqs`` sequences, the first with ``longest`` queries, and ``wanted`` logits. The
+    tables of each KvGroup have their number of columns."""
     queries = [longest, *[longest - 1] * (seqs - 1)]
-    lengths = [query + (columns - 1) * block_size for query in queries]
     total = sum(queries)
+
+    def tables(width: int) -> GroupTables:
+        lengths = [query + (width - 1) * block_size for query in queries]
+        return GroupTables(
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            block_table=torch.zeros(seqs, width, dtype=torch.int32),
+            slot_mapping=torch.zeros(total, dtype=torch.int64),
+            seq_lens_host=lengths,
+        )
+
+    first, *others = map(tables, columns)
     return BatchPlan(
         token_ids=torch.zeros(total, dtype=torch.int64),
         positions=torch.zeros(total, dtype=torch.int64),
         query_start=torch.tensor([0, *queries], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        seq_lens=torch.tensor(lengths, dtype=torch.int32),
-        block_table=torch.zeros(seqs, columns, dtype=torch.int32),
-        slot_mapping=torch.zeros(total, dtype=torch.int64),
+        seq_lens=first.seq_lens,
+        block_table=first.block_table,
+        slot_mapping=first.slot_mapping,
         logits_rows=torch.arange(wanted, dtype=torch.int64),
         query_lens_host=queries,
-        seq_lens_host=lengths,
+        seq_lens_host=first.seq_lens_host,
+        more_groups=others,
         hidden=None if model.first else torch.zeros(total, model.hidden_size, dtype=model.dtype),
     )
 

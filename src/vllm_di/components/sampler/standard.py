@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_di.components.interfaces import OpTable, Sampler, SequenceState
-from vllm_di.components.messages import SampledToken, TokenLogprobs
+from vllm_di.components.messages import SampledTokens, TokenLogprobs
 from vllm_di.components.sampler.adjust import Adjustments, Known, adjust
 from vllm_di.components.sampler.logprobs import report
 
@@ -79,7 +79,7 @@ class StandardSampler(Sampler):
     @torch.inference_mode()
     def sample(
         self, logits: Tensor, rows: Sequence[SequenceState]
-    ) -> tuple[list[SampledToken], dict[int, str]]:
+    ) -> tuple[list[SampledTokens], dict[int, str]]:
         if not rows:
             return [], {}
         best = self._greedy(logits)
@@ -93,13 +93,13 @@ class StandardSampler(Sampler):
         group = self._grouped(logits, rows)
         if group.plain:
             pairs = zip(rows, _listed(best), strict=True)
-            return [SampledToken(row.seq_id, token) for row, token in pairs], {}
+            return [SampledTokens(row.seq_id, [token]) for row, token in pairs], {}
         raw = self._raw(logits, group) if group.reported else None
         dead = self._adjust(logits, rows, group) if group.adjusted else {}
         ids = self._choose(logits, rows, group)
         reports = self._reports(raw, ids, group)
         tokens = [
-            SampledToken(row.seq_id, ids[i], reports.get(i))
+            SampledTokens(row.seq_id, [ids[i]], [reports[i]] if i in reports else None)
             for i, row in enumerate(rows)
             if i not in dead
         ]

@@ -4,19 +4,26 @@ is full."""
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 import msgspec
 
-from vllm_di.components.interfaces import KvCacheManager, Prefix, Scheduler, StructuredOutput
+from vllm_di.components.interfaces import (
+    Drafter,
+    KvCacheManager,
+    Prefix,
+    Scheduler,
+    StructuredOutput,
+)
 from vllm_di.components.messages import (
     EngineRequest,
     EngineStats,
     NewSequence,
+    SampledTokens,
     ScheduledSequence,
     StepPlan,
     StepResult,
-    TokenLogprobs,
     TokenOutput,
     WorkerReport,
 )
@@ -38,6 +45,7 @@ class _Step:
         self.budget = budget
         self.context = 0
         self.prefills = 0
+        self.most_drafts = 0
         self.new: list[NewSequence] = []
         self.scheduled: dict[int, ScheduledSequence] = {}
 
@@ -50,6 +58,7 @@ class ContinuousScheduler(Scheduler):
         worker_report: WorkerReport,
         kv_cache_manager: KvCacheManager,
         structured_output: StructuredOutput,
+        drafter: Drafter,
         *,
         policy: Literal["fcfs", "priority"],
         max_num_seqs: Annotated[int, msgspec.Meta(ge=1)],
@@ -67,7 +76,13 @@ class ContinuousScheduler(Scheduler):
                 f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({max_num_seqs}): each decoding sequence takes one token"
             )
+        if drafter.max_drafts and not limits.drafts:
+            raise ConfigError(
+                f"drafter: {type(drafter).__name__} guesses tokens, and this platform runs one "
+                "token of a sequence in each step (limits.drafts=false); take drafter=none"
+            )
         self._report, self._limits, self._kv = worker_report, limits, kv_cache_manager
+        self._drafter = drafter
         self._depth = worker_report.depth
         self._structured = structured_output
         self._eos_ids = frozenset(worker_report.eos_token_ids)
@@ -88,7 +103,7 @@ class ContinuousScheduler(Scheduler):
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         if self._max_waiting is not None and len(self._waiting) >= self._max_waiting:
             raise QueueFullError(f"{len(self._waiting)} requests are waiting; try again later")
-        max_tokens = validate(request, self._report, self._usable)
+        max_tokens = validate(request, self._report, self._usable, self._max_tokens)
         self._structured.check(request.params)
         self._num_arrived += 1
         sequence = Sequence(
@@ -132,7 +147,7 @@ class ContinuousScheduler(Scheduler):
         self._num_steps += 1
         self._step_tokens = self._max_tokens - step.budget
         finished, self._finished = self._finished, []
-        shares = sorted(step.scheduled.values(), key=lambda s: s.num_tokens > 1)
+        shares = sorted(step.scheduled.values(), key=lambda s: s.is_prefill)
         return StepPlan(self._num_steps, step.new, shares, finished)
 
     def _can_prefill(self) -> bool:
@@ -144,6 +159,7 @@ class ContinuousScheduler(Scheduler):
         ordered = list(self._running.values())
         # decodes before unfinished prompts: a long prompt must not hold up those who read
         ordered.sort(key=lambda s: len(s.token_ids) - s.num_computed > 1)
+        step.most_drafts = self._drafter.drafts_for(sum(s.is_decoding for s in ordered))
         most_decodes = len(ordered)
         if self._depth > 1:  # each of the steps in flight takes its share of those that decode
             most_decodes = -(-sum(s.is_decoding for s in ordered) // self._depth)
@@ -157,7 +173,24 @@ class ContinuousScheduler(Scheduler):
                 continue
             count = self._chunk(step, sequence, remaining)
             if count > 0 and self._make_room(step, sequence, count):
-                self._take(step, sequence, count)
+                drafts = self._drafts(step, sequence) if remaining == 1 else []
+                self._take(step, sequence, count, drafts)
+
+    def _drafts(self, step: _Step, sequence: Sequence) -> list[int]:
+        """Guesses of what follows the sequence's last token, as far as there is room for them."""
+        length = len(sequence.token_ids)
+        most = min(
+            step.most_drafts,
+            step.budget - 1,
+            sequence.max_tokens - sequence.num_generated - 1,
+            self._report.max_model_len - length - 1,
+        )
+        if most <= 0 or self._kv.num_missing(sequence.seq_id, length + most, sequence.num_computed):
+            return []
+        context = self._limits.max_batch_context
+        if context is not None and step.context + length + most > context:
+            return []
+        return self._drafter.propose(sequence.token_ids, most)[:most]
 
     def _admit_waiting(self, step: _Step) -> None:
         """Start waiting sequences while there are rows, tokens and blocks."""
@@ -217,9 +250,8 @@ class ContinuousScheduler(Scheduler):
     def _make_room(self, step: _Step, sequence: Sequence, count: int) -> bool:
         """Blocks for ``count`` more tokens, by preempting others; False when it was itself
         preempted."""
-        needed = -(-(sequence.num_computed + count) // self._report.block_size)
-        missing = needed - sequence.num_sent_blocks
-        while self._kv.num_free_blocks < missing:
+        end = sequence.num_computed + count
+        while self._kv.num_missing(sequence.seq_id, end, sequence.num_computed):
             victim = self._victim()
             self._preempt(step, victim)
             if victim is sequence:
@@ -248,8 +280,8 @@ class ContinuousScheduler(Scheduler):
         self._num_arrived += 1
         sequence.seq_id = self._num_arrived
         sequence.known_to_workers = False
-        sequence.num_computed = sequence.num_sent_blocks = 0
-        sequence.unsent_token = -1
+        sequence.num_computed = 0
+        sequence.unsent_tokens = []
         if not sequence.reported:
             sequence.prompt_logprobs = []
         self._num_preemptions += 1
@@ -273,27 +305,32 @@ class ContinuousScheduler(Scheduler):
             )
         )
 
-    def _take(self, step: _Step, sequence: Sequence, count: int) -> None:
-        """Put ``count`` tokens of a running sequence into the step."""
+    def _take(
+        self, step: _Step, sequence: Sequence, count: int, drafts: Collection[int] = ()
+    ) -> None:
+        """Put ``count`` known tokens of a running sequence into the step, and drafts of more."""
         end = sequence.num_computed + count
-        new_blocks = self._kv.allocate(sequence.seq_id, end)
+        samples = end == len(sequence.token_ids)
+        count, end = count + len(drafts), end + len(drafts)
+        new_blocks = self._kv.allocate(sequence.seq_id, end, sequence.num_computed)
         assert new_blocks is not None
         if not sequence.known_to_workers:
             new_blocks = self._kv.block_ids(sequence.seq_id)
-        sequence.num_sent_blocks += len(new_blocks)
         step.scheduled[sequence.seq_id] = ScheduledSequence(
             seq_id=sequence.seq_id,
             num_computed=sequence.num_computed,
             num_tokens=count,
             new_blocks=new_blocks,
-            last_token=sequence.unsent_token,
-            samples=end == len(sequence.token_ids),
+            new_tokens=sequence.unsent_tokens,
+            samples=samples,
+            is_prefill=len(sequence.token_ids) - sequence.num_computed > 1,
+            draft_tokens=list(drafts),
         )
-        sequence.unsent_token = -1
+        sequence.unsent_tokens = []
         sequence.known_to_workers = True
         step.budget -= count
         step.context += end
-        step.prefills += count > 1
+        step.prefills += step.scheduled[sequence.seq_id].is_prefill
 
     # -- results ------------------------------------------------------------------------------
 
@@ -315,16 +352,19 @@ class ContinuousScheduler(Scheduler):
                 outputs.append(self._fail(sequence, failed[share.seq_id], status))
                 del live[share.seq_id]
                 continue
-            done = share.num_computed + share.num_tokens
+            done = share.num_computed + share.num_tokens - len(share.draft_tokens)
             self._kv.commit(share.seq_id, sequence.token_ids, done)
         for scored in result.prompt_logprobs:
             sequence = live.get(scored.seq_id)
             if sequence is not None and wants_scores(sequence):
                 sequence.prompt_logprobs += scored.positions
+        drafts = {share.seq_id: len(share.draft_tokens) for share in plan.scheduled}
         for sampled in result.tokens:
             sequence = live.get(sampled.seq_id)
             if sequence is not None:
-                outputs.append(self._append(sequence, sampled.token_id, sampled.logprobs))
+                # of the drafts that ran, those that proved wrong do not count
+                sequence.num_computed -= drafts[sampled.seq_id] - (len(sampled.token_ids) - 1)
+                outputs.append(self._append(sequence, sampled))
         return outputs
 
     def _fail(self, sequence: Sequence, reason: str, status: int) -> TokenOutput:
@@ -338,18 +378,20 @@ class ContinuousScheduler(Scheduler):
         self._forget(sequence)
         return output
 
-    def _append(
-        self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None
-    ) -> TokenOutput:
-        sequence.token_ids.append(token)
-        sequence.unsent_token = token
-        output = self._output(sequence, [token])
-        if logprobs is not None:
-            output.logprobs = [logprobs]
-        reason, stop = sequence.finish_reason(token, self._report.max_model_len)
-        if reason is not None:
-            output.finish_reason, output.stop_reason = reason, stop
-            self._forget(sequence)
+    def _append(self, sequence: Sequence, sampled: SampledTokens) -> TokenOutput:
+        """Take the tokens one by one, up to the one that ends the sequence."""
+        output = self._output(sequence, [])
+        for token in sampled.token_ids:
+            sequence.token_ids.append(token)
+            sequence.unsent_tokens.append(token)
+            output.token_ids.append(token)
+            reason, stop = sequence.finish_reason(token, self._report.max_model_len)
+            if reason is not None:
+                output.finish_reason, output.stop_reason = reason, stop
+                self._forget(sequence)
+                break
+        if sampled.logprobs is not None:
+            output.logprobs = sampled.logprobs[: len(output.token_ids)]
         return output
 
     def _output(self, sequence: Sequence, token_ids: list[int]) -> TokenOutput:

@@ -22,23 +22,33 @@ def misfits(
     if result.step != plan.step:
         raise EngineDeadError(f"step {plan.step} was answered with the result of {result.step}")
     counts = Counter(token.seq_id for token in result.tokens)
+    numbers: Counter[int] = Counter()
+    for token in result.tokens:
+        numbers[token.seq_id] += len(token.token_ids)
     found: dict[int, str] = {}
     for share in plan.scheduled:
-        seq_id, count = share.seq_id, counts[share.seq_id]
-        if seq_id in live and seq_id not in result.failed and count != share.samples:
-            wanted = "one token" if share.samples else "none, its prompt goes on"
-            found[seq_id] = f"the step gave {count} tokens for sequence {seq_id}, not {wanted}"
+        seq_id, number = share.seq_id, numbers[share.seq_id]
+        if seq_id not in live or seq_id in result.failed:
+            continue
+        most = 1 + len(share.draft_tokens) if share.samples else 0
+        if counts[seq_id] > 1 or not share.samples <= number <= most:
+            wanted = "one token" if most == 1 else f"1 to {most}"
+            if not most:
+                wanted = "none, its prompt goes on"
+            found[seq_id] = f"the step gave {number} tokens for sequence {seq_id}, not {wanted}"
     for token in result.tokens:
         sequence = live.get(token.seq_id)
         if sequence is None:
             continue
-        if not 0 <= token.token_id < vocab_size:
-            found.setdefault(
-                token.seq_id,
-                f"the step gave token {token.token_id} for sequence {token.seq_id}, outside the "
-                f"vocabulary [0, {vocab_size})",
-            )
-        if sequence.request.params.logprobs is not None and token.logprobs is None:
+        for token_id in token.token_ids:
+            if not 0 <= token_id < vocab_size:
+                found.setdefault(
+                    token.seq_id,
+                    f"the step gave token {token_id} for sequence {token.seq_id}, outside the "
+                    f"vocabulary [0, {vocab_size})",
+                )
+        expected = len(token.token_ids) if sequence.request.params.logprobs is not None else 0
+        if len(token.logprobs or ()) < expected:
             found.setdefault(
                 token.seq_id,
                 f"the step gave no log-probabilities for sequence {token.seq_id}, which asked for "

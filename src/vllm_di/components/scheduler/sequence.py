@@ -30,9 +30,7 @@ class Sequence:
     num_cached: int = -1
     """Prompt tokens found in the prefix cache at the first schedule; -1 before it."""
     known_to_workers: bool = False
-    num_sent_blocks: int = 0
-    """Leading blocks of its table that the workers were told."""
-    unsent_token: int = -1
+    unsent_tokens: list[int] = field(default_factory=list)
     """Sampled, but not yet told to the workers."""
     queue_time: float = 0.0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

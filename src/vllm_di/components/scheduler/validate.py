@@ -8,8 +8,11 @@ from vllm_di.components.messages import EngineRequest, WorkerReport
 from vllm_di.errors import RequestError
 
 
-def validate(request: EngineRequest, report: WorkerReport, num_usable_blocks: int) -> int:
-    """-> the most tokens that the request may generate. Raises RequestError."""
+def validate(
+    request: EngineRequest, report: WorkerReport, num_usable_blocks: int, max_chunk: int
+) -> int:
+    """-> the most tokens that the request may generate; ``max_chunk``: tokens of a step at most.
+    Raises RequestError."""
     prompt, params = request.prompt_token_ids, request.params
     if not prompt:
         raise RequestError("the prompt is empty", param="prompt")
@@ -28,7 +31,8 @@ def validate(request: EngineRequest, report: WorkerReport, num_usable_blocks: in
         _in_vocabulary("bad_words", words, report.vocab_size)
     room = report.max_model_len - len(prompt)
     max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-    blocks = -(-(len(prompt) + max_tokens) // report.block_size)
+    length = len(prompt) + max_tokens
+    blocks = sum(g.most_blocks(length, max_chunk, report.block_size) for g in report.kv_groups)
     if blocks > num_usable_blocks:
         raise RequestError(
             f"{len(prompt)} prompt tokens and up to {max_tokens} more need {blocks} blocks of the "

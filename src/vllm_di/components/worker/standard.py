@@ -21,7 +21,8 @@ from vllm_di.components.interfaces import (
     SchedulerLimits,
     Worker,
 )
-from vllm_di.components.messages import HiddenStates, StepPlan, StepResult, WorkerReport
+from vllm_di.components.kv_groups import Groups
+from vllm_di.components.messages import CacheSize, KvGroup, StepInput, StepResult, WorkerReport
 from vllm_di.errors import ConfigError
 
 
@@ -45,6 +46,7 @@ class StandardWorker(Worker):
         kv_cache_memory: str | int | None,
         memory_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)],
         max_num_seqs: Annotated[int, msgspec.Meta(ge=1)],
+        max_num_batched_tokens: Annotated[int, msgspec.Meta(ge=1)],
     ) -> None:
         if "*" not in attention.layouts and kv_layout.name not in attention.layouts:
             raise ConfigError(
@@ -60,6 +62,8 @@ class StandardWorker(Worker):
         self._limits, self._ops, self._runner = limits.report(), ops, model_runner
         self._program = program
         self._placement, self._max_num_seqs = placement, max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._groups: list[KvGroup] = []
         self._num_blocks, self._fraction = num_blocks, memory_fraction
         self._memory = (
             None if kv_cache_memory is None else parse_size(kv_cache_memory, "kv_cache_memory")
@@ -68,14 +72,10 @@ class StandardWorker(Worker):
     def load(self) -> WorkerReport:
         begin = time.perf_counter()
         self._loader.load(self._model)
-        self._program.prepare()
         self._device.synchronize()
         seconds = time.perf_counter() - begin
         model, layout = self._model, self._layout
-        specs = model.kv_specs()
-        block_bytes = layout.bytes_per_block(specs, model.dtype)
         memory = self._device.memory()
-        num_blocks = self._blocks(block_bytes, memory.free)
         details: dict[str, Any] = {
             "rank": self._placement.rank,
             "load_seconds": round(seconds, 3),
@@ -83,13 +83,10 @@ class StandardWorker(Worker):
             "fusions": list(getattr(self._ops, "fusions", ())),
             "memory_free": memory.free,  # bytes, with the weights in and before the cache
             "memory_total": memory.total,
-            "kv_cache_bytes": num_blocks * block_bytes,
         }
         return WorkerReport(
             block_size=layout.block_size,
-            num_blocks=num_blocks,
-            bytes_per_block=block_bytes,
-            kv_specs=specs,
+            kv_specs=model.kv_specs(),
             limits=self._limits,
             max_model_len=model.max_model_len,
             vocab_size=model.vocab_size,
@@ -100,20 +97,31 @@ class StandardWorker(Worker):
             details=details,
         )
 
+    def prepare(self, groups: list[KvGroup]) -> CacheSize:
+        self._groups = groups
+        self._program.prepare(groups)
+        self._device.synchronize()
+        pool = Groups(self._model.kv_specs(), groups).pool
+        block_bytes = self._layout.bytes_per_block(pool, self._model.dtype)
+        return CacheSize(self._blocks(block_bytes, self._device.memory().free), block_bytes)
+
     def allocate(self, num_blocks: int) -> None:
-        self._runner.allocate(num_blocks)
+        self._runner.allocate(self._groups, num_blocks)
         self._runner.warm_up()
 
-    def execute(self, plan: StepPlan, hidden: HiddenStates | None = None) -> StepResult:
-        if hidden is None:  # a runner written for interfaces 1.0 knows of no hidden states
-            return self._runner.execute(plan)
-        return self._runner.execute(plan, hidden)
+    def execute(self, step: StepInput) -> StepResult:
+        return self._runner.execute(step)
 
     def _blocks(self, block_bytes: int, free: int) -> int:
         """As many blocks as asked for; else as many as fit, and never more than full batches of
         full sequences need. Raises ConfigError when not one full sequence fits."""
         reserved = int(self._limits.null_block)
-        per_sequence = -(-self._model.max_model_len // self._layout.block_size)
+        per_sequence = sum(
+            group.most_blocks(
+                self._model.max_model_len, self._max_num_batched_tokens, self._layout.block_size
+            )
+            for group in self._groups
+        )
         if self._num_blocks is not None:
             blocks, source = self._num_blocks, "worker.num_blocks"
         else:

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from vllm_di.components.executor.inline import start_alone
 from vllm_di.components.interfaces import Device
 from vllm_di.conformance.outcomes import NotDeclared, Record
 from vllm_di.conformance.subject import Subject
@@ -62,7 +63,7 @@ def test_a_cache_beyond_the_memory_is_refused(subject: Subject) -> None:
     more += ["scheduler.max_num_seqs=100000", "scheduler.max_num_batched_tokens=100000"]
     with subject.parts("worker", more=[*more, "model.max_model_len=256"]) as container:
         with pytest.raises(ConfigError) as error:
-            container.worker().load()
+            start_alone(container.worker())
         assert len(re.findall(r"\d", str(error.value))) > 3, f"no figures: {error.value}"
 
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from vllm_di.components.executor.inline import start_alone
 from vllm_di.components.interfaces import Placement
 from vllm_di.conformance import probes
 from vllm_di.conformance.driving import ask, run, tokens
@@ -74,8 +75,7 @@ def warm(subject: Subject) -> None:
 
 def load_and_allocate(assembly: Assembly) -> None:
     with open_worker(assembly, Placement()) as worker:
-        report = worker.load()
-        worker.allocate(report.num_blocks)
+        start_alone(worker)
 
 
 @pytest.mark.parametrize("failing", [*slots(WorkerContainer), *STEPS])

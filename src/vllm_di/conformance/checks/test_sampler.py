@@ -51,7 +51,7 @@ def choose(
     tokens, failed = sampler.sample(logits.clone().to(device), rows)
     assert not failed, failed
     assert [t.seq_id for t in tokens] == [r.seq_id for r in rows], "tokens are of other rows"
-    return [token.token_id for token in tokens]
+    return [token.token_ids[0] for token in tokens]
 
 
 def test_greedy_is_the_first_of_the_largest(subject: Subject) -> None:
@@ -257,7 +257,7 @@ def test_a_row_of_nan_fails_alone(subject: Subject, poison: float) -> None:
         rows = [row(10 + i, temperature=0) for i in range(3)]
         tokens, failed = sampler.sample(logits.clone().to(device), rows)
         assert set(failed) == {11}, f"rows that failed: {failed}"
-        good = {t.seq_id: t.token_id for t in tokens}
+        good = {t.seq_id: t.token_ids[0] for t in tokens}
         assert good == {10: int(logits[0].argmax()), 12: int(logits[2].argmax())}
 
 
@@ -270,15 +270,16 @@ def test_logprobs(subject: Subject) -> None:
         assert not failed
         exact = logits.double().log_softmax(-1)
         for i, token in enumerate(tokens):
-            told = token.logprobs
-            assert told is not None and len(told.token_ids) == i + 1
-            assert told.token_ids[0] == token.token_id
+            assert token.logprobs is not None
+            (told,), (chosen,) = token.logprobs, token.token_ids
+            assert len(told.token_ids) == i + 1
+            assert told.token_ids[0] == chosen
             assert told.token_ids[1:] == exact[i].argsort(descending=True)[:i].tolist()
             wanted = exact[i, told.token_ids]
             torch.testing.assert_close(
                 torch.tensor(told.logprobs, dtype=torch.float64), wanted, rtol=0, atol=1e-4
             )
-            assert told.rank == int((exact[i] > exact[i, token.token_id]).sum()) + 1
+            assert told.rank == int((exact[i] > exact[i, chosen]).sum()) + 1
         scored = sampler.prompt_logprobs(logits.clone().to(device), [9, 8, 7, 6], 2)
         for i, (told, chosen) in enumerate(zip(scored, [9, 8, 7, 6], strict=True)):
             assert told.token_ids == [chosen, *exact[i].argsort(descending=True)[:2].tolist()]

@@ -8,8 +8,7 @@ the graph go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import msgspec
@@ -21,9 +20,10 @@ from vllm_di.components.interfaces import (
     Device,
     GraphPolicy,
     KvLayout,
-    LayerCache,
     Model,
+    ModelStep,
     SchedulerLimits,
+    StepFunction,
 )
 from vllm_di.errors import ConfigError
 from vllm_di.ports.ascend.attention import AscendAttention, Issue, Metadata
@@ -108,32 +108,26 @@ class AscendGraph(GraphPolicy):
         self._pool = self._npu.graph_pool_handle()
         self._updates = self._npu.Stream()
 
-    def wrap(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(
-            token_ids: Tensor,
-            positions: Tensor,
-            caches: Sequence[LayerCache],
-            metadata: Metadata,
-            hidden: Tensor | None = None,
-        ) -> Tensor:
+    def wrap(self, forward: StepFunction) -> StepFunction:
+        def run(step: ModelStep) -> Tensor:
+            metadata: Metadata = step.metadata[0]
             count = len(metadata.lengths)
             size = next((s for s in self._sizes if s >= count), None)
             decodes = not metadata.prefills and metadata.written is None
-            if size is None or not decodes or hidden is not None or len(token_ids) != count:
-                return step(token_ids, positions, caches, metadata, hidden)
+            others = len(step.metadata) > 1 or step.hidden is not None
+            if size is None or not decodes or others or len(step.token_ids) != count:
+                return forward(step)
             if size not in self._graphs:
-                self._graphs[size] = self._capture(step, caches, size)
+                self._graphs[size] = self._capture(forward, step, size)
             captured = self._graphs[size]
-            self._fill(captured, token_ids, positions, metadata)
+            self._fill(captured, step)
             self._renew(captured, metadata.lengths + [1] * (size - count))
             captured.graph.replay()
             return captured.result[:count]
 
         return run
 
-    def _capture(
-        self, step: Callable[..., Tensor], caches: Sequence[LayerCache], size: int
-    ) -> Captured:
+    def _capture(self, forward: StepFunction, step: ModelStep, size: int) -> Captured:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
@@ -147,11 +141,12 @@ class AscendGraph(GraphPolicy):
             prefills=[],
             decodes=list(range(size)),
         )
-        step(token_ids, positions, caches, metadata)  # loads every kernel, outside the capture
+        blank = replace(step, token_ids=token_ids, positions=positions, metadata=[metadata])
+        forward(blank)  # loads every kernel, outside the capture
         metadata.tasks = lambda issue, lengths: tasks.append(self._task(issue, lengths))
         graph = self._npu.NPUGraph()
         with self._npu.graph(graph, pool=self._pool):
-            result = step(token_ids, positions, caches, metadata)
+            result = forward(blank)
         return Captured(graph, tasks, token_ids, positions, metadata, result)
 
     def _task(self, issue: Issue, lengths: list[int]) -> Task:
@@ -163,13 +158,12 @@ class AscendGraph(GraphPolicy):
         issue(lengths)
         return Task(issue, self._npu.graph_task_group_end(stream), event)
 
-    def _fill(
-        self, captured: Captured, token_ids: Tensor, positions: Tensor, metadata: Metadata
-    ) -> None:
+    def _fill(self, captured: Captured, step: ModelStep) -> None:
         """This step's batch into the graph's buffers; what padding is left writes to block 0."""
-        count, held = len(token_ids), captured.metadata
-        captured.token_ids[:count].copy_(token_ids)
-        captured.positions[:count].copy_(positions)
+        count, held = len(step.token_ids), captured.metadata
+        metadata: Metadata = step.metadata[0]
+        captured.token_ids[:count].copy_(step.token_ids)
+        captured.positions[:count].copy_(step.positions)
         held.slots[:count].copy_(metadata.slots)
         padding = torch.arange(count, len(held.slots), dtype=torch.int32, device=self._device)
         held.slots[count:].copy_(padding)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vllm_di.components.interfaces import Device, KvLayout, LayerCache
+from vllm_di.components.interfaces import CacheTensor, Device, KvLayout, LayerCache
 from vllm_di.components.kv_layout.hnd import HndLayout
 from vllm_di.components.messages import KvSpec
 from vllm_di.ports.openvino.paged_attention import BLOCK
@@ -30,33 +29,20 @@ class OpenVinoLayout(KvLayout):
     def __init__(
         self, device: Device, *, dtype: Literal["auto", "float32", "bfloat16", "uint8"]
     ) -> None:
-        self.dtype_name, self._device = dtype, device
+        self.dtype_name, self.device = dtype, device
         self._floats = None
         if dtype != "uint8":
             self._floats = HndLayout(device, block_size=BLOCK, dtype=dtype)
         self.name = "hnd" if self._floats else "openvino_u8"
 
-    def bytes_per_block(self, specs: Sequence[KvSpec], dtype: torch.dtype) -> int:
+    def describe(self, spec: KvSpec, dtype: torch.dtype) -> tuple[CacheTensor, ...]:
         if self._floats is not None:
-            return self._floats.bytes_per_block(specs, dtype)
-        return sum(
-            s.num_kv_heads * ((BLOCK + PARAMS) * s.head_size + BLOCK * (s.head_size + PARAMS))
-            for s in specs
+            return self._floats.describe(spec, dtype)
+        heads, size = spec.num_kv_heads, spec.head_size
+        return (
+            CacheTensor("key", (heads, BLOCK + PARAMS, size), torch.uint8),
+            CacheTensor("value", (heads, BLOCK, size + PARAMS), torch.uint8),
         )
-
-    def allocate(
-        self, specs: Sequence[KvSpec], num_blocks: int, dtype: torch.dtype
-    ) -> list[LayerCache]:
-        if self._floats is not None:
-            return self._floats.allocate(specs, num_blocks, dtype)
-
-        def empty(spec: KvSpec, rows: int, width: int) -> Tensor:
-            return self._device.zeros((num_blocks, spec.num_kv_heads, rows, width), torch.uint8)
-
-        return [
-            LayerCache(empty(s, BLOCK + PARAMS, s.head_size), empty(s, BLOCK, s.head_size + PARAMS))
-            for s in specs
-        ]
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         if self._floats is not None:
@@ -88,13 +74,6 @@ class OpenVinoLayout(KvLayout):
         found = (_keys(cache.key[used]), (values[..., PARAMS:].float() - zero) * scale)
         k, v = (x.transpose(1, 2).flatten(0, 1)[:length] for x in found)
         return k, v
-
-    def copy_blocks(
-        self, caches: Sequence[LayerCache], src: Sequence[int], dst: Sequence[int]
-    ) -> None:
-        for cache in caches:
-            for tensor in (cache.key, cache.value):
-                tensor[list(dst)] = tensor[list(src)]
 
 
 def _rounded(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,8 @@ from vllm_di.components.interfaces import (
     ModelProgram,
     OpTable,
 )
+from vllm_di.components.kv_groups import Groups
+from vllm_di.components.messages import KvGroup
 from vllm_di.components.program.traced import step_inputs, trace_step
 from vllm_di.errors import ConfigError, PortError
 from vllm_di.ports.openvino.convert import convert
@@ -60,13 +62,17 @@ class OpenVinoProgram(ModelProgram):
         except ConfigError as error:
             raise ConfigError(f"{error}; on this platform attention=openvino has, too") from None
         self._dry: list[LayerCache] = []
+        self._pool: list[LayerCache] = []
+        self._groups: Groups
         self._bound: Sequence[LayerCache] | None = None
 
-    def prepare(self) -> None:
-        def caches(num_blocks: int) -> list[LayerCache]:
-            return self._layout.allocate(self._model.kv_specs(), num_blocks, self._model.dtype)
+    def prepare(self, groups: Sequence[KvGroup]) -> None:
+        self._groups = layers = Groups(self._model.kv_specs(), groups)
 
-        step = trace_step(self._model, self._build, caches, self._layout.block_size)
+        def caches(num_blocks: int) -> list[LayerCache]:
+            return self._layout.allocate(layers.pool, num_blocks, self._model.dtype)
+
+        step = trace_step(self._model, self._build, self._groups, caches, self._layout.block_size)
         converted = convert(step)
         names, self._unwritten = step.inputs, step.unwritten
         # the compiler copies the weights once more: let go of those in the graph, which has cycles
@@ -80,13 +86,20 @@ class OpenVinoProgram(ModelProgram):
         self._names = {name: i for i, name in enumerate(names)}
         self._request = compiled.create_infer_request()
 
+    def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
+        pool = self._groups.pool
+        self._pool = self._layout.allocate(pool, num_blocks, self._model.dtype)
+
+    @property
+    def caches(self) -> Sequence[LayerCache]:
+        return [self._pool[place] for place in self._groups.places]
+
     @torch.inference_mode()
-    def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:
-        plan = _without_padding(plan)
+    def run(self, plan: BatchPlan) -> Tensor:
+        plan, pool = _without_padding(plan), self._pool
         if plan.slot_mapping[0] < 0:  # a warm-up, whose tokens go nowhere: here to one spare block
-            plan = dataclasses.replace(plan, block_table=torch.zeros_like(plan.block_table))
-            caches = self._dry
-        self._bind(caches)
+            plan, pool = _to_spare_block(plan), self._dry
+        self._bind(pool)
         wanted = len(plan.logits_rows)
         if not wanted:  # the compiled model gives one row at least
             plan = dataclasses.replace(plan, logits_rows=torch.zeros(1, dtype=torch.int64))
@@ -98,17 +111,18 @@ class OpenVinoProgram(ModelProgram):
         out = to_torch(self._request.get_output_tensor(0))
         for n, layer in enumerate(self._unwritten):
             k, v = (to_torch(self._request.get_output_tensor(1 + 2 * n + i)) for i in (0, 1))
-            self._layout.write(caches[layer], k, v, plan.slot_mapping)
+            tables = plan.of_group(self._groups.of_layer[layer])
+            self._layout.write(pool[self._groups.places[layer]], k, v, tables.slot_mapping)
         return out[:wanted] if self._model.last else out
 
-    def _bind(self, caches: Sequence[LayerCache]) -> None:
+    def _bind(self, pool: Sequence[LayerCache]) -> None:
         """Hand the cache to the compiled model, once: it stays where it is."""
-        if caches is self._bound:
+        if pool is self._bound:
             return
-        for i, cache in enumerate(caches):
+        for i, cache in enumerate(pool):
             for name, tensor in ((f"key.{i}", cache.key), (f"value.{i}", cache.value)):
                 self._request.set_input_tensor(self._names[name], to_openvino(tensor))
-        self._bound = caches
+        self._bound = pool
 
     def _check_ports(self, compiled: Any, names: Sequence[str]) -> None:
         """The compiled model reports the cache's type and shape: they must be the layout's."""
@@ -151,12 +165,27 @@ def _refuse(ops: OpTable, communicator: Communicator, graph: GraphPolicy) -> Non
         )
 
 
+def _to_spare_block(plan: BatchPlan) -> BatchPlan:
+    return dataclasses.replace(
+        plan,
+        block_table=torch.zeros_like(plan.block_table),
+        more_groups=[
+            dataclasses.replace(tables, block_table=torch.zeros_like(tables.block_table))
+            for tables in plan.more_groups
+        ],
+    )
+
+
 def _without_padding(plan: BatchPlan) -> BatchPlan:
     total = sum(plan.query_lens_host)
     if total == len(plan.token_ids):
         return plan
     return dataclasses.replace(
         plan,
+        more_groups=[
+            dataclasses.replace(tables, slot_mapping=tables.slot_mapping[:total])
+            for tables in plan.more_groups
+        ],
         token_ids=plan.token_ids[:total],
         positions=plan.positions[:total],
         slot_mapping=plan.slot_mapping[:total],
