@@ -263,6 +263,24 @@ def test_the_parts_of_an_override(text: str, parts: tuple[str, ...]) -> None:
     assert read(text) == parts
 
 
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ("hpu", "install its package, or start one with vllm-di new-port"),
+        ("npu", "install its package"),
+        ("tpu", "install its package"),
+        ("opencl", "install its package"),
+        ("openvno", "did you mean 'openvino'"),
+        ("asend", "did you mean 'ascend'"),
+    ],
+)
+def test_a_platform_that_is_not_there_is_taken_for_no_other(value: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint) as error:
+        assemble([f"platform={value}"])
+    assert "it has ascend, cpu, cuda" in str(error.value)
+    assert ("did you mean" in str(error.value)) == ("did you mean" in hint)
+
+
 def test_one_rule_for_the_name_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``--model`` and ``LLM(model)``; a folder of the place is named in the error."""
     assert model_overrides("org/name") == ["model=local", "model.path=org/name"]

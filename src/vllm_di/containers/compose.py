@@ -7,8 +7,9 @@ output folder, no logging and no change of directory.
 
 from __future__ import annotations
 
+import difflib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -100,7 +101,7 @@ class ConfigTree(ConfigFiles):
             if str(value) not in options:
                 raise ConfigError(
                     f"{said.place(text)}: group {key!r} has no option {value!r}; it has "
-                    f"{', '.join(options)}{nearest(str(value), options)}"
+                    f"{', '.join(options)}{_hint(key, str(value), options)}"
                     f"{self._broken_ports(str(value))}{_folder(key, str(value))}"
                 )
         elif key not in top.lines:
@@ -259,6 +260,17 @@ class ConfigTree(ConfigFiles):
 
     def _chooser(self, file: Path) -> str:
         return "default" if file.parent in self.roots else file.parent.name
+
+
+def _hint(group: str, value: str, options: Iterable[str]) -> str:
+    """The nearest name. Names of hardware are short and look alike (hpu, cpu, npu): for a platform
+    only a slip of the pen counts, else it is told how one is added."""
+    if group != "platform":
+        return nearest(value, options)
+    close = difflib.get_close_matches(value, options, n=1, cutoff=0.75)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return "; another platform is a port: install its package, or start one with vllm-di new-port"
 
 
 def _folder(group: str, value: str) -> str:
