@@ -72,6 +72,7 @@ bench: venv  ## start time, assembly time, step overhead, the queue, communicato
 	$(BIN)/python -m benchmarks.assembly
 	$(BIN)/python -m benchmarks.step_overhead
 	$(BIN)/python -m benchmarks.waiting_head
+	$(BIN)/python -m benchmarks.kv_groups
 	$(BIN)/python -m benchmarks.communicator
 
 bench-peers: venv  ## beside vLLM, llama.cpp, OpenVINO and transformers (installs them)

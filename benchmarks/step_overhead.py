@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from benchmarks.figures import report
 from vllm_di import LLM, SamplingParams
 from vllm_di.commands.bench import prompts
-from vllm_di.components.interfaces import BatchPlan, LayerCache
+from vllm_di.components.interfaces import BatchPlan
 from vllm_di.components.program.eager import EagerProgram
 
 STEPS = 60
@@ -23,9 +22,9 @@ class TimedProgram(EagerProgram):
 
     seconds: ClassVar[float] = 0.0
 
-    def run(self, plan: BatchPlan, caches: Sequence[LayerCache]) -> Tensor:
+    def run(self, plan: BatchPlan) -> Tensor:
         begin = time.perf_counter()
-        logits = super().run(plan, caches)
+        logits = super().run(plan)
         TimedProgram.seconds += time.perf_counter() - begin
         return logits
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import statistics
 import time
 
+from vllm_di.components.drafter.none import NoDrafter
 from vllm_di.components.kv_cache_manager.paged import PagedKvCacheManager
 from vllm_di.components.messages import (
     EngineRequest,
+    KvGroup,
     KvSpec,
     LimitsReport,
-    SampledToken,
+    SampledTokens,
     SamplingParams,
     StepResult,
     WorkerReport,
@@ -44,6 +46,7 @@ def waiting(*, cached: bool) -> list[float]:
         report,
         kv,
         NoStructuredOutput(),
+        NoDrafter(),
         policy="fcfs",
         max_num_seqs=8,
         max_num_batched_tokens=2 * PROMPT,
@@ -66,7 +69,7 @@ def _step(scheduler: ContinuousScheduler) -> float:
     plan = scheduler.schedule()
     seconds = time.perf_counter() - start
     assert plan is not None
-    tokens = [SampledToken(share.seq_id, 1) for share in plan.scheduled if share.samples]
+    tokens = [SampledTokens(share.seq_id, [1]) for share in plan.scheduled if share.samples]
     scheduler.update(plan, StepResult(plan.step, tokens))
     return seconds
 
@@ -86,6 +89,7 @@ def _report(num_blocks: int) -> WorkerReport:
         block_size=BLOCK,
         num_blocks=num_blocks,
         bytes_per_block=64,
+        kv_groups=[KvGroup([0])],
         kv_specs=[KvSpec(layer=0, num_kv_heads=1, head_size=4)],
         limits=LimitsReport(),
         max_model_len=2 * PROMPT,

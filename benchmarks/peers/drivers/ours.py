@@ -13,11 +13,8 @@ from vllm_di.components.interfaces import LayerCache
 
 def cache():
     """The blocks are handed out by the system as they are touched: count the pages that are."""
-    import torch
-
     layers = [o for o in gc.get_objects() if type(o) is LayerCache]
-    parts = [getattr(layer, name) for layer in layers for name in LayerCache.__slots__]
-    tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+    tensors = [tensor for layer in layers for tensor in layer.tensors]
     spans = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors}
     return sum(resident(start, size) for start, size in spans)
 
