@@ -102,9 +102,11 @@ class PagedKvCacheManager(KvCacheManager):
                 if group.window is not None:
                     fewer = self._num_seen(prefix, group, known, count)
                     shorter, count = shorter or fewer < count, fewer
+        keys = found.keys[:count]
+        keys += [self._key_at(prefix, index) for index in range(len(keys), count)]
         found.groups = [
             [LEFT] * (first := group.first_block(count * self.block_size, self.block_size))
-            + [known[key] for key in found.keys[first:count]]
+            + [known[key] for key in keys[first:]]
             for group, known in zip(self._groups, self._block_of, strict=True)
         ]
         held = (block for blocks in found.groups for block in blocks)
