@@ -147,15 +147,16 @@ def logprobs_of(token: int, count: int) -> TokenLogprobs:
 
 
 def make_server(engine: EngineClient, **settings: Any) -> OpenAiServer:
-    """A server of real components round a fake engine; ``chat_template`` may be another."""
+    """A server of real components round a fake engine; ``chat_template`` and the parsers may be
+    others."""
     tokenizer = BytesTokenizer(vocab_size=300)
     chat_template: ChatTemplate | None = settings.pop("chat_template", None)
     return OpenAiServer(
         tokenizer,
         chat_template
         or MinijinjaChatTemplate(tokenizer, tokenizer_path=None, template=TEMPLATE, fuel=100_000),
-        NoToolParser(),
-        NoReasoningParser(),
+        settings.pop("tool_parser", None) or NoToolParser(),
+        settings.pop("reasoning_parser", None) or NoReasoningParser(),
         PrometheusMetrics(model_name="echo", components={"platform": "test"}),
         engine,
         config=ServerConfig(model_name="echo", **settings),

@@ -1266,8 +1266,77 @@ class ChatTemplate(ABC):
         """Raises RequestError for messages that the template refuses."""
 
 
+@dataclass(frozen=True, slots=True)
+class ContentDelta:
+    """The next piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """The next piece of the reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallBegun:
+    """A tool call, told once: the arguments follow."""
+
+    index: int
+    """Among the calls of its choice, counted from 0 without gaps."""
+    id: str
+    """Unique, for the client to answer to."""
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallArguments:
+    """The next piece of a call's arguments. Joined, the pieces are the JSON object that OpenAI's
+    ``arguments`` holds."""
+
+    index: int
+    text: str
+
+
+ParserEvent = ContentDelta | ReasoningDelta | ToolCallBegun | ToolCallArguments
+
+
+@dataclass(frozen=True, slots=True)
+class ParserRequest:
+    """What a parser may know of the request whose answer it reads."""
+
+    fields: Mapping[str, Any]
+    """The body's fields by name, as ``check`` saw them: ``tools``, ``tool_choice``, ..."""
+    prompt: str
+    """As rendered: some templates open the reasoning themselves."""
+
+
+class ParserState(ABC):
+    """One choice's text on its way through a parser.
+
+    The text comes in deltas that may end anywhere, in the middle of a tag too; joined, the events
+    of a text are the same however it was cut. An event is final: what may still turn out to be
+    something else is held back. All text comes out, as content where it is nothing else; a
+    malformed call is no error.
+    """
+
+    @abstractmethod
+    def feed(self, delta: str) -> Sequence[ParserEvent]:
+        """What the next piece of text, never an empty one, makes certain."""
+
+    @abstractmethod
+    def finish(self) -> Sequence[ParserEvent]:
+        """What was held back, at the text's end. Called once, and last."""
+
+
 class ToolParser(ABC):
     """Finds tool calls in generated text."""
+
+    needs_special_tokens: ClassVar[bool] = False
+    """Whether it looks for special tokens: these are then kept in the text, unless the request
+    says otherwise."""
 
     @abstractmethod
     def check(self, request: Mapping[str, Any]) -> None:
@@ -1275,21 +1344,26 @@ class ToolParser(ABC):
         parser lacks."""
 
     @abstractmethod
-    def parse(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
-        """Whole text -> (content, tool calls in OpenAI's form)."""
+    def start(self, request: ParserRequest) -> ParserState:
+        """A state for one choice. Called only for requests with ``tools`` whose ``tool_choice`` is
+        not ``none``; fed with what the reasoning parser left as content. Its events are content
+        and tool calls."""
 
 
 class ReasoningParser(ABC):
     """Parts reasoning from the answer."""
 
+    needs_special_tokens: ClassVar[bool] = False
+    """As for tool parsers."""
+
     @abstractmethod
     def check(self, request: Mapping[str, Any]) -> None:
         """Raise RequestError (code ``unsupported_parameter``) for a request that needs what this
         parser lacks."""
 
     @abstractmethod
-    def parse(self, text: str) -> tuple[str | None, str]:
-        """Whole text -> (reasoning, content)."""
+    def start(self, request: ParserRequest) -> ParserState:
+        """A state for one choice. Its events are reasoning and content."""
 
 
 @dataclass(slots=True)

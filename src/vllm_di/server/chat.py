@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import orjson
 
-from vllm_di.components.interfaces import ReasoningParser, ToolParser
+from vllm_di.components.interfaces import ParserEvent, ParserRequest
 from vllm_di.components.messages import MAX_LOGPROBS, TokenLogprobs
-from vllm_di.components.reasoning_parser.none import NoReasoningParser
-from vllm_di.components.tool_parser.none import NoToolParser
 from vllm_di.errors import RequestError
 from vllm_di.frontend.processor import Generation, Update
 from vllm_di.server.answer import Answer
 from vllm_di.server.logprobs import chat_logprobs, prompt_logprobs
+from vllm_di.server.parsing import ChoiceParser, MessageParts, wants_tools
 from vllm_di.server.protocol import ChatRequest, sampling_params
 from vllm_di.server.service import Service, new_id
 
@@ -35,6 +33,10 @@ async def start_chat(service: Service, request: ChatRequest) -> Answer:
         max_tokens=request.max_tokens if limit is None else limit,
         defaults=service.config.sampling,
     )
+    tool_parser = service.tool_parser if wants_tools(request) else None
+    parsers = (service.reasoning_parser, tool_parser)
+    if request.skip_special_tokens is None and any(p and p.needs_special_tokens for p in parsers):
+        params = msgspec.structs.replace(params, skip_special_tokens=False)
     prompt = await service.render(
         request.messages,
         tools=request.tools,
@@ -49,7 +51,9 @@ async def start_chat(service: Service, request: ChatRequest) -> Answer:
         request,
         add_special_tokens=bool(request.add_special_tokens),  # the template writes them
     )
-    return ChatAnswer(service, request, generation)
+    parser_request = ParserRequest(fields, prompt)
+    choices = [_Choice(ChoiceParser(*parsers, parser_request)) for _ in generation.requests]
+    return ChatAnswer(service, request, generation, choices)
 
 
 def _num_logprobs(request: ChatRequest) -> int | None:
@@ -68,13 +72,18 @@ def _num_logprobs(request: ChatRequest) -> int | None:
 class ChatAnswer(Answer):
     """A ``chat.completion``, or its chunks."""
 
-    def __init__(self, service: Service, request: ChatRequest, generation: Generation) -> None:
+    def __init__(
+        self,
+        service: Service,
+        request: ChatRequest,
+        generation: Generation,
+        choices: list[_Choice],
+    ) -> None:
         super().__init__(service, request, [generation])
         self._generation = generation
-        self._choices = [_Choice() for _ in generation.requests]
+        self._choices = choices
         self._has_logprobs = bool(request.logprobs)
         self._with_token_ids = bool(request.return_token_ids)
-        self._parses_text = not _passes_through(service.tool_parser, service.reasoning_parser)
         self._created = int(time.time())
         common: dict[str, Any] = {"id": generation.request_id, "object": "chat.completion.chunk"}
         common |= {"created": self._created, "model": service.config.name}
@@ -86,7 +95,7 @@ class ChatAnswer(Answer):
         if not choice.has_begun:
             choice.has_begun = True
             data = self._event(update.index, b'{"role":"assistant","content":""}', self._first())
-        delta = self._delta(choice, update)
+        delta = choice.delta(update)
         extra = b""
         if self._has_logprobs and update.logprobs:
             shape = chat_logprobs(self.service.tokenizer, update.logprobs)
@@ -94,15 +103,13 @@ class ChatAnswer(Answer):
         if self._with_token_ids and update.token_ids:
             extra += b',"token_ids":' + orjson.dumps(update.token_ids)
         if update.finish_reason is None:
-            if delta == b"{}" and not extra:
+            if not delta and not extra:
                 return data
             reason = b"null"
         else:
-            reason = (
-                b'"tool_calls"' if choice.called_tools else b'"%s"' % update.finish_reason.encode()
-            )
+            reason = orjson.dumps(choice.finish_reason)
             extra += b',"stop_reason":' + orjson.dumps(update.stop_reason)
-        return data + self._event(update.index, delta, extra, reason)
+        return data + self._event(update.index, orjson.dumps(delta), extra, reason)
 
     def closing_events(self) -> bytes:
         if not self._wants_usage:
@@ -116,13 +123,12 @@ class ChatAnswer(Answer):
         tokenizer = self.service.tokenizer
         choices = []
         for index, choice in enumerate(self._choices):
-            message = self._message("".join(choice.texts))
             logprobs = chat_logprobs(tokenizer, choice.logprobs) if self._has_logprobs else None
             entry = {
                 "index": index,
-                "message": message,
+                "message": choice.parts.message(),
                 "logprobs": logprobs,
-                "finish_reason": "tool_calls" if "tool_calls" in message else choice.finish_reason,
+                "finish_reason": choice.finish_reason,
                 "stop_reason": choice.stop_reason,
             }
             if self._with_token_ids:
@@ -151,55 +157,37 @@ class ChatAnswer(Answer):
             return b""
         return b',"prompt_token_ids":' + orjson.dumps(self._generation.prompt_token_ids)
 
-    def _delta(self, choice: _Choice, update: Update) -> bytes:
-        """Text passes at once; a parser judges whole texts, so with one it waits for the end."""
-        if not self._parses_text:
-            return b'{"content":' + orjson.dumps(update.text) + b"}" if update.text else b"{}"
-        choice.texts.append(update.text)
-        if update.finish_reason is None:
-            return b"{}"
-        delta = self._message("".join(choice.texts))
-        choice.called_tools = "tool_calls" in delta
-        calls = delta.get("tool_calls", [])
-        if calls:
-            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
-        return orjson.dumps({k: v for k, v in delta.items() if k not in ("role", "refusal")})
-
-    def _message(self, text: str) -> dict[str, Any]:
-        reasoning, answer = self.service.reasoning_parser.parse(text)
-        content, calls = self.service.tool_parser.parse(answer)
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if reasoning is not None:
-            message["reasoning_content"] = reasoning
-        if calls:
-            message["tool_calls"] = calls
-        return message
-
 
 class _Choice:
     """What has come of one text."""
 
-    def __init__(self) -> None:
-        self.texts: list[str] = []
+    def __init__(self, parser: ChoiceParser) -> None:
+        self.parts = MessageParts()
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.has_begun = False
-        self.called_tools = False
+        self._parser = parser
+
+    def delta(self, update: Update) -> dict[str, Any]:
+        """What an update adds to the message."""
+        parts = MessageParts()
+        parts.add(self._parse(update))
+        return parts.delta()
 
     def add(self, update: Update) -> None:
-        self.texts.append(update.text)
+        """Keep what an update adds."""
+        self.parts.add(self._parse(update))
         self.token_ids += update.token_ids
         self.logprobs += update.logprobs or ()
-        if update.finish_reason is not None:
-            self.finish_reason, self.stop_reason = update.finish_reason, update.stop_reason
 
-
-def _passes_through(tool_parser: ToolParser, reasoning_parser: ReasoningParser) -> bool:
-    """Whether neither parser changes the text, so that it can be streamed as it comes."""
-    plain: Sequence[tuple[Any, Any]] = (
-        (tool_parser, NoToolParser),
-        (reasoning_parser, NoReasoningParser),
-    )
-    return all(inspect.unwrap(type(parser).parse) is none.parse for parser, none in plain)
+    def _parse(self, update: Update) -> list[ParserEvent]:
+        reason = update.finish_reason
+        events = self._parser.feed(update.text, is_last=reason is not None)
+        if reason is not None:
+            # A text that was cut off may have cut a call, and the client must see that.
+            called = reason == "stop" and self._parser.num_calls > 0
+            self.finish_reason = "tool_calls" if called else reason
+            self.stop_reason = update.stop_reason
+        return events

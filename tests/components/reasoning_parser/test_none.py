@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vllm_di.components.interfaces import ContentDelta, ParserRequest
 from vllm_di.components.reasoning_parser.none import NoReasoningParser
 from vllm_di.errors import RequestError
 
@@ -27,4 +28,5 @@ def test_refused(param: str, value: Any) -> None:
 
 def test_passes() -> None:
     NoReasoningParser().check({"reasoning_effort": "none", "thinking": None})
-    assert NoReasoningParser().parse("text") == (None, "text")
+    state = NoReasoningParser().start(ParserRequest({}, ""))
+    assert [*state.feed("text"), *state.finish()] == [ContentDelta("text")]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_di.components.interfaces import ToolParser
+from vllm_di.components.interfaces import ParserRequest, ParserState, ToolParser
+from vllm_di.components.plain_text import PlainText
 from vllm_di.errors import RequestError
 
 
@@ -24,5 +25,5 @@ class NoToolParser(ToolParser):
                 code="unsupported_parameter",
             )
 
-    def parse(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
-        return text, []
+    def start(self, request: ParserRequest) -> ParserState:
+        return PlainText()
