@@ -1,0 +1,102 @@
+"""The examples of the how-to pages do what the pages say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.models.checkpoints import SHAPE
+
+from vllm_di.components.ops.table import SelectedOps
+from vllm_di.components.ops.torch import TorchOps
+from vllm_di.conformance.checks.test_ops import compare
+from vllm_di.conformance.interface_record import Change, changes, record
+from vllm_di.conformance.op_cases import cases
+from vllm_di.errors import UnsupportedModelError
+from vllm_di.models import hf_config, hf_settings
+
+ROOT = Path(__file__).parents[1]
+HOWTO = ROOT / "docs/howto"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (HOWTO / page).read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def module(source: str, **names: Any) -> dict[str, Any]:
+    """What the source defines."""
+    namespace: dict[str, Any] = {"__name__": "howto", **names}
+    exec(compile(source, "howto", "exec", dont_inherit=True), namespace)
+    return namespace
+
+
+def test_the_files_of_an_op() -> None:
+    """Where the page's example is named, in the core and its configs."""
+    page = (HOWTO / "add-an-op.md").read_text()
+    named = re.findall(r"^\| `(\S+)` \|", page, re.MULTILINE)
+    assert len(named) == 7
+    for file in named:
+        assert "silu_and_mul" in (ROOT / file).read_text(), f"{file} does not name silu_and_mul"
+
+
+def test_the_kernel_passes_the_cases_of_its_op() -> None:
+    (source,) = blocks("add-a-kernel.md", "python")
+    table = SelectedOps(module(source)["MyChipOps"]())
+    assert table.describe()["silu_and_mul"] == "MyChipOps"
+    assert table.describe()["rms_norm"].startswith("torch")
+    for case in cases("silu_and_mul", torch.float32, 0):
+        compare(table, "silu_and_mul", case, torch.device("cpu"))
+    alone = SelectedOps(TorchOps(), silu_and_mul=module(source)["MyChipOps"]())
+    assert alone.describe()["silu_and_mul"] == "MyChipOps"
+
+
+def test_an_added_method_breaks_nothing_and_an_abstract_one_does(tmp_path: Path) -> None:
+    good, bad = blocks("add-an-interface-method.md", "python")
+
+    def breaks(method: str) -> list[Change]:
+        base = 'INTERFACE_VERSION = "2.0"\n\n\nclass AttentionBackend(ABC):\n    """One."""\n\n'
+        base += "    @abstractmethod\n    def check(self) -> None: ...\n"
+        records = []
+        for name, text in (("old.py", base), ("new.py", base + "\n" + method)):
+            (tmp_path / name).write_text(text)
+            records.append(record((tmp_path / name,)))
+        found = changes(*records)
+        assert [change.name for change in found] == ["AttentionBackend.max_context"]
+        return [change for change in found if change.breaks]
+
+    assert breaks(good) == []
+    assert len(breaks(bad)) == 1
+
+
+def test_the_family_is_read_and_its_variant_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    (source,) = blocks("add-a-model-family.md", "python")
+    families = dict(hf_config.FAMILIES)
+    module(source, **(vars(hf_config) | {"FAMILIES": families}))
+    monkeypatch.setattr(hf_config, "FAMILIES", families)
+    used = hf_settings.FAMILY_USED | {"AcmeForCausalLM": frozenset({"use_parallel_residual"})}
+    monkeypatch.setattr(hf_settings, "FAMILY_USED", used)
+    config = {"architectures": ["AcmeForCausalLM"], "sliding_window": 9, **SHAPE}
+    fields = hf_config.model_fields(config)
+    assert fields["qk_norm"] is True
+    assert fields["layer_types"] == ["sliding_attention"] * SHAPE["num_hidden_layers"]
+    with pytest.raises(UnsupportedModelError, match="use_parallel_residual=True"):
+        hf_config.model_fields(config | {"use_parallel_residual": True})
+    monkeypatch.setattr(hf_settings, "FAMILY_USED", {})
+    with pytest.raises(UnsupportedModelError, match="use_parallel_residual"):
+        hf_config.model_fields(config | {"use_parallel_residual": True})
+
+
+@pytest.mark.parametrize("page", sorted(p.name for p in HOWTO.glob("*.md")))
+def test_commands_and_their_files_are_there(page: str) -> None:
+    text = (HOWTO / page).read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(
+        r"\bmake ([a-z-]+)", "\n".join(re.findall("`[^`]+`|^make .*$", text, re.MULTILINE))
+    ):
+        assert f"\n{target}:" in makefile, f"{page}: make {target}"
+    for path in re.findall(r"(?<![\w/])tests/[\w/.]+", text):
+        assert (ROOT / path).exists(), f"{page}: {path}"
