@@ -84,7 +84,7 @@ class Batch:
         self._pad(total, padded)
         self._rows.array[: len(logits_rows)] = logits_rows
         rows = [self._row_of[s.seq_id] for s in scheduled]
-        owners = None if total == count else np.repeat(self._arange[:count], queries)
+        owners = None if total == count else np.repeat(rows, queries)
         positions = self._positions.array[:total]
         tables = [g.place(rows, queries, firsts, owners, positions, padded) for g in self._groups]
         return self._plan(padded, len(logits_rows), queries, tables)
@@ -203,31 +203,41 @@ class Tables:
         padded: int,
     ) -> GroupTables:
         """The tables of a step: of each sequence its row here, its number of queries, the position
-        of the first; owners [tokens]: the sequence of each token, None where each has one."""
-        size, count, total = self._block_size, len(rows), len(positions)
-        # what the window has left is cut off
-        skipped = [self._group.first_block(position, size) for position in firsts]
-        lengths = [
-            first + number - skip * size
-            for first, number, skip in zip(firsts, queries, skipped, strict=True)
-        ]
-        columns = -(-max(lengths) // size)
-        table = self._table.array[:count, :columns]
-        blocks, offsets = np.divmod(positions, size)
-        if any(skipped):
-            starts = np.array(skipped)
-            # a shorter sequence's columns may run beyond the table: nobody reads them
-            picked = np.minimum(starts[:, None] + np.arange(columns), self._tables.shape[1] - 1)
-            table[:] = self._tables[np.array(rows)[:, None], picked]
-            blocks -= starts if owners is None else starts[owners]
+        of the first; owners [tokens]: the row of each token's sequence, None where each sequence
+        has one token."""
+        size, total, slots = self._block_size, len(positions), self._slots.array
+        if owners is None:  # numbers of Python are faster than arrays of a few
+            block_at = self._tables.item
+            slots[:total] = [
+                block_at(row, at // size) * size + at % size
+                for row, at in zip(rows, firsts, strict=True)
+            ]
         else:
-            table[:] = self._tables[rows, :columns]
-        owner = np.arange(count) if owners is None else owners
-        slots = self._slots.array
-        slots[:total] = table[owner, blocks]
-        slots[:total] *= size
-        slots[:total] += offsets
-        slots[total:padded] = -1
+            blocks, offsets = np.divmod(positions, size)
+            slots[:total] = self._tables[owners, blocks].astype(np.int64) * size + offsets
+        if padded > total:
+            slots[total:padded] = -1
+        lengths = [first + number for first, number in zip(firsts, queries, strict=True)]
+        if self._group.window is not None and max(firsts) >= self._group.window:
+            return self._cut_off(rows, firsts, lengths, padded)
+        columns = -(-max(lengths) // size)
+        self._table.array[: len(rows), :columns] = self._tables[rows, :columns]
+        return self._filled(lengths, columns, padded)
+
+    def _cut_off(
+        self, rows: Sequence[int], firsts: Sequence[int], lengths: list[int], padded: int
+    ) -> GroupTables:
+        """As above, without the blocks that the window has left."""
+        size = self._block_size
+        skipped = [self._group.first_block(position, size) for position in firsts]
+        lengths = [n - skip * size for n, skip in zip(lengths, skipped, strict=True)]
+        columns = -(-max(lengths) // size)
+        # a shorter sequence's columns may run beyond the table: nobody reads them
+        picked = np.minimum(
+            np.array(skipped)[:, None] + np.arange(columns), self._tables.shape[1] - 1
+        )
+        table = self._table.array[: len(rows), :columns]
+        table[:] = self._tables[np.array(rows)[:, None], picked]
         return self._filled(lengths, columns, padded)
 
     def blank(self, lengths: list[int], padded: int) -> GroupTables:
