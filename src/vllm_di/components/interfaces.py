@@ -1138,9 +1138,9 @@ class Drafter(ABC):
     max_drafts: int = 0
     """Most tokens guessed at once."""
 
-    def drafts_for(self, num_decoding: int) -> int:
-        """How many tokens to guess for each sequence of a step in which so many decode: in a full
-        batch a wrong guess takes the place of another's token."""
+    def drafts_for(self, num_running: int) -> int:
+        """How many tokens to guess for each decoding sequence of a step, when so many run: in a
+        full batch a wrong guess takes the place of another's token."""
         return self.max_drafts
 
     @abstractmethod

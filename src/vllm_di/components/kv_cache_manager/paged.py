@@ -26,6 +26,11 @@ class _Table:
     num_committed: int = 0
     """Leading blocks that are full and known by their key."""
 
+    @property
+    def num_blocks(self) -> int:
+        """Of each group, those that the window has left among them."""
+        return len(self.groups[0])
+
 
 @dataclass(slots=True)
 class _Found:
@@ -53,6 +58,7 @@ class PagedKvCacheManager(KvCacheManager):
     def __init__(self, worker_report: WorkerReport, *, prefix_caching: bool) -> None:
         self.num_blocks, self.block_size = worker_report.num_blocks, worker_report.block_size
         self._caching, self._groups = prefix_caching, worker_report.kv_groups
+        self._has_windows = any(group.window is not None for group in self._groups)
         first = 1 if worker_report.limits.null_block else 0
         # all blocks that no live sequence holds, the next to be taken first
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(first, self.num_blocks))
@@ -148,22 +154,27 @@ class PagedKvCacheManager(KvCacheManager):
         prefix.admitted = True
 
     def num_missing(self, seq_id: int, num_tokens: int, num_computed: int) -> int:
-        table = self._tables.get(seq_id) or _Table(None, self._no_blocks())
-        wanted = -(-num_tokens // self.block_size)
-        lacking = sum(max(0, wanted - len(blocks)) for blocks in table.groups)
+        table = self._tables.get(seq_id)
+        held = table.num_blocks if table else 0
+        new = (-(-num_tokens // self.block_size) - held) * len(self._groups)
+        if new <= len(self._free) or table is None:
+            return max(0, new - len(self._free))
         freed = sum(self._users[block] == 1 for _, _, block in self._left(table, num_computed))
-        return max(0, lacking - freed - len(self._free))
+        return max(0, new - freed - len(self._free))
 
     def allocate(self, seq_id: int, num_tokens: int, num_computed: int) -> list[list[int]] | None:
+        table = self._tables.get(seq_id)
+        wanted = -(-num_tokens // self.block_size)
+        if not self._has_windows and table is not None and wanted <= table.num_blocks:
+            return self._no_blocks()  # most steps
         if self.num_missing(seq_id, num_tokens, num_computed):
             return None
-        table = self._tables.get(seq_id)
         if table is None:
             table = self._tables[seq_id] = _Table(None, self._no_blocks())
-        for blocks, index, block in self._left(table, num_computed):
-            blocks[index] = LEFT
-            self._release(block)
-        wanted = -(-num_tokens // self.block_size)
+        if self._has_windows:
+            for blocks, index, block in self._left(table, num_computed):
+                blocks[index] = LEFT
+                self._release(block)
         new = []
         for blocks in table.groups:
             fresh = [self._take() for _ in range(wanted - len(blocks))]
@@ -175,6 +186,8 @@ class PagedKvCacheManager(KvCacheManager):
         """(table, index, block) of those that no query from ``num_computed`` on can see."""
         found = []
         for group, blocks in zip(self._groups, table.groups, strict=True):
+            if group.window is None:
+                continue
             index = min(group.first_block(num_computed, self.block_size), len(blocks))
             while index > 0 and blocks[index - 1] != LEFT:
                 index -= 1

@@ -159,7 +159,7 @@ class ContinuousScheduler(Scheduler):
         ordered = list(self._running.values())
         # decodes before unfinished prompts: a long prompt must not hold up those who read
         ordered.sort(key=lambda s: len(s.token_ids) - s.num_computed > 1)
-        step.most_drafts = self._drafter.drafts_for(sum(s.is_decoding for s in ordered))
+        step.most_drafts = self._drafter.drafts_for(len(ordered))
         most_decodes = len(ordered)
         if self._depth > 1:  # each of the steps in flight takes its share of those that decode
             most_decodes = -(-sum(s.is_decoding for s in ordered) // self._depth)
@@ -173,10 +173,11 @@ class ContinuousScheduler(Scheduler):
                 continue
             count = self._chunk(step, sequence, remaining)
             if count > 0 and self._make_room(step, sequence, count):
-                drafts = self._drafts(step, sequence) if remaining == 1 else []
+                drafting = step.most_drafts and remaining == 1
+                drafts = self._drafts(step, sequence) if drafting else ()
                 self._take(step, sequence, count, drafts)
 
-    def _drafts(self, step: _Step, sequence: Sequence) -> list[int]:
+    def _drafts(self, step: _Step, sequence: Sequence) -> Collection[int]:
         """Guesses of what follows the sequence's last token, as far as there is room for them."""
         length = len(sequence.token_ids)
         most = min(
@@ -251,11 +252,23 @@ class ContinuousScheduler(Scheduler):
         """Blocks for ``count`` more tokens, by preempting others; False when it was itself
         preempted."""
         end = sequence.num_computed + count
-        while self._kv.num_missing(sequence.seq_id, end, sequence.num_computed):
+        while not self._allocate(sequence, end):
             victim = self._victim()
             self._preempt(step, victim)
             if victim is sequence:
                 return False
+        return True
+
+    def _allocate(self, sequence: Sequence, end: int) -> bool:
+        """Blocks for the tokens up to ``end``, to be told to the workers with the next step."""
+        fresh = self._kv.allocate(sequence.seq_id, end, sequence.num_computed)
+        if fresh is None:
+            return False
+        if sequence.unsent_blocks:
+            for unsent, blocks in zip(sequence.unsent_blocks, fresh, strict=True):
+                unsent += blocks
+        else:
+            sequence.unsent_blocks = fresh
         return True
 
     def _victim(self) -> Sequence:
@@ -281,7 +294,7 @@ class ContinuousScheduler(Scheduler):
         sequence.seq_id = self._num_arrived
         sequence.known_to_workers = False
         sequence.num_computed = 0
-        sequence.unsent_tokens = []
+        sequence.unsent_tokens, sequence.unsent_blocks = [], []
         if not sequence.reported:
             sequence.prompt_logprobs = []
         self._num_preemptions += 1
@@ -312,8 +325,9 @@ class ContinuousScheduler(Scheduler):
         end = sequence.num_computed + count
         samples = end == len(sequence.token_ids)
         count, end = count + len(drafts), end + len(drafts)
-        new_blocks = self._kv.allocate(sequence.seq_id, end, sequence.num_computed)
-        assert new_blocks is not None
+        if drafts:
+            self._allocate(sequence, end)
+        new_blocks, sequence.unsent_blocks = sequence.unsent_blocks, []
         if not sequence.known_to_workers:
             new_blocks = self._kv.block_ids(sequence.seq_id)
         step.scheduled[sequence.seq_id] = ScheduledSequence(
@@ -358,12 +372,13 @@ class ContinuousScheduler(Scheduler):
             sequence = live.get(scored.seq_id)
             if sequence is not None and wants_scores(sequence):
                 sequence.prompt_logprobs += scored.positions
-        drafts = {share.seq_id: len(share.draft_tokens) for share in plan.scheduled}
+        drafts = {s.seq_id: len(s.draft_tokens) for s in plan.scheduled if s.draft_tokens}
         for sampled in result.tokens:
             sequence = live.get(sampled.seq_id)
             if sequence is not None:
-                # of the drafts that ran, those that proved wrong do not count
-                sequence.num_computed -= drafts[sampled.seq_id] - (len(sampled.token_ids) - 1)
+                if drafts:  # of those that ran, the ones that proved wrong do not count
+                    num_right = len(sampled.token_ids) - 1
+                    sequence.num_computed -= drafts.get(sampled.seq_id, 0) - num_right
                 outputs.append(self._append(sequence, sampled))
         return outputs
 

@@ -4,7 +4,6 @@ token more or less is a wrong answer: the sequence ends with an error that says 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping
 
 from vllm_di.components.messages import StepPlan, StepResult
@@ -21,17 +20,19 @@ def misfits(
     for the result of another step: whose tokens these are, nobody knows."""
     if result.step != plan.step:
         raise EngineDeadError(f"step {plan.step} was answered with the result of {result.step}")
-    counts = Counter(token.seq_id for token in result.tokens)
-    numbers: Counter[int] = Counter()
+    numbers: dict[int, int] = {}
+    doubled: set[int] = set()
     for token in result.tokens:
-        numbers[token.seq_id] += len(token.token_ids)
+        if token.seq_id in numbers:
+            doubled.add(token.seq_id)
+        numbers[token.seq_id] = numbers.get(token.seq_id, 0) + len(token.token_ids)
     found: dict[int, str] = {}
     for share in plan.scheduled:
-        seq_id, number = share.seq_id, numbers[share.seq_id]
+        seq_id, number = share.seq_id, numbers.get(share.seq_id, 0)
         if seq_id not in live or seq_id in result.failed:
             continue
         most = 1 + len(share.draft_tokens) if share.samples else 0
-        if counts[seq_id] > 1 or not share.samples <= number <= most:
+        if seq_id in doubled or not share.samples <= number <= most:
             wanted = "one token" if most == 1 else f"1 to {most}"
             if not most:
                 wanted = "none, its prompt goes on"
@@ -59,7 +60,7 @@ def misfits(
         log.error("step %d: %s; its request %r ends", plan.step, reason, _name(live[seq_id]))
     planned = {share.seq_id for share in plan.scheduled}
     scores = (scored.seq_id for scored in result.prompt_logprobs)
-    for seq_id in sorted({*counts, *result.failed, *scores} - planned):
+    for seq_id in sorted({*numbers, *result.failed, *scores} - planned):
         log.error(
             "step %d: the result names sequence %d, which had no part in it; that entry is dropped",
             plan.step,

@@ -32,6 +32,8 @@ class Sequence:
     known_to_workers: bool = False
     unsent_tokens: list[int] = field(default_factory=list)
     """Sampled, but not yet told to the workers."""
+    unsent_blocks: list[list[int]] = field(default_factory=list)
+    """Of each KvGroup, allocated but not yet told to the workers."""
     queue_time: float = 0.0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     reported: bool = False
