@@ -27,6 +27,7 @@ name: null  # a name
 """,
     "attention/paged.yaml": "_target_: a.B\nsplit: 512  # tokens in a piece\n",
     "attention/sdpa.yaml": "# Plain attention.\n_target_: a.C\nopen: 'a#b'\n",
+    "attention/bare.yaml": "# No keys.\n_target_: a.D\n",
     "model/small.yaml": "_target_: m.M\npath: null\nnested:\n  depth: 1\n",
     "platform/cpu.yaml": "# @package _global_\nplatform:\n  name: cpu\n  detect: {}\n",
     "platform/chip.yaml": (
@@ -99,7 +100,7 @@ def test_odd_values_are_taken_verbatim(tree: ConfigTree, value: str) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("attention=pagd", ["no option 'pagd'", "paged, sdpa", "did you mean 'paged'?"]),
+        ("attention=pagd", ["no option 'pagd'", "bare, paged, sdpa", "did you mean 'paged'?"]),
         ("atention=paged", ["no such group or key 'atention'", "did you mean 'attention'?"]),
         ("attention.splt=3", ["attention has no key 'splt'", "it has split", "'split'?"]),
         ("model.nested.dept=3", ["model.nested has no key 'dept'", "did you mean 'depth'?"]),
@@ -121,6 +122,11 @@ def test_a_wrong_override_is_refused_with_the_nearest(
         tree.compose([override])
     for word in [override, *words] if override != "+attention=sdpa" else words:
         assert word in str(caught.value)
+
+
+def test_a_key_of_a_part_without_keys_is_refused_with_that(tree: ConfigTree) -> None:
+    with pytest.raises(ConfigError, match=r"attention has no key 'splt'; it has none$"):
+        tree.compose(["attention=bare", "attention.splt=3"])
 
 
 def test_broken_yaml_names_the_file(root: Path) -> None:

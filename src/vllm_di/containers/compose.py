@@ -205,7 +205,7 @@ class ConfigTree(ConfigFiles):
                     keys = [str(k) for k in node if k != "_target_"]
                     return ConfigError(
                         f"{said.place(text)}: {parent} has no key {last!r}; it has "
-                        f"{', '.join(keys)}{nearest(last, keys)}"
+                        f"{', '.join(keys) or 'none'}{nearest(last, keys)}"
                     )
         return ConfigError(f"config: {' '.join(str(error).split())}")
 
