@@ -8,9 +8,9 @@ from itertools import pairwise
 from benchmarks.figures import report
 from vllm_di.components.interfaces import Placement
 from vllm_di.containers.assembly import assemble
-from vllm_di.containers.engine import GIVEN, EngineContainer, ServerContainer, WorkerContainer
 from vllm_di.containers.fill import opened
 from vllm_di.containers.schema import check
+from vllm_di.containers.slots import GIVEN, EngineContainer, ServerContainer, WorkerContainer
 
 OVERRIDES = ["platform=cpu", "model=tiny"]
 DEMO = ["platform=cpu"]

@@ -70,27 +70,8 @@ def rank(number: int, ranks: int, ours: str, theirs: str) -> Times:
 
 
 def calls(c: Communicator, x: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """Of one size. Two ranks send to and fro; a barrier has no size, so 4 KB alone shows it."""
-    found: dict[str, Callable[[], object]] = {
-        "all_reduce": lambda: c.all_reduce(x),
-        "all_gather": lambda: c.all_gather(x),
-        "reduce_scatter": lambda: c.reduce_scatter(x),
-        "broadcast": lambda: c.broadcast(x),
-    }
-    if c.world_size == 2:
-        found["send and recv back"] = lambda: _there_and_back(c, x)
-    if x.nbytes == SIZES["4 KB"]:
-        found["barrier"] = c.barrier
-    return found
-
-
-def _there_and_back(c: Communicator, x: torch.Tensor) -> None:
-    if c.rank == 0:
-        c.send(x, 1)
-        c.recv(x, 1)
-    else:
-        c.recv(x, 0)
-        c.send(x, 0)
+    """Of one size."""
+    return {"all_reduce": lambda: c.all_reduce(x), "all_gather": lambda: c.all_gather(x)}
 
 
 def microseconds(run: Callable[[], object], count: int) -> float:

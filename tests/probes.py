@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from vllm_di.containers.engine import SLOTS
+from vllm_di.containers.slots import SLOTS
 
 CALLS: Counter[str] = Counter()
 """Slot to the number of calls of its interface's methods, on the probe in that slot."""

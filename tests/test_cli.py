@@ -237,7 +237,7 @@ def test_the_api_process_imports_neither_torch_nor_transformers() -> None:
         "import sys\n"
         "import vllm_di.commands.serve\n"
         "from vllm_di.containers.assembly import assemble\n"
-        "from vllm_di.containers.engine import GIVEN, ServerContainer\n"
+        "from vllm_di.containers.slots import GIVEN, ServerContainer\n"
         "from vllm_di.containers.schema import check\n"
         "a = assemble(['platform=cpu', 'model=tiny'])\n"
         "check(ServerContainer, a, replaced=GIVEN[ServerContainer])\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_di.containers.engine import SLOTS
+from vllm_di.containers.slots import SLOTS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

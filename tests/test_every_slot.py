@@ -14,14 +14,14 @@ from tests.local_client import LocalEngineClient
 
 from vllm_di import LLM, SamplingParams
 from vllm_di.containers.assembly import Assembly, assemble
-from vllm_di.containers.engine import (
+from vllm_di.containers.explain import explain
+from vllm_di.containers.fill import open_engine, opened
+from vllm_di.containers.slots import (
     EngineContainer,
     ServerContainer,
     WorkerContainer,
     slots,
 )
-from vllm_di.containers.explain import explain
-from vllm_di.containers.fill import open_engine, opened
 
 TINY = ["platform=cpu", "model=tiny", "model.dtype=float32", "ops=torch", "trust=[tests]"]
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)

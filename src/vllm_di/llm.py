@@ -13,9 +13,9 @@ import msgspec
 
 from vllm_di.components.messages import SamplingParams
 from vllm_di.containers.assembly import Assembly, assemble
-from vllm_di.containers.engine import EngineContainer, ServerContainer, WorkerContainer
 from vllm_di.containers.fill import Launcher, opened
 from vllm_di.containers.overrides import model_overrides
+from vllm_di.containers.slots import EngineContainer, ServerContainer, WorkerContainer
 from vllm_di.errors import RequestError, nearest
 from vllm_di.frontend.outputs import RequestOutput
 from vllm_di.frontend.processor import Generation, RequestProcessor

@@ -15,8 +15,8 @@ from vllm_di.components.interfaces import (
 )
 from vllm_di.components.messages import LimitsReport
 from vllm_di.containers.assembly import Assembly, Choice
-from vllm_di.containers.engine import EngineContainer, ServerContainer, WorkerContainer, slots
 from vllm_di.containers.origins import Origin
+from vllm_di.containers.slots import EngineContainer, ServerContainer, WorkerContainer, slots
 from vllm_di.errors import ConfigError
 
 CLOSED: list[str] = []
@@ -115,8 +115,6 @@ class FakeDevice(Device):
         return DeviceMemory(1, 1)
 
     def synchronize(self) -> None: ...
-
-    def seed(self, seed: int) -> None: ...
 
     def close(self) -> None:
         CLOSED.append("device")

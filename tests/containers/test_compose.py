@@ -10,10 +10,10 @@ import pytest
 
 from vllm_di.containers.assembly import assemble
 from vllm_di.containers.compose import ConfigTree
-from vllm_di.containers.engine import GIVEN, WorkerContainer
 from vllm_di.containers.overrides import model_overrides, read
 from vllm_di.containers.ports import Port
 from vllm_di.containers.schema import check
+from vllm_di.containers.slots import GIVEN, WorkerContainer
 from vllm_di.errors import ConfigError, PortError
 
 FILES = {

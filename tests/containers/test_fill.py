@@ -9,8 +9,8 @@ from tests.containers import fakes
 from tests.containers.fakes import CLOSED, assembly, node, stand_in
 
 from vllm_di.components.interfaces import Placement
-from vllm_di.containers.engine import GIVEN, SLOTS, WorkerContainer, slots
 from vllm_di.containers.fill import opened
+from vllm_di.containers.slots import GIVEN, SLOTS, WorkerContainer, slots
 from vllm_di.errors import ConfigError
 
 

@@ -13,8 +13,8 @@ from tests.containers.fakes import assembly, node
 from typing_extensions import deprecated
 
 from vllm_di.components.interfaces import ShapePolicy
-from vllm_di.containers.engine import WorkerContainer, slots
 from vllm_di.containers.schema import Plan, check
+from vllm_di.containers.slots import WorkerContainer, slots
 from vllm_di.errors import ConfigError
 
 

@@ -13,9 +13,9 @@ from vllm_di.components.interfaces import Placement
 from vllm_di.components.kv_groups import sized
 from vllm_di.components.messages import CacheSize, KvGroup, KvSpec, LimitsReport, WorkerReport
 from vllm_di.containers.assembly import Assembly, assemble
-from vllm_di.containers.engine import WorkerContainer
 from vllm_di.containers.explain import explain
 from vllm_di.containers.fill import Launcher, opened
+from vllm_di.containers.slots import WorkerContainer
 from vllm_di.errors import ConfigError
 
 BASE = ["platform=two", "model=tiny"]

@@ -35,21 +35,6 @@ class ThreadCommunicator(Communicator):
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         return torch.cat(self._exchange(x), dim)
 
-    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
-        return self.all_reduce(x).chunk(self.world_size, dim)[self.rank]
-
-    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
-        return self._exchange(x)[src]
-
-    def send(self, x: Tensor, dst: int) -> None:
-        raise AssertionError("no test sends")
-
-    def recv(self, x: Tensor, src: int) -> Tensor:
-        raise AssertionError("no test receives")
-
-    def barrier(self) -> None:
-        self._barrier.wait()
-
 
 def on_ranks(world_size: int, run: Callable[[Communicator], T]) -> list[T]:
     """``run`` on every rank at once; results in rank order. A rank's error frees the others."""

@@ -67,21 +67,6 @@ class MyChipCommunicator(Communicator):
 
     def all_gather(self, x, dim=-1):
         return x
-
-    def reduce_scatter(self, x, dim=0):
-        return x
-
-    def broadcast(self, x, src=0):
-        return x
-
-    def send(self, x, dst):
-        raise RuntimeError("alone")
-
-    def recv(self, x, src):
-        raise RuntimeError("alone")
-
-    def barrier(self):
-        pass
 '''
 
 FILES = {

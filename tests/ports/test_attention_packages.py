@@ -22,8 +22,8 @@ from vllm_di.components.interfaces import AttentionBackend, AttentionSpec, Batch
 from vllm_di.components.kv_layout.hnd import HndLayout
 from vllm_di.components.ops.torch import TorchOps, attend
 from vllm_di.containers.assembly import assemble
-from vllm_di.containers.engine import WorkerContainer
 from vllm_di.containers.schema import check
+from vllm_di.containers.slots import WorkerContainer
 from vllm_di.errors import ConfigError, PortError
 from vllm_di.ports.cuda.flash_attn import FlashAttention
 from vllm_di.ports.cuda.flashinfer import FlashInferAttention

@@ -18,9 +18,9 @@ from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.components.ops.triton import OPS, TritonOps
 from vllm_di.containers.assembly import assemble
-from vllm_di.containers.engine import WorkerContainer
 from vllm_di.containers.explain import explain
 from vllm_di.containers.fill import opened
+from vllm_di.containers.slots import WorkerContainer
 from vllm_di.errors import ConfigError, PortError
 
 PLATFORMS = ["cuda", "rocm"]

@@ -32,8 +32,8 @@ async def _serve(assembly: Assembly) -> None:
     await client.start(assembly.encode())
     try:
         # imported while the engine process starts
-        from vllm_di.containers.engine import ServerContainer
         from vllm_di.containers.fill import opened
+        from vllm_di.containers.slots import ServerContainer
 
         with opened(ServerContainer, assembly, engine_client=client) as container:
             watching = asyncio.create_task(_announce(assembly, client))

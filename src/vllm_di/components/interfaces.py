@@ -1,7 +1,7 @@
 """Every interface of the engine, and the in-process values that cross them: the page that a port's
 author reads.
 
-A slot of a container (``containers/engine.py``) is filled by one class that implements one
+A slot of a container (``containers/slots.py``) is filled by one class that implements one
 interface here. What crosses a *process* boundary is in ``messages.py``. Importing this page costs
 nothing: torch is named in annotations only.
 
@@ -77,7 +77,7 @@ class DeviceMemory:
 
 
 class Device(ABC):
-    """(1) The device of one rank: memory, seed, dtypes, copies."""
+    """(1) The device of one rank: memory, dtypes, copies."""
 
     torch_device: torch.device
     default_dtype: torch.dtype
@@ -93,10 +93,6 @@ class Device(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Return when all work submitted so far is done."""
-
-    @abstractmethod
-    def seed(self, seed: int) -> None:
-        """Seed this device's default random generator."""
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A zeroed tensor on the device; a host may leave its pages to be touched first on use."""
@@ -150,24 +146,6 @@ class Communicator(ABC):
     @abstractmethod
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """Concatenate the ranks' equal-shaped tensors along ``dim``, in rank order."""
-
-    @abstractmethod
-    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
-        """Sum over ranks, then keep this rank's equal share along ``dim``."""
-
-    @abstractmethod
-    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
-        """In place, from rank ``src``."""
-
-    @abstractmethod
-    def send(self, x: Tensor, dst: int) -> None: ...
-
-    @abstractmethod
-    def recv(self, x: Tensor, src: int) -> Tensor:
-        """Fill ``x`` from rank ``src``."""
-
-    @abstractmethod
-    def barrier(self) -> None: ...
 
     def close(self) -> None:
         """Leave the group."""

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from vllm_di.components import interfaces, messages
-from vllm_di.containers import assembly, engine, fill, schema
+from vllm_di.containers import assembly, fill, schema, slots
 
-CORE = (interfaces, messages, assembly, engine, fill, schema, torch, torch.nn.functional)
+CORE = (interfaces, messages, assembly, slots, fill, schema, torch, torch.nn.functional)
 NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.bind")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from vllm_di.containers.engine import SLOTS
+from vllm_di.containers.slots import SLOTS
 
 CALLS: Counter[str] = Counter()
 """Slot to the number of calls of its interface's methods, on the probe in that slot."""

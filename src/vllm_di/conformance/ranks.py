@@ -13,8 +13,8 @@ import torch
 from vllm_di.components.interfaces import Communicator, Placement
 from vllm_di.components.transport import GroupStore
 from vllm_di.containers.assembly import Assembly
-from vllm_di.containers.engine import WorkerContainer
 from vllm_di.containers.fill import opened
+from vllm_di.containers.slots import WorkerContainer
 
 SECONDS = 40.0
 """The longest that ranks may take together."""
@@ -28,10 +28,6 @@ class Answers(msgspec.Struct, kw_only=True):
     all_reduce: list[int] = []
     all_gather: list[int] = []
     all_gather_rows: list[list[int]] = []
-    reduce_scatter: list[int] = []
-    broadcast: list[int] = []
-    received: list[int] = []
-    """From the rank before, in a ring."""
     float_sum: list[float] = []
     float_expected: list[float] = []
     noticed_after: float | None = None
@@ -109,28 +105,9 @@ def _collectives(assembly: Assembly, placement: Placement) -> Answers:
         found.all_reduce = group.all_reduce(own()).tolist()
         found.all_gather = group.all_gather(own()).tolist()
         found.all_gather_rows = group.all_gather(own().view(2, 2), dim=1).tolist()
-        eight = torch.arange(8, dtype=torch.int64, device=device) + 100 * rank
-        found.reduce_scatter = group.reduce_scatter(eight).tolist()
-        found.broadcast = group.broadcast(own(), src=world - 1).tolist()
-        found.received = _ring(group, own()) if world > 1 else own().tolist()
         found.float_sum = group.all_reduce(floats[rank].clone().to(device)).tolist()
         found.float_expected = floats.double().sum(0).tolist()
-        group.barrier()
         return found
-
-
-def _ring(group: Communicator, x: torch.Tensor) -> list[int]:
-    """Each rank sends to the next; even ranks send first, so that no two wait for each other."""
-    into = torch.empty_like(x)
-    before, after = (group.rank - 1) % group.world_size, (group.rank + 1) % group.world_size
-    if group.rank % 2 == 0:
-        group.send(x, after)
-        into = group.recv(into, before)
-    else:
-        into = group.recv(into, before)
-        group.send(x, after)
-    found: list[int] = into.tolist()
-    return found
 
 
 def _deserted(assembly: Assembly, placement: Placement, deserter: int) -> Answers:
@@ -139,7 +116,7 @@ def _deserted(assembly: Assembly, placement: Placement, deserter: int) -> Answer
         WorkerContainer, assembly, only=["communicator", "device"], placement=placement
     ) as container:
         group, device = container.communicator(), container.device().torch_device
-        group.barrier()
+        group.all_reduce(torch.ones(4, device=device))  # nobody dies before all have joined
         if placement.rank == deserter:
             os._exit(9)
         begin = time.monotonic()

@@ -10,8 +10,8 @@ from typing import Any
 from vllm_di.components.interfaces import Engine, Executor
 from vllm_di.components.messages import Peer, ScheduledSequence, StepPlan, StepResult, WorkerReport
 from vllm_di.conformance.subject import Subject
-from vllm_di.containers.engine import EngineContainer
 from vllm_di.containers.fill import Launcher, opened
+from vllm_di.containers.slots import EngineContainer
 
 
 class RecordingExecutor(Executor):

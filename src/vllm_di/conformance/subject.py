@@ -19,10 +19,10 @@ from vllm_di.conformance import tiny
 from vllm_di.conformance.outcomes import NotDeclared, NotRun
 from vllm_di.containers.assembly import Assembly, assemble
 from vllm_di.containers.compose import ConfigTree
-from vllm_di.containers.engine import EngineContainer, WorkerContainer
 from vllm_di.containers.fill import Launcher, opened
 from vllm_di.containers.manifest import Capabilities, Manifest
 from vllm_di.containers.overrides import read
+from vllm_di.containers.slots import EngineContainer, WorkerContainer
 from vllm_di.containers.stages import split
 from vllm_di.errors import ConfigError, PortError, nearest
 

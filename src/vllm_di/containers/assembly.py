@@ -15,19 +15,19 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vllm_di.containers.compose import Composition, ConfigTree
-from vllm_di.containers.engine import (
-    SLOTS,
-    EngineContainer,
-    ServerContainer,
-    WorkerContainer,
-    slots,
-)
 from vllm_di.containers.evidence import Recorded, read_recorded, shown_level
 from vllm_di.containers.manifest import LEVELS, Level, Manifest, read_manifest
 from vllm_di.containers.nested import replace_option, resolve_nested
 from vllm_di.containers.origins import Origin, place_of
 from vllm_di.containers.registered import KEY as ARCHITECTURES
 from vllm_di.containers.registered import compose
+from vllm_di.containers.slots import (
+    SLOTS,
+    EngineContainer,
+    ServerContainer,
+    WorkerContainer,
+    slots,
+)
 from vllm_di.containers.stages import KEY, Stage, check_layers, split
 from vllm_di.containers.tree import shown
 from vllm_di.errors import CheckpointError, ConfigError, nearest

@@ -12,15 +12,15 @@ from dependency_injector.containers import DeclarativeContainer
 
 from vllm_di.components.interfaces import INTERFACE_VERSION, OpTable, Placement
 from vllm_di.containers.assembly import Assembly
-from vllm_di.containers.engine import (
+from vllm_di.containers.fill import opened
+from vllm_di.containers.schema import check
+from vllm_di.containers.slots import (
     GIVEN,
     EngineContainer,
     ServerContainer,
     WorkerContainer,
     slots,
 )
-from vllm_di.containers.fill import opened
-from vllm_di.containers.schema import check
 from vllm_di.containers.tree import ConfigFiles
 from vllm_di.errors import ConfigError, nearest
 from vllm_di.version import __version__

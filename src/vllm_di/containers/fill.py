@@ -18,8 +18,8 @@ from dependency_injector.providers import Object, Provider, Singleton
 
 from vllm_di.components.interfaces import Engine, Placement, Worker, WorkerLauncher
 from vllm_di.containers.assembly import Assembly
-from vllm_di.containers.engine import DERIVED, EngineContainer, WorkerContainer
 from vllm_di.containers.schema import Part, check
+from vllm_di.containers.slots import DERIVED, EngineContainer, WorkerContainer
 from vllm_di.containers.trial import try_out
 from vllm_di.errors import ConfigError, PortError, VllmDiError, nearest, one_line
 

@@ -21,7 +21,7 @@ import msgspec
 from dependency_injector.containers import DeclarativeContainer
 
 from vllm_di.containers.assembly import Assembly
-from vllm_di.containers.engine import DERIVED, GIVEN, SLOTS, slots
+from vllm_di.containers.slots import DERIVED, GIVEN, SLOTS, slots
 from vllm_di.errors import ConfigError, PortError, VllmDiError, nearest, one_line
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ import msgspec
 import yaml
 
 from vllm_di.containers.compose import ConfigTree
-from vllm_di.containers.engine import SLOTS, WorkerContainer, slots
 from vllm_di.containers.origins import Origin
 from vllm_di.containers.overrides import read
+from vllm_di.containers.slots import SLOTS, WorkerContainer, slots
 from vllm_di.containers.tree import ConfigFiles, shown
 from vllm_di.errors import ConfigError
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_di.components.interfaces import AttentionSpec, BatchPlan, OpTable
 from vllm_di.containers.assembly import Assembly
-from vllm_di.containers.engine import WorkerContainer
+from vllm_di.containers.slots import WorkerContainer
 from vllm_di.errors import PortError, nearest
 
 if TYPE_CHECKING:

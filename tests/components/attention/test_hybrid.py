@@ -19,8 +19,8 @@ from vllm_di.components.messages import KvSpec
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.containers.assembly import assemble
-from vllm_di.containers.engine import WorkerContainer
 from vllm_di.containers.schema import check
+from vllm_di.containers.slots import WorkerContainer
 from vllm_di.errors import ConfigError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -293,8 +293,8 @@ def test_no_chat() -> None:
 def test_the_options(tmp_path: Path) -> None:
     """Through the container, as the server starts: what does not compile ends it."""
     from vllm_di.containers.assembly import assemble
-    from vllm_di.containers.engine import ServerContainer
     from vllm_di.containers.fill import opened
+    from vllm_di.containers.slots import ServerContainer
 
     def made(*overrides: str) -> ChatTemplate:
         assembly = assemble(["model=tiny", *overrides])

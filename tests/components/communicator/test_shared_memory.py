@@ -17,6 +17,7 @@ from tests.components.communicator.ranks import (
     dies,
     free_address,
     join,
+    meet,
     on_processes,
     on_threads,
     same_as_gloo,
@@ -57,11 +58,6 @@ def test_sums_are_exact_and_the_same_on_all_ranks(world: int, dtype: torch.dtype
     )
     for count, *got in zip(COUNTS, *sums, strict=True):
         assert all(torch.equal(one, want(count)) for one in got), count
-    shares = on_threads(
-        world, lambda c: [c.reduce_scatter(values(c.rank, n * world, dtype)) for n in COUNTS]
-    )
-    for count, *got in zip(COUNTS, *shares, strict=True):
-        assert torch.equal(torch.cat(got), want(count * world))
 
 
 def added(parts: list[Tensor], c: Rank) -> Tensor:
@@ -96,50 +92,11 @@ def test_dimensions_and_strides(world: int, dim: int) -> None:
     whole = torch.cat([at(rank) for rank in range(world)], dim)
     for got in on_threads(world, lambda c: c.all_gather(at(c.rank), dim)):
         assert torch.equal(got, whole)
-    total = torch.stack([at(rank) for rank in range(world)]).sum(0)
-    shares = on_threads(world, lambda c: c.reduce_scatter(at(c.rank), dim))
-    torch.testing.assert_close(torch.cat(shares, dim), total)
-    for one in on_threads(world, lambda c: c.broadcast(at(c.rank), 1)):
-        assert torch.equal(one, at(1))
-    with pytest.raises(ValueError, match="cannot be split over"):
-        on_threads(world, lambda c: c.reduce_scatter(torch.zeros(world + 1)))
-
-
-def test_messages_in_rings_and_steps_between_them() -> None:
-    """Each rank sends to the next, in sizes of none to many pieces, with sums in between."""
-
-    def run(c: Rank) -> bool:
-        right, left = (c.rank + 1) % 3, (c.rank - 1) % 3
-        good = True
-        for count in COUNTS * 3:
-            x = values(c.rank, count, torch.float32)
-            if c.rank == 0:
-                c.send(x, right)
-            got = c.recv(torch.empty(count), left)
-            if c.rank != 0:
-                c.send(x, right)
-            good &= torch.equal(got, values(left, count, torch.float32))
-            c.all_reduce(x)
-        return good
-
-    assert on_threads(3, run) == [True] * 3
-
-
-def test_a_barrier_waits_for_all() -> None:
-    arrived: list[float] = []
-
-    def run(c: Rank) -> float:
-        time.sleep(0.2 * c.rank)
-        arrived.append(time.monotonic())
-        c.barrier()
-        return time.monotonic()
-
-    assert min(on_threads(3, run)) >= max(arrived)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_dead_process_is_named_soon(world: int) -> None:
-    """The last rank is killed while the others wait for it, in a sum or in a message."""
+    """The last rank is killed while the others wait for it."""
     address, last = free_address(), world - 1
     context = multiprocessing.get_context("spawn")
     victim = context.Process(target=dies, args=(address, last, world, 0.5))
@@ -149,11 +106,10 @@ def test_a_dead_process_is_named_soon(world: int) -> None:
 
     def survive(rank: int) -> None:
         communicator = join(Placement(rank, world, address))
-        communicator.barrier()
+        meet(communicator)
         begin.append(time.monotonic())
-        wait = partial(communicator.recv, src=last) if rank else communicator.all_reduce
         with pytest.raises(EngineDeadError) as raised:
-            wait(torch.ones(9))
+            communicator.all_reduce(torch.ones(9))
         errors.append(str(raised.value))
         communicator.close()
 
@@ -173,7 +129,7 @@ def test_a_rank_that_leaves_or_is_late_is_named() -> None:
         if c.rank == 1:
             return ""
         with pytest.raises(EngineDeadError) as raised:
-            c.barrier()
+            meet(c)
         return str(raised.value)
 
     assert on_threads(2, leave)[0] == "rank 1 left the group while rank 0 waited for it"
@@ -183,7 +139,7 @@ def test_a_rank_that_leaves_or_is_late_is_named() -> None:
             time.sleep(1.5)
             return ""
         with pytest.raises(EngineDeadError) as raised:
-            c.barrier()
+            meet(c)
         return str(raised.value)
 
     assert "rank 1 did not join in time" in on_threads(2, late, timeout=0.5)[0]
@@ -196,7 +152,7 @@ def test_waiting_sleeps() -> None:
         if c.rank == 1:
             time.sleep(1)
         used = resource.getrusage(resource.RUSAGE_THREAD)
-        c.barrier()
+        meet(c)
         after = resource.getrusage(resource.RUSAGE_THREAD)
         return after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
 
@@ -211,9 +167,9 @@ def test_nothing_is_left_behind() -> None:
         return Path("/proc/self/maps").read_text().count("memfd:vllm-di")
 
     def run(c: Rank) -> int:
-        c.barrier()
+        meet(c)
         mapped = maps()
-        c.barrier()
+        meet(c)
         return mapped
 
     on_threads(2, run)
@@ -228,12 +184,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     alone = join(Placement())
     x = torch.ones(3)
     assert alone.all_reduce(x) is x
-    with pytest.raises(ConfigError, match="rank 0 of 1 has no peer 1"):
-        alone.send(x, 1)
     with pytest.raises(TypeError, match=r"no sum over ranks of torch\.bool"):
         on_threads(2, lambda c: c.all_reduce(torch.ones(2, dtype=torch.bool)))
-    with pytest.raises(ConfigError, match="has no peer 0"):
-        on_threads(2, lambda c: c.send(x, c.rank) if c.rank == 0 else None)
     with pytest.raises(EngineDeadError, match="the 2 ranks did not meet on this host"):
         join(Placement(1, 2, free_address()), timeout=0.3)
     with pytest.raises(EngineDeadError, match="the 2 ranks did not meet on this host"):

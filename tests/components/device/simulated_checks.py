@@ -199,14 +199,6 @@ def check_one_name_in_a_process() -> None:
     refused(lambda: device(name="other"), ConfigError, "this process simulates 'chip' already")
 
 
-def check_seeds_repeat() -> None:
-    d = device()
-    d.seed(3)
-    first = torch.randn(4, device="chip").tolist()
-    d.seed(3)
-    assert torch.randn(4, device="chip").tolist() == first
-
-
 def check_the_module_answers() -> None:
     d = device()
     assert module().device_count() == 4 and module().get_device_name() == "simulated chip"
@@ -225,14 +217,7 @@ def _rank(rank: int, rendezvous: str) -> None:
     x = torch.arange(4, dtype=torch.float32, device=d.torch_device) + 10 * rank
     assert comm.all_reduce(x.clone()).tolist() == [10, 12, 14, 16]
     assert comm.all_gather(x[None], 0).tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
-    assert comm.reduce_scatter(x.clone()).tolist() == [[10, 12], [14, 16]][rank]
-    assert comm.broadcast(x.clone(), src=1).tolist() == [10, 11, 12, 13]
-    if rank == 0:
-        comm.send(x, 1)
-    else:
-        assert comm.recv(x.clone(), 0).tolist() == [0, 1, 2, 3]
     assert comm.all_reduce(x.bfloat16()).dtype is torch.bfloat16
-    comm.barrier()
     comm.close()
 
 

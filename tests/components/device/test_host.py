@@ -91,14 +91,6 @@ def test_a_wrong_budget_names_the_key() -> None:
         host(budget="much")
 
 
-def test_seed_makes_torch_repeat_itself() -> None:
-    device = host()
-    device.seed(3)
-    first = torch.rand(4)
-    device.seed(3)
-    assert torch.equal(first, torch.rand(4))
-
-
 def test_zeros_are_zero_in_any_dtype() -> None:
     for dtype in HostDevice.supported_dtypes:
         zeros = host().zeros((3, 2, 5), dtype)

@@ -51,8 +51,6 @@ class SmallDevice(Device):
     def synchronize(self) -> None:
         self._events.append("synchronize")
 
-    def seed(self, seed: int) -> None: ...
-
 
 class Pages(KvLayout):
     """A layout of nothing but sizes."""

@@ -8,8 +8,8 @@ from vllm_di.components.executor.inline import start_alone
 from vllm_di.components.interfaces import Placement
 from vllm_di.components.messages import LimitsReport
 from vllm_di.containers.assembly import assemble
-from vllm_di.containers.engine import WorkerContainer
 from vllm_di.containers.fill import opened
+from vllm_di.containers.slots import WorkerContainer
 from vllm_di.errors import ConfigError
 
 TINY = ["platform=cpu", "model=tiny", "model.dtype=float32", "ops=torch"]

@@ -154,7 +154,6 @@ DEVICE = (
         "device/test_memory_falls_and_recovers[whole]",
     ),
     _slot("device", "device.DtypeCast", "DID NOT RAISE", "device/test_dtypes"),
-    _slot("device", "device.SeedIgnored", "the same seed gave other", "device/test_seeds"),
     _slot(
         "device",
         "device.ThreadsKept",
@@ -167,15 +166,6 @@ DEVICE = (
     _slot("kv_layout", "device.HalfTheBytes", "the layout says", "kv/test_bytes_per_block"),
     _slot("communicator", "device.SwappedRanks", "rank order", "communicator/test_collectives[2]"),
     _slot("communicator", "device.NoReduce", "no sum", "communicator/test_collectives[2]"),
-    _slot(
-        "communicator", "device.WrongShare", "reduce_scatter", "communicator/test_collectives[2]"
-    ),
-    _slot(
-        "communicator",
-        "device.SourceIgnored",
-        "broadcast is not",
-        "communicator/test_collectives[2]",
-    ),
     _slot(
         "communicator",
         "device.DeathUnnoticed",
@@ -408,7 +398,10 @@ LEAKS = (
         "attention", "rude_dtype.RudeDtype", "default dtype", "imports/test_imports_change_nothing"
     ),
     _slot(
-        "attention", "rude_patch.RudePatch", r"Device\.seed", "imports/test_imports_change_nothing"
+        "attention",
+        "rude_patch.RudePatch",
+        r"Device\.synchronize",
+        "imports/test_imports_change_nothing",
     ),
 )
 

@@ -38,11 +38,6 @@ class DtypeCast(HostDevice):
             return torch.float32
 
 
-class SeedIgnored(HostDevice):
-    def seed(self, seed: int) -> None:
-        pass
-
-
 class ThreadsKept(HostDevice):
     """Forgets to restore torch's number of threads."""
 
@@ -84,16 +79,6 @@ class NoReduce(TorchDistributedCommunicator):
     def all_reduce(self, x: Tensor) -> Tensor:
         total = super().all_reduce(x.clone())
         return total if self.rank == 0 else x
-
-
-class WrongShare(TorchDistributedCommunicator):
-    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
-        return self.all_reduce(x).chunk(self.world_size, dim)[-1 - self.rank].contiguous()
-
-
-class SourceIgnored(TorchDistributedCommunicator):
-    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
-        return super().broadcast(x, 0)
 
 
 class DeathUnnoticed(TorchDistributedCommunicator):

@@ -5,7 +5,7 @@ import threading
 from vllm_di.components import interfaces
 from vllm_di.components.attention.paged import PagedAttention
 
-interfaces.Device.seed = lambda self, seed: None  # type: ignore[method-assign]
+interfaces.Device.synchronize = lambda self: None  # type: ignore[method-assign]
 threading.Thread(target=threading.Event().wait, args=(5,), daemon=True, name="rude").start()
 
 

@@ -18,8 +18,8 @@ from vllm_di.components.interfaces import AttentionSpec, BatchPlan, LayerCache, 
 from vllm_di.components.messages import KvSpec
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.containers.assembly import assemble
-from vllm_di.containers.engine import WorkerContainer
 from vllm_di.containers.fill import opened
+from vllm_di.containers.slots import WorkerContainer
 from vllm_di.errors import ConfigError, PortError
 from vllm_di.ports.ascend.attention import AscendAttention
 from vllm_di.ports.ascend.ops import AscendOps

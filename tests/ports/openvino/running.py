@@ -11,8 +11,8 @@ from torch import Tensor
 from vllm_di.components.interfaces import BatchPlan, Model, ModelProgram, Placement
 from vllm_di.components.messages import KvGroup
 from vllm_di.containers.assembly import assemble
-from vllm_di.containers.engine import WorkerContainer
 from vllm_di.containers.fill import opened
+from vllm_di.containers.slots import WorkerContainer
 
 BLOCK = 32
 BLOCKS_PER_SEQUENCE = 4

@@ -112,38 +112,6 @@ class SharedMemoryCommunicator(Communicator):
             self._run(self._kernels.all_gather, x.data_ptr(), out.data_ptr(), outer, inner)
         return out
 
-    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
-        if self.world_size == 1:
-            return x
-        if x.shape[dim] % self.world_size:
-            raise ValueError(f"{x.shape[dim]} rows cannot be split over {self.world_size} ranks")
-        parts = torch.stack(x.chunk(self.world_size, dim)) if dim % x.dim() else x.contiguous()
-        out = torch.empty_like(
-            x.chunk(self.world_size, dim)[0], memory_format=torch.contiguous_format
-        )
-        self._run(
-            self._kernels.reduce_scatter, _kind(x), parts.data_ptr(), out.data_ptr(), out.numel()
-        )
-        return out
-
-    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
-        if self.world_size > 1:
-            self._in_place(self._kernels.broadcast, x, src)
-        return x
-
-    def send(self, x: Tensor, dst: int) -> None:
-        peer, x = self._other(dst), x.contiguous()
-        self._run(self._kernels.send, x.data_ptr(), x.nbytes, peer)
-
-    def recv(self, x: Tensor, src: int) -> Tensor:
-        peer = self._other(src)
-        self._in_place(self._kernels.recv, x, peer)
-        return x
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            self._run(self._kernels.barrier)
-
     def close(self) -> None:
         group, self._group = self._group, None
         if group is not None:
@@ -157,17 +125,6 @@ class SharedMemoryCommunicator(Communicator):
         if bad := kernel(self._group, *arguments):
             rank, trouble = bad & 0xFFFF, TROUBLE[bad >> 16]
             raise EngineDeadError(f"rank {rank} {trouble} while rank {self.rank} waited for it")
-
-    def _in_place(self, kernel: Kernel, x: Tensor, rank: int) -> None:
-        whole = x.contiguous()
-        self._run(kernel, whole.data_ptr(), whole.nbytes, rank)
-        if whole is not x:
-            x.copy_(whole)
-
-    def _other(self, rank: int) -> int:
-        if rank == self.rank or not 0 <= rank < self.world_size:
-            raise ConfigError(f"rank {self.rank} of {self.world_size} has no peer {rank}")
-        return rank
 
 
 def _kind(x: Tensor) -> int:

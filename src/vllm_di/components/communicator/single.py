@@ -24,18 +24,3 @@ class SingleCommunicator(Communicator):
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         return x
-
-    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
-        return x
-
-    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
-        return x
-
-    def send(self, x: Tensor, dst: int) -> None:
-        raise ConfigError("communicator=single has no other rank to send to")
-
-    def recv(self, x: Tensor, src: int) -> Tensor:
-        raise ConfigError("communicator=single has no other rank to receive from")
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""

@@ -74,26 +74,6 @@ class TorchDistributedCommunicator(Communicator):
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts, dim)
 
-    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
-        # gloo has no reduce_scatter of its own: sum, then keep this rank's share
-        return self.all_reduce(x).chunk(self.world_size, dim)[self.rank].contiguous()
-
-    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
-        if self.world_size > 1:
-            dist.broadcast(x, src)
-        return x
-
-    def send(self, x: Tensor, dst: int) -> None:
-        dist.send(x.contiguous(), dst)
-
-    def recv(self, x: Tensor, src: int) -> Tensor:
-        dist.recv(x, src)
-        return x
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
     def close(self) -> None:
         if self._opened:
             self._opened = False

@@ -60,8 +60,5 @@ class HostDevice(Device):
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return huge_zeros(shape, dtype)
 
-    def seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
     def close(self) -> None:
         torch.set_num_threads(self._threads_before)

@@ -74,11 +74,6 @@ class TorchDevice(Device):
     def synchronize(self) -> None:
         self._module.synchronize(self._index)
 
-    def seed(self, seed: int) -> None:
-        """The host's generator and those of all devices of this kind."""
-        torch.manual_seed(seed)
-        self._module.manual_seed_all(seed)
-
     def host_zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """In pinned memory: copies from it need not wait."""
         return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)

@@ -35,11 +35,6 @@ def test_collectives(subject: Subject, record: Record, world: int) -> None:
         assert one.all_gather == [x for row in base for x in row], "all_gather: rank order"
         columns = [[row[2 * i : 2 * i + 2] for row in base] for i in range(2)]
         assert one.all_gather_rows == [[x for r in half for x in r] for half in columns]
-        share = 8 // world
-        wanted = [sum(100 * r + i for r in range(world)) for i in range(8)]
-        assert one.reduce_scatter == wanted[rank * share : (rank + 1) * share]
-        assert one.broadcast == base[world - 1], "broadcast is not the source's"
-        assert one.received == (base[(rank - 1) % world] if world > 1 else base[0])
     assert len({tuple(one.float_sum) for one in found}) == 1, "ranks differ after all_reduce"
     for value, exact in zip(found[0].float_sum, found[0].float_expected, strict=True):
         assert abs(value - exact) <= 1e-5 + 1e-5 * abs(exact)

@@ -13,14 +13,14 @@ from vllm_di.conformance.bad_values import Bad, bad_values, unchecked
 from vllm_di.conformance.outcomes import Record
 from vllm_di.conformance.subject import Subject
 from vllm_di.containers.assembly import Assembly
-from vllm_di.containers.engine import (
+from vllm_di.containers.schema import check, find_class
+from vllm_di.containers.slots import (
     SLOTS,
     EngineContainer,
     ServerContainer,
     WorkerContainer,
     slots,
 )
-from vllm_di.containers.schema import check, find_class
 from vllm_di.errors import ConfigError, PortError
 
 LEAST_BAD = 200

@@ -1,4 +1,4 @@
-"""What the device says of itself: memory, dtypes, seeds."""
+"""What the device says of itself: memory and dtypes."""
 
 from __future__ import annotations
 
@@ -85,20 +85,3 @@ def test_dtypes(subject: Subject, record: Record) -> None:
             if name not in supported:
                 with pytest.raises(ConfigError, match=name):
                     device.dtype(name)
-
-
-def test_seeds(subject: Subject) -> None:
-    with subject.parts("device") as container:
-        device = container.device()
-
-        def draw() -> list[float]:
-            found: list[float] = torch.rand(8, device=device.torch_device).tolist()
-            return found
-
-        device.seed(5)
-        first = draw()
-        assert draw() != first
-        device.seed(5)
-        assert draw() == first, "the same seed gave other numbers"
-        device.seed(6)
-        assert draw() != first, "another seed gave the same numbers"

@@ -9,15 +9,15 @@ from vllm_di.conformance.driving import ask, run, tokens
 from vllm_di.conformance.golden import goldens, prompts
 from vllm_di.conformance.outcomes import Record
 from vllm_di.conformance.subject import Subject
-from vllm_di.containers.engine import (
+from vllm_di.containers.fill import opened
+from vllm_di.containers.schema import check
+from vllm_di.containers.slots import (
     GIVEN,
     EngineContainer,
     ServerContainer,
     WorkerContainer,
     slots,
 )
-from vllm_di.containers.fill import opened
-from vllm_di.containers.schema import check
 
 
 def test_every_slot_meets_its_interface(subject: Subject) -> None:

@@ -16,8 +16,8 @@ from vllm_di.conformance.golden import prompts
 from vllm_di.conformance.outcomes import Record
 from vllm_di.conformance.subject import Subject
 from vllm_di.containers.assembly import Assembly
-from vllm_di.containers.engine import EngineContainer, WorkerContainer, slots
 from vllm_di.containers.fill import Launcher, open_worker, opened
+from vllm_di.containers.slots import EngineContainer, WorkerContainer, slots
 from vllm_di.errors import PortError
 
 CYCLES, WARM = 50, 25

@@ -3,7 +3,7 @@
 // Every rank has a flag that counts the steps it has published and two slots of `piece` bytes, taken in turn: what is
 // longer than a slot goes in several steps. In step s a rank waits until all flags are at s (then everybody has read
 // what lay in this slot two steps ago), writes its slot, sets its flag to s + 1, and reads the others' slots when their
-// flags say so. send and recv have a channel of two slots for each pair of ranks.
+// flags say so.
 //
 // Whoever waits spins for a while, then sleeps in the kernel (futex), and looks every 100 ms whether its peer still lives.
 #include <linux/futex.h>
@@ -58,26 +58,17 @@ struct alignas(128) Flag {
   std::atomic<uint32_t> count, sleepers, left;
 };
 
-struct Channel {
-  Flag sent, received;
-};
-
 struct Group {
   char* base;
   int64_t bytes, piece, spin, timeout;  // spin and timeout in nanoseconds
   int rank, world;
   uint32_t step;
-  std::vector<uint32_t> sent, received;  // by rank
-  std::vector<int> processes;            // readable when the process has ended
+  std::vector<int> processes;  // by rank: readable when the process has ended
 
-  static int64_t head(int world) { return (world + 2 * world * world) * int64_t(sizeof(Flag)); }
-  static int64_t total(int world, int64_t piece) { return head(world) + 2 * piece * (world + int64_t(world) * world); }
+  static int64_t head(int world) { return world * int64_t(sizeof(Flag)); }
+  static int64_t total(int world, int64_t piece) { return head(world) + 2 * piece * world; }
   Flag& flag(int r) { return reinterpret_cast<Flag*>(base)[r]; }
-  Channel& channel(int from, int to) { return reinterpret_cast<Channel*>(base + world * sizeof(Flag))[from * world + to]; }
   char* slot(int r, uint32_t s) { return base + head(world) + (2 * r + (s & 1)) * piece; }
-  char* channel_slot(int from, int to, uint32_t s) {
-    return base + head(world) + (2 * (world + from * world + to) + (s & 1)) * piece;
-  }
 };
 
 enum Trouble { kNone = 0, kDied = 1, kLeft = 2, kLate = 3 };
@@ -215,8 +206,7 @@ EXPORT void* group_open(int file, int rank, int world, int64_t piece, int64_t sp
   const int64_t bytes = Group::total(world, piece);
   void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
   if (base == MAP_FAILED) return nullptr;
-  const std::vector<uint32_t> none(world);
-  return new Group{(char*)base, bytes, piece, spin, timeout, rank, world, 0, none, none, {processes, processes + world}};
+  return new Group{(char*)base, bytes, piece, spin, timeout, rank, world, 0, {processes, processes + world}};
 }
 
 EXPORT void group_close(void* handle) {
@@ -227,10 +217,6 @@ EXPORT void group_close(void* handle) {
 }
 
 // All of these return 0, or what went wrong (Trouble << 16 | rank); the group is of no use after that.
-
-EXPORT int group_barrier(void* handle) {
-  return exchange(*(Group*)handle, [](char*) {}, [](uint32_t) {});
-}
 
 // x, out [count] of one kind; they may be the same.
 EXPORT int group_all_reduce(void* handle, int kind, const void* x, void* out, int64_t count) {
@@ -279,64 +265,6 @@ EXPORT int group_all_gather(void* handle, const void* x, void* out, int64_t oute
         }
     };
     if (int bad = exchange(g, write, read)) return bad;
-  }
-  return kNone;
-}
-
-// x [world, count] -> out [count]: the sum of this rank's row over all ranks.
-EXPORT int group_reduce_scatter(void* handle, int kind, const void* x, void* out, int64_t count) {
-  Group& g = *(Group*)handle;
-  const int64_t size = kSizes[kind], block = g.piece / g.world, most = block / size;
-  for (int64_t at = 0; at < count; at += most) {
-    const int64_t n = std::min(most, count - at);
-    const auto write = [&](char* slot) {
-      for (int r = 0; r < g.world; r++) std::memcpy(slot + r * block, (const char*)x + (r * count + at) * size, n * size);
-    };
-    const auto read = [&](uint32_t s) {
-      sum(kind, [&](int r) { return g.slot(r, s) + g.rank * block; }, (char*)out + at * size, n, g.world);
-    };
-    if (int bad = exchange(g, write, read)) return bad;
-  }
-  return kNone;
-}
-
-// x [bytes], from rank src.
-EXPORT int group_broadcast(void* handle, void* x, int64_t bytes, int src) {
-  Group& g = *(Group*)handle;
-  for (int64_t at = 0; at < bytes; at += g.piece) {
-    const int64_t n = std::min(g.piece, bytes - at);
-    const auto write = [&](char* slot) {
-      if (g.rank == src) std::memcpy(slot, (char*)x + at, n);
-    };
-    const auto read = [&](uint32_t s) {
-      if (g.rank != src) std::memcpy((char*)x + at, g.slot(src, s), n);
-    };
-    if (int bad = exchange(g, write, read)) return bad;
-  }
-  return kNone;
-}
-
-// Returns when x [bytes] lies in the channel: `dst` may still have to read its last two pieces.
-EXPORT int group_send(void* handle, const void* x, int64_t bytes, int dst) {
-  Group& g = *(Group*)handle;
-  Channel& channel = g.channel(g.rank, dst);
-  for (int64_t at = 0; at < bytes; at += g.piece) {
-    const uint32_t s = g.sent[dst];
-    if (int bad = await(g, channel.received, s - 1, dst)) return bad;
-    std::memcpy(g.channel_slot(g.rank, dst, s), (const char*)x + at, std::min(g.piece, bytes - at));
-    publish(channel.sent, ++g.sent[dst]);
-  }
-  return kNone;
-}
-
-EXPORT int group_recv(void* handle, void* x, int64_t bytes, int src) {
-  Group& g = *(Group*)handle;
-  Channel& channel = g.channel(src, g.rank);
-  for (int64_t at = 0; at < bytes; at += g.piece) {
-    const uint32_t s = g.received[src];
-    if (int bad = await(g, channel.sent, s + 1, src)) return bad;
-    std::memcpy((char*)x + at, g.channel_slot(src, g.rank, s), std::min(g.piece, bytes - at));
-    publish(channel.received, ++g.received[src]);
   }
   return kNone;
 }

@@ -98,9 +98,6 @@ class OpenVinoDevice(Device):
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return self._host.zeros(shape, dtype)
 
-    def seed(self, seed: int) -> None:
-        self._host.seed(seed)
-
     def close(self) -> None:
         self._host.close()
 
