@@ -361,6 +361,11 @@ class OpTable(ABC):
         ...)``."""
         return {name: type(self).__name__ for name in self.OPS}
 
+    def library_of(self, op: str) -> OpLibrary | None:
+        """The library that runs the op; None for a fused op that is taken apart, and where the
+        table has no libraries."""
+        return None
+
     def recorder(self) -> Recorder | None:
         """None where ops cannot be recorded, or come from several libraries."""
         return None
@@ -394,6 +399,9 @@ class OpLibrary(OpTable, ABC):
         """As in the table, of the ops that it implements; another may be named with the reason why
         it is not."""
         return dict.fromkeys(sorted(self.implements), type(self).__name__)
+
+    def library_of(self, op: str) -> OpLibrary | None:
+        return self if op in self.implements else None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise _absent(self, "rms_norm")

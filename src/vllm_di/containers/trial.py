@@ -27,12 +27,12 @@ def try_out(container: Any, assembly: Assembly, stage: int = 0) -> None:
     table: OpTable = container.ops()
     check_claims(table, assembly, stage)
     library = assembly.path(WorkerContainer, "ops", stage) + ".library._target_"
-    foreign = {op for op in OpTable.OPS if _is_foreign(_owner(table, op))}
+    foreign = {op for op in OpTable.OPS if _is_foreign(table.library_of(op))}
     if foreign:
         device, dtype = container.device().torch_device, container.model().dtype
         for op, trial in op_trials(table, device, dtype).items():
             if op in foreign:
-                _try(f"ops.{op}", _owner(table, op), trial, assembly.place(library))
+                _try(f"ops.{op}", table.library_of(op), trial, assembly.place(library))
     if _is_foreign(container.attention()) and container.model().kv_specs():
         place = assembly.place(assembly.path(WorkerContainer, "attention", stage) + "._target_")
         _try("attention", container.attention(), attention_trial(container), place)
@@ -44,7 +44,7 @@ def check_claims(table: OpTable, assembly: Assembly, stage: int = 0) -> None:
 
     ops = assembly.path(WorkerContainer, "ops", stage)
     place = assembly.place(f"{ops}.library._target_")
-    for library in {id(o): o for op in OpTable.OPS if (o := _owner(table, op))}.values():
+    for library in {id(o): o for op in OpTable.OPS if (o := table.library_of(op))}.values():
         if not _is_foreign(library):
             continue
         name = type(library).__qualname__
@@ -66,17 +66,12 @@ def check_claims(table: OpTable, assembly: Assembly, stage: int = 0) -> None:
     for op in manifest.capabilities.ops:
         origin = assembly.origins.get(f"{ops}.{op}")
         chosen = origin is not None and origin.chosen_by == "command line"
-        if type(_owner(table, op)) is TorchOps and not chosen:
+        if type(table.library_of(op)) is TorchOps and not chosen:
             key = assembly.path(WorkerContainer, "platform", stage) + ".capabilities.ops"
             raise PortError(
                 f"{assembly.place(key)}: {key} claims {op}, but the library of {manifest.name} "
                 "does not implement it"
             )
-
-
-def _owner(table: OpTable, op: str) -> Any:
-    """The library whose method stands for the op."""
-    return getattr(getattr(table, op), "__self__", None)
 
 
 def _is_foreign(component: object) -> bool:

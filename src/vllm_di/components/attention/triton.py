@@ -14,7 +14,7 @@ class TritonAttention(PagedAttention):
     def __init__(self, ops: OpTable, kv_layout: KvLayout) -> None:
         super().__init__(ops, kv_layout)
         for op in ("write_kv", "paged_attention"):
-            owner = getattr(getattr(ops, op), "__self__", None)
+            owner = ops.library_of(op)
             if not isinstance(owner, TritonOps):
                 raise ConfigError(
                     f"attention=triton runs the kernels of ops=triton, but ops.{op} is "

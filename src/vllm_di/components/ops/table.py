@@ -134,6 +134,9 @@ class SelectedOps(OpTable):
                 rows[op] = "torch"
         return rows
 
+    def library_of(self, op: str) -> OpLibrary | None:
+        return self._owners[op]
+
     def recorder(self) -> Recorder | None:
         """The main library's, when no other library has a hand in it: torch's ops can be seen in a
         recording, those of a third library cannot."""
