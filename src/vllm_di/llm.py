@@ -142,7 +142,7 @@ class LLM:
         if params is None:
             params = self.get_default_sampling_params()
             if "max_tokens" in self.assembly.settings["checkpoint"]["sampling"]:
-                limit = params.max_tokens  # a default that bows to the context
+                limit = params.max_tokens  # a default: cut to what the context has left
                 params = msgspec.structs.replace(params, max_tokens=None)
         return self._processor.start(
             request_id,

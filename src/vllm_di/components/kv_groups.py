@@ -74,7 +74,7 @@ class Groups:
         """The group of each layer."""
         members: list[list[int]] = [[] for _ in groups]
         self.places = [0] * len(specs)
-        """Of each layer, whose tensors of the pool it uses."""
+        """For each layer, its index in ``pool``: the tensors that it uses."""
         for index, group in enumerate(self.of_layer):
             self.places[index] = len(members[group])
             members[group].append(index)

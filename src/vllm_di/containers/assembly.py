@@ -126,7 +126,7 @@ def assemble(overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = 
     parts = split(tree, overrides)
     whole = compose(tree, parts.around)
     values = _resolved(tree, whole, reports)
-    found = Assembly(
+    assembly = Assembly(
         server={s: values[s] for s in slots(ServerContainer)},
         engine={s: values[s] for s in slots(EngineContainer)},
         workers=[{s: values[s] for s in slots(WorkerContainer)}],
@@ -136,11 +136,11 @@ def assemble(overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = 
         packages=["vllm_di", *_ports(tree), *_trusted(values.get("trust"))],
         warnings=[*tree.warnings(), *unreadable, *_left_out(values)],
     )
-    return _add_stages(found, tree, whole, parts.stages, reports) if parts.stages else found
+    return _add_stages(assembly, tree, whole, parts.stages, reports) if parts.stages else assembly
 
 
 def _add_stages(
-    found: Assembly,
+    assembly: Assembly,
     tree: ConfigTree,
     whole: Composition,
     stages: list[Stage],
@@ -148,29 +148,29 @@ def _add_stages(
 ) -> Assembly:
     """A worker for each stage in place of the one; its keys have the places ``stages.N.KEY``."""
     workers = slots(WorkerContainer)
-    for key in [k for k in found.origins if k.split(".")[0] in workers]:
-        del found.origins[key]
+    for key in [k for k in assembly.origins if k.split(".")[0] in workers]:
+        del assembly.origins[key]
     for slot in workers:
-        del found.choices[slot]
-    found.workers, found.settings[KEY] = [], []
+        del assembly.choices[slot]
+    assembly.workers, assembly.settings[KEY] = [], []
     for index, stage in enumerate(stages):
         try:
             composition = compose(tree, stage.overrides, stage.sources)
-            for slot in (*found.server, *found.engine):
-                composition.values[slot] = whole.values[slot]  # what a worker's keys may point to
+            for slot in (*assembly.server, *assembly.engine):
+                composition.values[slot] = whole.values[slot]  # worker keys may interpolate them
             values = _resolved(tree, composition, reports)
         except ConfigError as error:
             raise type(error)(f"{KEY}.{index}: {error}") from None
-        found.workers.append({s: values[s] for s in workers})
-        found.settings[KEY].append(values["platform"])
+        assembly.workers.append({s: values[s] for s in workers})
+        assembly.settings[KEY].append(values["platform"])
         for key, origin in composition.origins.items():
             if key.split(".")[0] in (*workers, "platform"):
-                found.origins[f"{KEY}.{index}.{key}"] = origin
+                assembly.origins[f"{KEY}.{index}.{key}"] = origin
         for group, choice in composition.choices.items():
             if group in workers or group == "platform":
-                found.choices[f"{KEY}.{index}.{group}"] = Choice(*choice)
-    check_layers(found.workers, found.place)
-    return found
+                assembly.choices[f"{KEY}.{index}.{group}"] = Choice(*choice)
+    check_layers(assembly.workers, assembly.place)
+    return assembly
 
 
 def _resolved(
@@ -285,16 +285,16 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
             if not _is_chosen(composition, slot):
                 replace_option(tree, composition, slot, option, "no checkpoint brings its own")
     else:
-        found = describe(str(model.path))
-        checkpoint.format, checkpoint.weights = found.format, found.weights
-        checkpoint.tokenizer = found.tokenizer
+        description = describe(str(model.path))
+        checkpoint.format, checkpoint.weights = description.format, description.weights
+        checkpoint.tokenizer = description.tokenizer
         if takes_sampling:
             place = f"{model.path}: generation_config.json"
-            sampling, left_out = sampling_defaults(found.generation_config, place)
+            sampling, left_out = sampling_defaults(description.generation_config, place)
             checkpoint.sampling, checkpoint.left_out = sampling, left_out
         own = [str(key) for key in model] if _is_own_class(composition) else None
         native = model.get("implementation") != "transformers"
-        config, generation = found.hf_config, found.generation_config
+        config, generation = description.hf_config, description.generation_config
         try:
             fields = read_fields(config, generation, own=own, native=native)
         except CheckpointError as error:
@@ -311,8 +311,8 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
                 tree,
                 composition,
                 "loader",
-                found.format,
-                f"{Path(found.weights).name} is {found.format}",
+                description.format,
+                f"{Path(description.weights).name} is {description.format}",
             )
     _fall_back(composition)
 
@@ -392,7 +392,8 @@ def _is_chosen(composition: Composition, slot: str) -> bool:
 
 
 def _take(composition: Composition, key: str, value: Any) -> None:
-    """One field of the checkpoint: fills a null, bows to the command line, must agree with YAML."""
+    """Set one field from the checkpoint. Precedence: command line, then YAML (which must equal the
+    checkpoint), then checkpoint."""
     _refuse_odd(composition, key, value)
     model, name = composition.values.model, f"model.{key}"
     if value is None or (key not in model and _is_own_class(composition)):

@@ -51,19 +51,19 @@ class ConfigTree(ConfigFiles):
     ) -> Composition:
         """Compose ``config.yaml`` with Hydra-style overrides. ``sources`` says where an override
         stands that was not typed as it is. Raises ConfigError with the place of what is wrong."""
-        said = Sources(sources or {})
-        parsed = [parse(text, said) for text in overrides]
+        override_sources = Sources(sources or {})
+        parsed = [parse(text, override_sources) for text in overrides]
         parsed, automatic = self._with_platform(parsed)
         for override in parsed:
-            self._check(override, said)
-        values, defaults = self._hydra([_text(o) for o in parsed], said)
-        choices = self._choices(parsed, defaults, automatic, said)
+            self._check(override, override_sources)
+        values, defaults = self._hydra([_text(o) for o in parsed], override_sources)
+        choices = self._choices(parsed, defaults, automatic, override_sources)
         for group, (option, origin) in choices.items():
             try:
                 self.refuse_clash(group, option)
             except PortError as error:
                 raise PortError(f"{origin}: {error}") from None
-        return Composition(values, self._origins(parsed, defaults, said), choices)
+        return Composition(values, self._origins(parsed, defaults, override_sources), choices)
 
     # -- overrides ---------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ class ConfigTree(ConfigFiles):
         rest = [o for o in parsed if o.key_or_group != "platform"]
         return [*rest, OverridesParser.create().parse_override(f"platform={option}")], reason
 
-    def _check(self, override: Override, said: Sources) -> None:
+    def _check(self, override: Override, sources: Sources) -> None:
         """Groups, options and first key parts, with the nearest valid name; Hydra checks the
         rest."""
         key, text = override.key_or_group, override.input_line or ""
@@ -89,25 +89,25 @@ class ConfigTree(ConfigFiles):
             if first not in groups and first not in top.lines:
                 known = [*groups, *top.lines]
                 raise ConfigError(
-                    f"{said.place(text)}: no such group or key {first!r}{nearest(first, known)}"
+                    f"{sources.place(text)}: no such group or key {first!r}{nearest(first, known)}"
                 )
         elif key in groups:
             value, options = override.value(), self.options(key)
             if isinstance(value, dict) or override.is_delete():
                 raise ConfigError(
-                    f"{said.place(text)}: {key!r} is a group; choose one of its options: "
+                    f"{sources.place(text)}: {key!r} is a group; choose one of its options: "
                     f"{', '.join(options)}"
                 )
             if str(value) not in options:
                 raise ConfigError(
-                    f"{said.place(text)}: group {key!r} has no option {value!r}; it has "
+                    f"{sources.place(text)}: group {key!r} has no option {value!r}; it has "
                     f"{', '.join(options)}{_hint(key, str(value), options)}"
                     f"{self._broken_ports(str(value))}{_folder(key, str(value))}"
                 )
         elif key not in top.lines:
             known = [*groups, *top.lines]
             raise ConfigError(
-                f"{said.place(text)}: no such group or key {key!r}{nearest(key, known)}"
+                f"{sources.place(text)}: no such group or key {key!r}{nearest(key, known)}"
             )
 
     def _broken_ports(self, value: str) -> str:
@@ -121,7 +121,7 @@ class ConfigTree(ConfigFiles):
     # -- composition -------------------------------------------------------------------------
 
     def _hydra(
-        self, overrides: list[str], said: Sources
+        self, overrides: list[str], sources: Sources
     ) -> tuple[DictConfig, list[tuple[Path, str]]]:
         """-> (config, [(file, package)] in the order of merging)."""
         with _LOCK:
@@ -132,7 +132,7 @@ class ConfigTree(ConfigFiles):
                         "config", [*self._searched(), *overrides], return_hydra_config=True
                     )
             except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-                raise self._explained(error, overrides, said) from None
+                raise self._explained(error, overrides, sources) from None
         choices = dict(values.hydra.runtime.choices)
         with open_dict(values):
             del values["hydra"]
@@ -184,7 +184,7 @@ class ConfigTree(ConfigFiles):
     def _file(self, name: str) -> Path:
         return next(f for r in self.roots if (f := r / f"{name}.yaml").is_file())
 
-    def _explained(self, error: Exception, overrides: list[str], said: Sources) -> ConfigError:
+    def _explained(self, error: Exception, overrides: list[str], sources: Sources) -> ConfigError:
         """Hydra's words for an unknown key do not name the valid ones: find the override and name
         them."""
         plain = [o for o in overrides if "." not in read(o).key]
@@ -204,7 +204,7 @@ class ConfigTree(ConfigFiles):
                 if isinstance(node, DictConfig) and last not in node and not text.startswith("+"):
                     keys = [str(k) for k in node if k != "_target_"]
                     return ConfigError(
-                        f"{said.place(text)}: {parent} has no key {last!r}; it has "
+                        f"{sources.place(text)}: {parent} has no key {last!r}; it has "
                         f"{', '.join(keys) or 'none'}{nearest(last, keys)}"
                     )
         return ConfigError(f"config: {' '.join(str(error).split())}")
@@ -212,7 +212,7 @@ class ConfigTree(ConfigFiles):
     # -- origins -----------------------------------------------------------------------------
 
     def _origins(
-        self, parsed: list[Override], files: list[tuple[Path, str]], said: Sources
+        self, parsed: list[Override], files: list[tuple[Path, str]], sources: Sources
     ) -> dict[str, Origin]:
         origins: dict[str, Origin] = {}
         for file, package in files:
@@ -225,7 +225,7 @@ class ConfigTree(ConfigFiles):
                 text = override.input_line or _text(override)
                 for key in [k for k in origins if k.startswith(f"{override.key_or_group}.")]:
                     del origins[key]
-                origins[override.key_or_group] = said.origin(text)
+                origins[override.key_or_group] = sources.origin(text)
         return origins
 
     def _choices(
@@ -233,7 +233,7 @@ class ConfigTree(ConfigFiles):
         parsed: list[Override],
         files: list[tuple[Path, str]],
         automatic: str | None,
-        said: Sources,
+        sources: Sources,
     ) -> dict[str, tuple[str, Origin]]:
         """Who chose each group's option. Hydra lets the command line win, then the first
         ``override`` that it meets."""
@@ -248,7 +248,7 @@ class ConfigTree(ConfigFiles):
                 chosen[group] = (option, Origin("auto", text=automatic))
             elif group in by_user:
                 text = by_user[group].input_line or _text(by_user[group])
-                chosen[group] = (option, said.origin(text))
+                chosen[group] = (option, sources.origin(text))
             else:
                 for file, _ in reversed(files):
                     option_line = self.read(file).chooses.get(group)
@@ -295,7 +295,7 @@ class Sources:
         )
 
 
-def parse(text: str, said: Sources) -> Override:
+def parse(text: str, sources: Sources) -> Override:
     """One override, understood. Raises ConfigError."""
     parser = OverridesParser.create()
     try:
@@ -304,21 +304,21 @@ def parse(text: str, said: Sources) -> Override:
         sign, key, equals, value = read(text)
         if not equals:
             raise ConfigError(
-                f"{said.place(text)} is not an override; write key=value or group=option"
+                f"{sources.place(text)} is not an override; write key=value or group=option"
             ) from None
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
         try:
             override = parser.parse_override(f"{sign}{key}='{quoted}'")
         except HydraException:
-            raise ConfigError(f"{said.place(text)}: {key!r} is not a key") from None
+            raise ConfigError(f"{sources.place(text)}: {key!r} is not a key") from None
     if override.is_sweep_override():
         raise ConfigError(
-            f"{said.place(text)}: several values make a sweep, which only "
+            f"{sources.place(text)}: several values make a sweep, which only "
             "`bench -m` takes; "
             "put quotes around a value that holds a comma"
         )
     if not override.key_or_group:
-        raise ConfigError(f"{said.place(text)} is not an override; write key=value")
+        raise ConfigError(f"{sources.place(text)} is not an override; write key=value")
     override.input_line = text
     return override
 

@@ -83,7 +83,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def packages(self) -> list[str]:
-        """What it needs and what is looked for, each once, as top-level packages."""
+        """Top-level packages that it requires or detects, each once."""
         names = (m.split(".")[0] for m in (*self.requires, *self.detect.modules))
         return list(dict.fromkeys(names))
 

@@ -25,7 +25,7 @@ class Words(NamedTuple):
 
 
 def read(text: str) -> Words:
-    """Take an override apart. Never fails: what makes no sense is for Hydra to say."""
+    """Split an override into its parts. Never fails: Hydra reports what is malformed."""
     left, equals, value = text.partition("=")
     key = left.lstrip("+~")
     return Words(left[: len(left) - len(key)], key, equals, value)

@@ -36,7 +36,7 @@ class Stage(msgspec.Struct, frozen=True):
 
     overrides: list[str]
     sources: dict[str, Origin]
-    """Override to where it stands, for those that were not typed as they are here."""
+    """Override to its origin, where it was not typed in this form on the command line."""
 
 
 class Split(msgspec.Struct, frozen=True):
@@ -62,13 +62,13 @@ def split(tree: ConfigTree, overrides: Sequence[str]) -> Split:
     stages = []
     for index, lines in enumerate(listed):
         sources = {text: Origin("platform", shown(path), line) for text, line in lines}
-        said = [text for text, _ in lines]
-        said += [o for o in common if read(o).slot not in (*_AROUND, "platform")]
+        stage_overrides = [text for text, _ in lines]
+        stage_overrides += [o for o in common if read(o).slot not in (*_AROUND, "platform")]
         for stage, text, typed in own:
             if stage == index:
-                said.append(text)
+                stage_overrides.append(text)
                 sources[text] = Origin("command line", text=typed)
-        stages.append(_checked(tree, index, Stage(_last_of_each(said), sources)))
+        stages.append(_checked(tree, index, Stage(_last_of_each(stage_overrides), sources)))
     around = [o for o in common if read(o).slot not in _WORKER or read(o).slot in SHARED]
     return Split(around, stages)
 
@@ -88,7 +88,7 @@ def read_stages(tree: ConfigFiles, path: Path) -> list[list[tuple[str, int]]]:
             f"{shown(path)}:{line}: stages: expected a list with one list of overrides for each "
             "stage, such as [platform=cpu, 'model.layers=[0,8]']"
         )
-    found = []
+    stages = []
     for index, stage in enumerate(node.value):
         for item in stage.value:
             if not isinstance(item, yaml.ScalarNode) or "=" not in item.value:
@@ -96,8 +96,8 @@ def read_stages(tree: ConfigFiles, path: Path) -> list[list[tuple[str, int]]]:
                     f"{shown(path)}:{item.start_mark.line + 1}: stages.{index}: expected an "
                     "override such as attention=sdpa, in quotes where it holds a comma or a colon"
                 )
-        found.append([(item.value, item.start_mark.line + 1) for item in stage.value])
-    return found
+        stages.append([(item.value, item.start_mark.line + 1) for item in stage.value])
+    return stages
 
 
 def check_layers(workers: list[dict[str, Any]], place: Any) -> None:
@@ -160,8 +160,8 @@ def _of_stage(
             f"command line: {text!r}: platform={platform or 'auto'} has no stages; "
             f"platforms that have: {there}"
         )
-    found = _OF_STAGE.fullmatch(text)
-    stage, rest = (found["stage"], found["rest"]) if found else ("", "")
+    match = _OF_STAGE.fullmatch(text)
+    stage, rest = (match["stage"], match["rest"]) if match else ("", "")
     if not stage.isdigit() or int(stage) >= count:
         numbers = ", ".join(f"stages.{n}" for n in range(count))
         raise ConfigError(
@@ -174,15 +174,15 @@ def _of_stage(
         raise ConfigError(
             f"command line: {text!r}: there is one {slot} for all stages: write {rest}"
         )
-    return int(stage), f"{found['sign'] if found else ''}{rest}", text
+    return int(stage), f"{match['sign'] if match else ''}{rest}", text
 
 
 def _refuse_worker_keys(tree: ConfigTree, path: Path) -> None:
     """What a platform with stages says of a worker would reach none of its workers."""
     file = tree.read(path)
-    said = {key: line for key, line in file.lines.items() if key.split(".")[0] in _WORKER}
-    said |= {group: line for group, (_, line) in file.chooses.items() if group in _WORKER}
-    for key, line in said.items():
+    worker_keys = {key: line for key, line in file.lines.items() if key.split(".")[0] in _WORKER}
+    worker_keys |= {group: line for group, (_, line) in file.chooses.items() if group in _WORKER}
+    for key, line in worker_keys.items():
         raise ConfigError(
             f"{shown(path)}:{line}: {key}: a platform with stages fills the slots of its workers "
             f"in `stages`: write {key}=... in the list of each"

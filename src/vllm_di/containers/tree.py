@@ -43,7 +43,7 @@ class ConfigFiles:
         return sorted({file.parent.name for r in self.roots for file in r.glob("*/*.yaml")})
 
     def options(self, group: str) -> dict[str, Path]:
-        """Option to file, in name order; ``base`` files hold what options share and are none."""
+        """Option to file, in name order. ``base`` files are shared parts, no options."""
         files = {f.stem: f for r in reversed(self.roots) for f in (r / group).glob("*.yaml")}
         return {name: files[name] for name in sorted(files) if name != "base"}
 
@@ -62,10 +62,10 @@ class ConfigFiles:
         """What a file holds as it stands: not composed, nothing interpolated. Raises
         ConfigError."""
         self.read(path)
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if not isinstance(found, dict):
-            raise ConfigError(f"{shown(path)}: expected a mapping, got {found!r}")
-        return found
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(content, dict):
+            raise ConfigError(f"{shown(path)}: expected a mapping, got {content!r}")
+        return content
 
     def file(self, group: str, option: str) -> Path | None:
         """The file that Hydra takes for an option, or for what options include: the first."""
@@ -75,14 +75,14 @@ class ConfigFiles:
     def with_included(self, path: Path) -> list[Path]:
         """An option's file and those that it builds on, wherever they lie; the nearest first.
         Raises ConfigError for one that is not there."""
-        found = [path]
+        files = [path]
         for name in self.read(path).includes:
             included = self.file(path.parent.name, name)
             if included is None:
                 raise ConfigError(f"{shown(path)}: defaults: there is no {path.parent.name}/{name}")
-            if included not in found:
-                found += [f for f in self.with_included(included) if f not in found]
-        return found
+            if included not in files:
+                files += [f for f in self.with_included(included) if f not in files]
+        return files
 
     def port_of(self, path: Path) -> Port | None:
         """The port that a config file belongs to."""
@@ -98,7 +98,7 @@ class ConfigFiles:
         """(group, option) to why nobody may have it. One option, one owner: Hydra would take the
         first file and say nothing. The same holds of a platform's name, and of what an option
         includes."""
-        found: dict[tuple[str, str], str] = {}
+        clashes: dict[tuple[str, str], str] = {}
         owners: dict[tuple[str, str], Path] = {}
         for root in self.roots:
             for file in sorted(root.glob("*/*.yaml")):
@@ -111,25 +111,25 @@ class ConfigFiles:
                     "rename one"
                 )
                 if key[1] != "base":
-                    found[key] = text
-                found |= {(key[0], name): text for name in self._including(file)}
+                    clashes[key] = text
+                clashes |= {(key[0], name): text for name in self._including(file)}
         for port in self.ports:
             ours = self.roots[0] / "platform" / f"{port.name}.yaml"
             if ours.is_file():
-                found["platform", port.name] = (
+                clashes["platform", port.name] = (
                     f"{port.distribution} is installed as port {port.name!r}, but "
                     f"platform={port.name} is defined in {shown(ours)}; uninstall it"
                 )
-        return found
+        return clashes
 
     def _including(self, file: Path) -> list[str]:
         """Options of a file's own folder that build on it."""
-        found = []
+        options = []
         for other in file.parent.glob("*.yaml"):
-            with contextlib.suppress(ConfigError):  # said where the option is asked for
+            with contextlib.suppress(ConfigError):  # reported where the option is asked for
                 if file.stem in self.read(other).includes:
-                    found.append(other.stem)
-        return found
+                    options.append(other.stem)
+        return options
 
     def warnings(self) -> list[str]:
         """What is wrong with ports, a line each: an error only where their names are asked for."""

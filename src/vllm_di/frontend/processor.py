@@ -97,8 +97,8 @@ class RequestProcessor:
         """Check a request and make its engine requests. Raises RequestError; nothing has happened
         then. Needs no event loop: a long prompt may be started in a thread.
 
-        ``default_max_tokens`` holds where ``params`` leave the number open, and bows to the
-        context."""
+        ``default_max_tokens`` is used where ``params`` set no maximum, and is cut to what the
+        context has left."""
         started = self._clock()
         ids = encode_prompt(self.tokenizer, prompt, add_special_tokens=add_special_tokens)
         if isinstance(params, SamplingParams):

@@ -1,4 +1,4 @@
-"""Memory for the kernels: huge pages for what is large, and buffers that a recording can reuse."""
+"""Memory for the kernels: huge pages for large tensors, and buffers that a recording can reuse."""
 
 from __future__ import annotations
 

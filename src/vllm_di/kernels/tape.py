@@ -17,8 +17,8 @@ FREE = ("empty", "detach", "alias")
 
 
 class Tape:
-    """What was recorded. A call runs every kernel again, in order, on what its pointers hold by
-    now; ``kept`` is what those pointers need to stay alive."""
+    """A recorded step. A call runs every kernel again, in order, on the current contents of its
+    buffers; ``kept`` holds the owners of that memory."""
 
     def __init__(self, kernels: CpuKernels, handle: int, threads: int, kept: object) -> None:
         self._run, self._handle, self._threads, self._kept = (
@@ -36,9 +36,9 @@ class Tape:
 def record(
     kernels: CpuKernels, step: Callable[[], Tensor], threads: int, pool: Pool
 ) -> tuple[Tensor, Tape | None, str]:
-    """Run ``step``, whose outputs come from ``pool`` -> (its result, the tape, why there is none).
+    """Run ``step``, whose outputs come from ``pool`` -> (its result, the tape or None, why None).
 
-    There is none when torch computed something on the way, which a replay would leave out.
+    There is no tape when torch computed something in between, which a replay would leave out.
     """
     handle = kernels.tape_start()
     try:

@@ -37,7 +37,7 @@ class Parts:
         self.rank, self.world = communicator.rank, communicator.world_size
         self.dtype, self.device = device.dtype(config.dtype), device.torch_device
         self.reduce = communicator.all_reduce
-        """Sums the ranks' partial products."""
+        """Sums the partial results of all ranks."""
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -130,14 +130,14 @@ class Attention(nn.Module):
 
     def targets(self, prefix: str) -> dict[str, Target]:
         names = [f"{prefix}.{p}_proj" for p in "qkv"]
-        found = (
+        targets = (
             self.qkv.fused_target(f"{prefix}.qkv_proj") if self.fused else self.qkv.targets(names)
         )
-        found |= self.out.targets([f"{prefix}.o_proj"])
+        targets |= self.out.targets([f"{prefix}.o_proj"])
         if self.q_norm and self.k_norm:
-            found |= self.q_norm.targets(f"{prefix}.q_norm")
-            found |= self.k_norm.targets(f"{prefix}.k_norm")
-        return found
+            targets |= self.q_norm.targets(f"{prefix}.q_norm")
+            targets |= self.k_norm.targets(f"{prefix}.k_norm")
+        return targets
 
     def forward(
         self, x: Tensor, positions: Tensor, cos_sin: Tensor, cache: LayerCache, metadata: Any
@@ -178,10 +178,10 @@ class Mlp(nn.Module):
 
     def targets(self, prefix: str) -> dict[str, Target]:
         if self.fused:
-            found = self.gate_up.fused_target(f"{prefix}.gate_up_proj")
+            targets = self.gate_up.fused_target(f"{prefix}.gate_up_proj")
         else:
-            found = self.gate_up.targets([f"{prefix}.gate_proj", f"{prefix}.up_proj"])
-        return found | self.down.targets([f"{prefix}.down_proj"])
+            targets = self.gate_up.targets([f"{prefix}.gate_proj", f"{prefix}.up_proj"])
+        return targets | self.down.targets([f"{prefix}.down_proj"])
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.gate_up.run(x)
@@ -208,15 +208,15 @@ class Layer(nn.Module):
         self.multiplier = c.residual_multiplier
 
     def targets(self, prefix: str) -> dict[str, Target]:
-        found = self.attention.targets(f"{prefix}.self_attn")
+        targets = self.attention.targets(f"{prefix}.self_attn")
         mixtral = isinstance(self.mlp, Experts) and self.mlp.block_sparse
-        found |= self.mlp.targets(f"{prefix}.{'block_sparse_moe' if mixtral else 'mlp'}")
-        found |= self.input_norm.targets(f"{prefix}.input_layernorm")
+        targets |= self.mlp.targets(f"{prefix}.{'block_sparse_moe' if mixtral else 'mlp'}")
+        targets |= self.input_norm.targets(f"{prefix}.input_layernorm")
         if self.post_attention is None or self.post_mlp is None:
-            return found | self.mlp_norm.targets(f"{prefix}.post_attention_layernorm")
-        found |= self.post_attention.targets(f"{prefix}.post_attention_layernorm")
-        found |= self.mlp_norm.targets(f"{prefix}.pre_feedforward_layernorm")
-        return found | self.post_mlp.targets(f"{prefix}.post_feedforward_layernorm")
+            return targets | self.mlp_norm.targets(f"{prefix}.post_attention_layernorm")
+        targets |= self.post_attention.targets(f"{prefix}.post_attention_layernorm")
+        targets |= self.mlp_norm.targets(f"{prefix}.pre_feedforward_layernorm")
+        return targets | self.post_mlp.targets(f"{prefix}.post_feedforward_layernorm")
 
     def forward(
         self,

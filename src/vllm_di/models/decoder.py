@@ -149,17 +149,17 @@ class Decoder(nn.Module, Model):
 
     def targets(self) -> dict[str, Target]:
         """Every tensor that a checkpoint must bring, by its Hugging Face name."""
-        found: dict[str, Target] = {}
+        targets: dict[str, Target] = {}
         if self.embedding is not None:
-            found |= self.embedding.targets("model.embed_tokens")
+            targets |= self.embedding.targets("model.embed_tokens")
         for i, layer in zip(self._span, self._layers, strict=True):
-            found |= layer.targets(f"model.layers.{i}")
+            targets |= layer.targets(f"model.layers.{i}")
         if self.last:
-            found |= self.norm.targets("model.norm")
+            targets |= self.norm.targets("model.norm")
         if self.head is not None and self.head is not self.embedding:
             tied = self.config.tie_word_embeddings
-            found |= self.head.targets("model.embed_tokens" if tied else "lm_head")
-        return found
+            targets |= self.head.targets("model.embed_tokens" if tied else "lm_head")
+        return targets
 
     @torch.no_grad()
     def load_weights(self, weights: Iterator[tuple[str, Any]]) -> None:
@@ -236,7 +236,7 @@ class Decoder(nn.Module, Model):
         self._fill(HEAD, self.head.targets("lm_head")[HEAD], tensor)
 
     def _is_elsewhere(self, name: str) -> bool:
-        """Whether another stage of the pipeline takes the tensor."""
+        """Whether the tensor belongs to another stage of the pipeline."""
         number = name.split(".")[2] if name.startswith("model.layers.") else ""
         if number.isdigit() and int(number) < (self.config.num_hidden_layers or 0):
             return int(number) not in self._span

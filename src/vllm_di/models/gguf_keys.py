@@ -64,7 +64,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "rope.scaling.finetuned": (True, False),
     "rope.scaling.yarn_ext_factor": (1.0,),
 }
-"""Keys with the values that are what the decoder does anyway."""
+"""Keys whose listed value is what the decoder does anyway."""
 ONLY_BY = {("granite", "rope.scaling.finetuned"): (True,)}  # False: no rotary embedding at all
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "")
 

@@ -60,7 +60,7 @@ class PreTokenizer(msgspec.Struct, frozen=True):
     """Applied in turn; what a pattern matches is a piece of its own, and so is what lies
     between."""
     whole_words: bool = False
-    """A piece that is a token is taken as it stands, whatever the merges say."""
+    """A piece that is a whole token skips the merges."""
     adds_bos: bool = False
     """Unless ``tokenizer.ggml.add_bos_token`` says otherwise."""
 

@@ -59,7 +59,8 @@ def attend(
 def spec_of(
     module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
 ) -> AttentionSpec:
-    """What one call asks of attention. Raises UnsupportedModelError for what no backend does."""
+    """The attention that one call needs. Raises UnsupportedModelError for a feature that no
+    backend has."""
     if kwargs.get("s_aux") is not None:
         raise UnsupportedModelError("its attention has sinks")
     if not getattr(module, "is_causal", True):

@@ -134,7 +134,7 @@ def _shared(config: Config, generation: Config) -> Fields:
 
 
 def _text_part(config: Config) -> Config:
-    """Of a Gemma 3 that also sees images; what stands beside the text's config holds for it too."""
+    """The text part of a multimodal Gemma 3. Settings of the outer config hold for it too."""
     shared = ("bos_token_id", "eos_token_id", "tie_word_embeddings")
     outer = {key: config[key] for key in shared if config.get(key) is not None}
     return {**outer, **config["text_config"], "architectures": ["Gemma3ForCausalLM"]}
@@ -194,7 +194,7 @@ ROPE_KEYS: dict[str, frozenset[str]] = {
         "long_factor",
     }.items()
 }
-"""What each kind of rotary scaling may say, beside what all may."""
+"""Keys of each kind of rotary scaling, besides ROPE_SHARED."""
 ROPE_SHARED = ("rope_theta", "partial_rotary_factor", "type", "rope_type")
 
 

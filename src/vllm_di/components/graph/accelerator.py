@@ -140,7 +140,7 @@ class AcceleratorGraph(GraphPolicy):
         try:
             with self._module.graph(graph, pool=self._pool):
                 captured.output = step()
-        except Exception as error:  # whatever the driver raises
+        except Exception as error:  # drivers raise many types
             raise ConfigError(
                 f"graph: a step of {len(captured.plan.token_ids)} tokens cannot be captured: "
                 f"{error}; choose graph=eager"

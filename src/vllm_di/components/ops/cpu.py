@@ -227,7 +227,7 @@ class CpuOps(OpLibrary):
         )
         return out
 
-    # -- products -------------------------------------------------------------------------------
+    # -- GEMMs ----------------------------------------------------------------------------------
 
     def pack_linear(self, weight: Tensor) -> Any:
         plain = self._rows_for_onednn is not None

@@ -1,4 +1,4 @@
-"""Weights as the C++ products read them: panels of outputs, step by step along the inputs."""
+"""Weights as the C++ GEMMs read them: panels of outputs, step by step along the inputs."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ class TritonOps(OpLibrary):
             )
         return out
 
-    # -- products -------------------------------------------------------------------------------
+    # -- GEMMs ----------------------------------------------------------------------------------
 
     def pack_linear(self, weight: Tensor) -> Tensor:
         if weight.is_cpu and not self._interpreted:

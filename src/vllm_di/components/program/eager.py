@@ -63,7 +63,7 @@ class EagerProgram(ModelProgram):
         if not self._last:
             return hidden
         wanted = len(plan.logits_rows)
-        if not wanted:  # chunks of prompts alone: no product with the vocabulary
+        if not wanted:  # chunks of prompts alone: the GEMM of the head is skipped
             return hidden.new_empty((0, self._model.vocab_size), dtype=torch.float32)
-        # the rows stand in order, each once: as many as there are tokens are all of them
+        # rows are sorted and unique: if there are as many as tokens, it is all of them
         return self._model.logits(hidden if wanted == len(hidden) else hidden[plan.logits_rows])

@@ -1,4 +1,4 @@
-"""Weights as a GGUF file holds them, in 4 or 8 bits; what it holds in floats stays so."""
+"""Weights in the 4 or 8 bits of the GGUF file. What the file holds as floats stays floats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products with quantised weights through the op table: what all quantizations share."""
+"""GEMMs with quantised weights through the op table, shared by all quantizations."""
 
 from __future__ import annotations
 

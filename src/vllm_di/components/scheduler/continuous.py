@@ -1,5 +1,5 @@
-"""Continuous batching: each step takes what decodes, then chunks of prompts until the token budget
-is full."""
+"""Continuous batching: each step takes the decoding sequences, then chunks of prompts until the
+token budget is full."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class ContinuousScheduler(Scheduler):
         ordered.sort(key=lambda s: len(s.token_ids) - s.num_computed > 1)
         step.most_drafts = self._drafter.drafts_for(len(ordered))
         most_decodes = len(ordered)
-        if self._depth > 1:  # each of the steps in flight takes its share of those that decode
+        if self._depth > 1:  # the decoding sequences are split over the steps in flight
             most_decodes = -(-sum(s.is_decoding for s in ordered) // self._depth)
         for sequence in ordered:
             if sequence.seq_id not in self._running:
@@ -349,7 +349,7 @@ class ContinuousScheduler(Scheduler):
     # -- results ------------------------------------------------------------------------------
 
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
-        # what was aborted or preempted while the step ran is gone, or runs under another id
+        # sequences aborted or preempted while the step ran are gone, or have another id
         live = {
             share.seq_id: self._running[share.seq_id]
             for share in plan.scheduled
@@ -376,7 +376,7 @@ class ContinuousScheduler(Scheduler):
         for sampled in result.tokens:
             sequence = live.get(sampled.seq_id)
             if sequence is not None:
-                if drafts:  # of those that ran, the ones that proved wrong do not count
+                if drafts:  # wrong drafts ran but do not count as computed
                     num_right = len(sampled.token_ids) - 1
                     sequence.num_computed -= drafts.get(sampled.seq_id, 0) - num_right
                 outputs.append(self._append(sequence, sampled))

@@ -1,5 +1,5 @@
-"""What of a step's result does not fit its plan. A part that gives such a result is broken, and a
-token more or less is a wrong answer: the sequence ends with an error that says so."""
+"""Checks a step's result against its plan. A component whose result does not fit is broken, and a
+missing or extra token would be a wrong answer: the sequence ends with an error that says so."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def misfits(
     plan: StepPlan, result: StepResult, live: Mapping[int, Sequence], vocab_size: int
 ) -> dict[int, str]:
     """seq_id to a reason, of the plan's live sequences that cannot go on. Raises EngineDeadError
-    for the result of another step: whose tokens these are, nobody knows."""
+    for the result of another step: its tokens cannot be assigned to sequences."""
     if result.step != plan.step:
         raise EngineDeadError(f"step {plan.step} was answered with the result of {result.step}")
     numbers: dict[int, int] = {}

@@ -81,7 +81,7 @@ class SimulatedModule(ModuleType):
         return int(self._library.simulated_memory(0))
 
     def memory_reserved(self, device: Any = None) -> int:
-        """Nothing is held back: what is freed is free."""
+        """Nothing is cached: freed memory is free at once."""
         return self.memory_allocated()
 
     def max_memory_allocated(self, device: Any = None) -> int:

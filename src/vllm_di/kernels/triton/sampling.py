@@ -148,7 +148,7 @@ def top_k_top_p_kernel(
         x = tl.load(logits_ptr + ids, mask=ids < vocab, other=float("-inf"))
         peak = tl.maximum(peak, tl.max(x, 0))
 
-    # what is kept: all above the key ``least``, and ``kept`` of those at it, the lowest ids first
+    # keep all above the key ``least``, and ``kept`` of those equal to it, the lowest ids first
     least = tl.cast(0, tl.uint32)
     if top_k < vocab:
         wanted = tl.maximum(top_k, 1).to(tl.float32)
