@@ -108,6 +108,22 @@ def test_integral_floats_are_integers(name: str, number: str, expected: Any) -> 
     assert all(type(v) is int for v in (value if isinstance(value, list) else [value]))
 
 
+@pytest.mark.parametrize("name", protocol._REFUSED)
+def test_what_cannot_be_honoured_is_refused_at_zero_too(name: str) -> None:
+    kind = CompletionRequest if hasattr(CompletionRequest, name) else ChatRequest
+    base = completion() if kind is CompletionRequest else chat()
+    for value in (0, 0.0, 1):
+        with pytest.raises(RequestError):
+            _params(kind, {**base, name: value})
+    for value in (None, False):
+        _params(kind, {**base, name: value})
+
+
+def _params(kind: type[Any], body: dict[str, Any]) -> None:
+    request, _ = protocol.decode(json.dumps(body).encode(), kind, max_depth=9)
+    protocol.sampling_params(request, logprobs=None, max_tokens=1, defaults={})
+
+
 @pytest.mark.parametrize("value", ["1.5", "1e300", '"5"', "true"])
 def test_what_is_no_integer_is_refused(value: str) -> None:
     body = json.dumps({**completion(), "top_k": "?"}).replace('"?"', value).encode()

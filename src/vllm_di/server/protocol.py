@@ -288,7 +288,10 @@ def sampling_params(
 
 def _check_supported(request: GenerateRequest) -> None:
     for name in _REFUSED:
-        if getattr(request, name, None) not in (None, False, ""):
+        value = getattr(request, name, None)
+        if not (
+            value is None or value is False or value == ""
+        ):  # 0 == False, and asks for something
             raise _unsupported(name)
     if request.best_of not in (None, request.n or 1):
         raise _unsupported("best_of")
