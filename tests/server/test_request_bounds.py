@@ -115,8 +115,8 @@ def test_what_cannot_be_honoured_is_refused_at_zero_too(name: str) -> None:
     for value in (0, 0.0, 1):
         with pytest.raises(RequestError):
             _params(kind, {**base, name: value})
-    for value in (None, False):
-        _params(kind, {**base, name: value})
+    for nothing in (None, False):
+        _params(kind, {**base, name: nothing})
 
 
 def _params(kind: type[Any], body: dict[str, Any]) -> None:
