@@ -15,6 +15,7 @@ from vllm_di.cli import main
 from vllm_di.commands.arguments import UsageError, parse
 from vllm_di.commands.bench import points
 from vllm_di.commands.completion import candidates
+from vllm_di.conformance.catalog import CHECKS
 
 TINY = ["platform=cpu", "model=tiny", "ops=torch", "model.dtype=float32"]
 
@@ -77,7 +78,8 @@ def test_every_key_of_every_option_has_a_text() -> None:
         (["explain", *TINY, "server.port=70000"], 2, "<= 65535"),
         (["explain", *TINY, "+attention.x=3"], 2, "no such key"),
         (["explain", *TINY, "attention._target_=os.system"], 2, "'os.system' is refused"),
-        (["explain", "model=llama3"], 2, "model.path="),
+        (["complete", "hi", "model=llama3"], 2, "model.path="),
+        (["explain", "model=llama3", "tokenizer.path=3"], 2, "Expected `str"),
         (["explain", "model=local", "model.path=/nope"], 1, "no such file or folder"),
         (["complete", "hi", *TINY, "worker.num_blocks=1"], 2, "room for 1 blocks"),
         (["complete", "hi", *TINY, "model.dtype=int8"], 2, "bfloat16"),
@@ -131,6 +133,52 @@ def test_explain_as_data_and_as_a_table(capsys: pytest.CaptureFixture[str]) -> N
     status, out, _ = call(capsys, "explain", "--slot", "attention")
     assert "paged" in out
     assert "scaled dot product" in out
+
+
+@pytest.mark.parametrize(
+    ("model", "waiting"),
+    [
+        ("llama3", {"loader", "tokenizer", "chat_template"}),
+        ("local", {"loader", "tokenizer", "chat_template", "model"}),
+    ],
+)
+def test_explain_says_in_its_row_what_is_missing(
+    model: str, waiting: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No weights, and no driver of the hardware: the other rows are there all the same."""
+    words = ["platform=ascend", f"model={model}"]
+    status, out, err = call(capsys, "explain", "--json", *words)
+    assert (status, err) == (0, "")
+    rows = {row["slot"]: row for row in json.loads(out)["rows"]}
+    missing = {slot: row["missing"] for slot, row in rows.items() if row["missing"]}
+    assert missing.keys() == waiting | {"device"}
+    assert missing["loader"].startswith("missing: model.path; set it to ")
+    assert "torch_npu is not installed" in missing["device"]
+    assert len(rows) == 27
+    assert rows["attention"]["target"].startswith("vllm_di.ports.ascend.")
+    status, out, _ = call(capsys, "explain", "--no-ops", *words)
+    assert status == 0
+    assert "missing: model.path" in out
+    status, out, _ = call(capsys, "config", "show", *words)
+    assert status == 0
+    assert 'weights: "missing: model.path; set it to ' in out
+
+
+def test_explain_compiles_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = f"ops.library.cache={tmp_path / 'kernels'}"
+    found = ["platform=cpu", "model=tiny", "ops=cpu", cache]
+    status, out, _ = call(capsys, "explain", "--json", *found)
+    assert status == 0
+    runs = {row["op"]: row["runs_on"] for row in json.loads(out)["ops"]}
+    assert "will be compiled at the first start" in runs["linear"]
+    assert "fp16: torch" in runs["linear"]
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_conform_lists_its_checks(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call(capsys, "conform", "--list")
+    assert status == 0
+    assert [row.split()[1] for row in out.splitlines()[2:]] == [check.name for check in CHECKS]
 
 
 def test_config_show_masks_secrets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

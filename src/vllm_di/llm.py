@@ -19,6 +19,7 @@ from vllm_di.containers.slots import EngineContainer, ServerContainer, WorkerCon
 from vllm_di.errors import RequestError, nearest
 from vllm_di.frontend.outputs import RequestOutput
 from vllm_di.frontend.processor import Generation, RequestProcessor
+from vllm_di.progress import print_line, shown
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class LLM:
         for warning in self.assembly.warnings:
             log.warning("%s", warning)
         apart = _by_container(objects)
-        with ExitStack() as stack:
+        with ExitStack() as stack, shown(print_line):
             front = stack.enter_context(
                 opened(
                     ServerContainer,

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from vllm_di.components.device.host import HostDevice
-from vllm_di.components.ops.cpu import CpuOps
+from vllm_di.components.interfaces import OpLibrary
+from vllm_di.components.ops.cpu import UNBUILT, CpuOps
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.errors import ConfigError
 from vllm_di.kernels.build import (
+    COMPILING,
     ISA_FLAGS,
     NEEDED,
     BuildError,
@@ -22,6 +24,7 @@ from vllm_di.kernels.build import (
     main,
     usable_isas,
 )
+from vllm_di.progress import shown
 
 SMALL = "generic"
 SOURCE = 'extern "C" __attribute__((visibility("default"))) int argmax() { return 7; }\n'
@@ -67,6 +70,45 @@ def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
     library.write_bytes(b"\x7fELF nothing")
     assert build(SMALL, tmp_path / "b", loaded_openmp()).note == ""
     assert library.stat().st_size > 1000
+
+
+def test_progress_is_told_where_something_is_compiled(tmp_path: Path, sources: Path) -> None:
+    (sources / "two.cpp").write_text("int two() { return 2; }\n")
+    told: list[str] = []
+    with shown(told.append):
+        build(SMALL, tmp_path, loaded_openmp())
+    counts = [f"{COMPILING}: {n} of 2 units" for n in range(3)]
+    assert told == [*counts, "kernels are compiled; loading"]
+    with shown(told.append):
+        build(SMALL, tmp_path, loaded_openmp())
+    assert len(told) == 4  # from the cache: nothing to say
+
+
+@pytest.mark.usefixtures("sources")
+def test_a_preview_compiles_nothing_and_says_so(tmp_path: Path) -> None:
+    device = HostDevice(threads=2, memory_budget=None, default_dtype="float32")
+    cache = tmp_path / "cache"
+
+    def preview() -> OpLibrary:
+        settings = {"isa": SMALL, "compile": "auto", "cache": str(cache)}
+        return CpuOps.preview(device=device, rows_for_onednn=None, **settings)
+
+    before = preview()
+    assert UNBUILT in before.describe()["linear"]
+    assert not cache.exists()
+    build(SMALL, cache, loaded_openmp())
+    after = preview()
+    assert UNBUILT not in after.describe()["linear"]
+    assert after.implements == before.implements
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_preview_without_a_compiler_says_what_will_run(tmp_path: Path) -> None:
+    device = HostDevice(threads=2, memory_budget=None, default_dtype="float32")
+    settings = {"isa": SMALL, "compile": "auto", "cache": str(tmp_path)}
+    found = CpuOps.preview(device=device, rows_for_onednn=None, **settings)
+    assert found.implements == frozenset()
+    assert "no C++ compiler" in found.describe()["linear"]
 
 
 @pytest.mark.usefixtures("no_compiler")

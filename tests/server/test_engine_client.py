@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -13,7 +14,9 @@ import pytest
 from vllm_di.components.messages import EngineRequest, EngineStats, SamplingParams
 from vllm_di.containers.assembly import assemble
 from vllm_di.errors import ConfigError, EngineDeadError
+from vllm_di.server import wire
 from vllm_di.server.engine_client import ProcessEngineClient
+from vllm_di.server.engine_watch import EngineProcess
 
 TINY = ["platform=cpu", "model=tiny", "ops=torch", "model.dtype=float32"]
 
@@ -65,6 +68,44 @@ def test_requests_share_the_line_and_a_bad_one_harms_nobody() -> None:
             answers = await asyncio.gather(*(tokens(client, a) for a in same))
             assert answers[0] == answers[1] == answers[2]
             assert set(answers[0]) <= {5, 6}
+
+    asyncio.run(play())
+
+
+SLOW_START = """
+from vllm_di.containers import engine_process
+from vllm_di.progress import tell
+opened = engine_process.open_engine
+def slowly(assembly):
+    tell("compiling kernels (once for this machine): 1 of 2 units")
+    return opened(assembly)
+engine_process.open_engine = slowly
+engine_process.main()
+"""
+
+
+class Listening(ProcessEngineClient):
+    """Keeps every stage that it was in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages: list[str] = []
+
+    def _take(self, message: wire.ToClient, engine: EngineProcess) -> None:
+        super()._take(message, engine)
+        self.stages.append(self.stage)
+
+
+def test_what_a_start_is_at_is_the_stage() -> None:
+    async def play() -> None:
+        client = Listening()
+        await client.start(assemble(TINY).encode(), (sys.executable, "-c", SLOW_START))
+        try:
+            await client.wait_ready()
+            told = "compiling kernels (once for this machine): 1 of 2 units"
+            assert client.stages == ["load", told, "ready"]
+        finally:
+            await client.close()
 
     asyncio.run(play())
 

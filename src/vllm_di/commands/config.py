@@ -30,7 +30,7 @@ def run(arguments: Arguments) -> int:
         raise UsageError("write: vllm-di config show [overrides] [--origins]")
     from vllm_di.containers.assembly import assemble
 
-    assembly = assemble(arguments.overrides, arguments.config_dirs)
+    assembly = assemble(arguments.overrides, arguments.config_dirs, incomplete=True)
     warn(assembly.warnings)
     workers = assembly.workers
     nodes = {**assembly.server, **assembly.engine}

@@ -22,7 +22,7 @@ def run(arguments: Arguments) -> int:
         found = alternatives(slot, arguments.config_dirs)
         print_table(["option", "what it is"], [list(row) for row in found.items()])
         return 0
-    assembly = assemble(arguments.overrides, arguments.config_dirs)
+    assembly = assemble(arguments.overrides, arguments.config_dirs, incomplete=True)
     warn(assembly.warnings)
     told = explain(
         assembly,
@@ -35,7 +35,7 @@ def run(arguments: Arguments) -> int:
     print(f"{told.announcement}; {told.platform_reason}; interfaces {told.interface}\n")
     print_table(
         ["slot", "class", "chosen by", "place"],
-        [[r.slot, _short(r.target), r.chosen_by, r.place] for r in told.rows],
+        [[r.slot, _short(r.target), r.chosen_by, r.missing or r.place] for r in told.rows],
     )
     if told.ops:
         print()

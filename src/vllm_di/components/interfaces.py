@@ -87,8 +87,9 @@ class Device(ABC):
     """Whether its tensors lie in memory that other processes of this host could map."""
 
     @abstractmethod
-    def memory(self) -> DeviceMemory:
-        """Free and total memory now."""
+    def memory(self) -> DeviceMemory | None:
+        """Free and total memory now. None: it cannot tell, and the config must size the KV cache
+        (``worker.num_blocks`` or ``worker.kv_cache_memory``)."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -394,6 +395,13 @@ class OpLibrary(OpTable, ABC):
     implements: frozenset[str] = frozenset(OpTable.OPS)
     traceable: ClassVar[bool] = False
     """Whether its ops are torch code that can be traced, whatever the sizes of a batch."""
+
+    @classmethod
+    def preview(cls, **arguments: Any) -> OpLibrary:
+        """An object for ``explain``, made of the constructor's arguments: it is asked for
+        ``implements`` and ``describe`` alone. A library that compiles when it is built does not
+        here, and says in ``describe`` that it will."""
+        return cls(**arguments)
 
     def describe(self) -> dict[str, str]:
         """As in the table, of the ops that it implements; another may be named with the reason why

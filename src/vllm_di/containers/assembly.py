@@ -42,6 +42,12 @@ SETTINGS = (
 )
 """Top-level keys that are no slots."""
 
+GIVE_WEIGHTS = (
+    "give them with model.path=FOLDER, FILE.gguf or a hub name (org/name), or run with random "
+    "weights: loader=dummy"
+)
+MISSING = "missing: model.path; set it to FOLDER, FILE.gguf or a hub name, or take loader=dummy"
+"""Stands in an incomplete assembly for what a checkpoint would bring."""
 STAND_INS = {"tokenizer": "bytes", "chat_template": "plain"}
 """Options for a model without a checkpoint, unless somebody chose others."""
 
@@ -72,6 +78,9 @@ class Assembly(msgspec.Struct):
     warnings: list[str] = []
     """What this assembly does not use: a port that is broken, a sampling value that is not
     supported."""
+    missing: dict[str, str] = {}
+    """Dotted key of a slot that cannot be filled yet, and what to set for it. Empty in an assembly
+    that can run."""
 
     def nodes(self, container: type[DeclarativeContainer], stage: int = 0) -> dict[str, Any]:
         """Slot to node for one container."""
@@ -114,10 +123,17 @@ class Assembly(msgspec.Struct):
         return msgspec.json.decode(data, type=Assembly)
 
 
-def assemble(overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = ()) -> Assembly:
+def assemble(
+    overrides: Sequence[str] = (),
+    config_dirs: Iterable[str | Path] = (),
+    *,
+    incomplete: bool = False,
+) -> Assembly:
     """Compose, look into the checkpoint, and split by container. Raises ConfigError or
     CheckpointError.
 
+    ``incomplete``: to be looked at, not to run. A model without weights is no error then: what it
+    lacks is in ``missing``, and in the values that a checkpoint would fill.
     Nothing is imported from a component here: classes are checked by ``schema.check`` in the
     process that builds them.
     """
@@ -125,7 +141,7 @@ def assemble(overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = 
     reports, unreadable = read_recorded(tree)
     parts = split(tree, overrides)
     whole = compose(tree, parts.around)
-    values = _resolved(tree, whole, reports)
+    values = _resolved(tree, whole, reports, incomplete)
     assembly = Assembly(
         server={s: values[s] for s in slots(ServerContainer)},
         engine={s: values[s] for s in slots(EngineContainer)},
@@ -135,8 +151,11 @@ def assemble(overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = 
         choices={group: Choice(*choice) for group, choice in whole.choices.items()},
         packages=["vllm_di", *_ports(tree), *_trusted(values.get("trust"))],
         warnings=[*tree.warnings(), *unreadable, *_left_out(values)],
+        missing=dict(whole.missing),
     )
-    return _add_stages(assembly, tree, whole, parts.stages, reports) if parts.stages else assembly
+    if not parts.stages:
+        return assembly
+    return _add_stages(assembly, tree, whole, parts.stages, reports, incomplete)
 
 
 def _add_stages(
@@ -145,6 +164,7 @@ def _add_stages(
     whole: Composition,
     stages: list[Stage],
     reports: list[Recorded],
+    incomplete: bool,
 ) -> Assembly:
     """A worker for each stage in place of the one; its keys have the places ``stages.N.KEY``."""
     workers = slots(WorkerContainer)
@@ -153,34 +173,37 @@ def _add_stages(
     for slot in workers:
         del assembly.choices[slot]
     assembly.workers, assembly.settings[KEY] = [], []
+    assembly.missing = {k: v for k, v in assembly.missing.items() if k not in workers}
     for index, stage in enumerate(stages):
         try:
             composition = compose(tree, stage.overrides, stage.sources)
             for slot in (*assembly.server, *assembly.engine):
                 composition.values[slot] = whole.values[slot]  # worker keys may interpolate them
-            values = _resolved(tree, composition, reports)
+            values = _resolved(tree, composition, reports, incomplete)
         except ConfigError as error:
             raise type(error)(f"{KEY}.{index}: {error}") from None
         assembly.workers.append({s: values[s] for s in workers})
         assembly.settings[KEY].append(values["platform"])
+        assembly.missing |= {f"{KEY}.{index}.{k}": v for k, v in composition.missing.items()}
         for key, origin in composition.origins.items():
             if key.split(".")[0] in (*workers, "platform"):
                 assembly.origins[f"{KEY}.{index}.{key}"] = origin
         for group, choice in composition.choices.items():
             if group in workers or group == "platform":
                 assembly.choices[f"{KEY}.{index}.{group}"] = Choice(*choice)
-    check_layers(assembly.workers, assembly.place)
+    if not assembly.missing:
+        check_layers(assembly.workers, assembly.place)
     return assembly
 
 
 def _resolved(
-    tree: ConfigTree, composition: Composition, reports: list[Recorded]
+    tree: ConfigTree, composition: Composition, reports: list[Recorded], incomplete: bool
 ) -> dict[str, Any]:
     """Plain data, with what the checkpoint decides, checked for slots and settings."""
     if not isinstance(composition.values.get("platform"), DictConfig):
         path = tree.options("platform")[composition.choices["platform"][0]]
         raise ConfigError(f"{shown(path)}: platform: expected a mapping")
-    _resolve_checkpoint(tree, composition)
+    _resolve_checkpoint(tree, composition, incomplete)
     resolve_nested(tree, composition)
     _lower_level(composition, reports)
     values = _plain(composition)
@@ -257,7 +280,7 @@ def _trusted(value: Any) -> list[str]:
     return packages
 
 
-def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
+def _resolve_checkpoint(tree: ConfigTree, composition: Composition, incomplete: bool) -> None:
     """Fill ``checkpoint``, and the keys of ``model`` that the YAML leaves to the checkpoint."""
     # imported here: `vllm-di --help` composes without a checkpoint
     from vllm_di.models.checkpoint import describe
@@ -275,15 +298,14 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
         named = not found_by_path or model.get("path") is None
         values.model_name = option if named else Path(str(model.path)).stem
     if model.get("path") is None:
-        if loader == "auto":
-            raise ConfigError(
-                f"{chosen}: model={option} brings no weights; give them with "
-                "model.path=FOLDER, FILE.gguf or "
-                "a hub name (org/name), or run with random weights: loader=dummy"
-            )
-        for slot, option in STAND_INS.items():
-            if not _is_chosen(composition, slot):
-                replace_option(tree, composition, slot, option, "no checkpoint brings its own")
+        if loader != "auto":
+            for slot, option in STAND_INS.items():
+                if not _is_chosen(composition, slot):
+                    replace_option(tree, composition, slot, option, "no checkpoint brings its own")
+        elif incomplete:
+            _note_missing(composition)
+        else:
+            raise ConfigError(f"{chosen}: model={option} brings no weights; {GIVE_WEIGHTS}")
     else:
         description = describe(str(model.path))
         checkpoint.format, checkpoint.weights = description.format, description.weights
@@ -315,6 +337,15 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition) -> None:
                 f"{Path(description.weights).name} is {description.format}",
             )
     _fall_back(composition)
+
+
+def _note_missing(composition: Composition) -> None:
+    """Say in the place of each value of the checkpoint what is missing."""
+    values, missing = composition.values, composition.missing
+    values.checkpoint.weights = values.checkpoint.tokenizer = MISSING
+    values.loader._target_ = missing["loader"] = MISSING
+    if not values.model.get("architecture"):
+        missing["model"] = MISSING  # every key of its would come from there
 
 
 def _left_out(values: dict[str, Any]) -> list[str]:

@@ -41,6 +41,8 @@ class Composition(msgspec.Struct):
     """Dotted key to where its value came from."""
     choices: dict[str, tuple[str, Origin]]
     """Group to its option and who chose it."""
+    missing: dict[str, str] = {}
+    """Slots that cannot be filled yet, and what to set for it."""
 
 
 class ConfigTree(ConfigFiles):

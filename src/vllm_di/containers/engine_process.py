@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 from vllm_di.components.heartbeat import Beat, Heart
 from vllm_di.components.interfaces import Engine
@@ -22,6 +23,7 @@ from vllm_di.components.transport import Codec, Connection, Failure, connect
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.fill import open_engine
 from vllm_di.errors import EngineDeadError, RequestError
+from vllm_di.progress import shown
 from vllm_di.server import wire
 from vllm_di.server.sharing import Borrower
 
@@ -40,7 +42,9 @@ def main() -> None:
     failed = False
     try:
         connection.send(wire.Stage("load"))
-        with open_engine(assembly) as engine:
+        with ExitStack() as stack:
+            with shown(lambda text: tell_stage(connection, text)):
+                engine = stack.enter_context(open_engine(assembly))
             pulse = Pulse(engine)
             heart.state = pulse.beat
             connection.send(wire.Ready(engine.report, engine.patience))
@@ -53,6 +57,12 @@ def main() -> None:
     finally:
         connection.close()
     sys.exit(1 if failed else 0)
+
+
+def tell_stage(connection: Connection[wire.ToEngine], text: str) -> None:
+    """What the start is at. A peer that is gone is noticed by the next message."""
+    with contextlib.suppress(OSError):
+        connection.send(wire.Stage(text))
 
 
 class Pulse:

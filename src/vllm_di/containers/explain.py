@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from dependency_injector.containers import DeclarativeContainer
 
 from vllm_di.components.interfaces import INTERFACE_VERSION, OpTable, Placement
-from vllm_di.containers.assembly import Assembly
+from vllm_di.containers.assembly import MISSING, Assembly
 from vllm_di.containers.fill import opened
 from vllm_di.containers.schema import check
 from vllm_di.containers.slots import (
@@ -22,7 +23,7 @@ from vllm_di.containers.slots import (
     slots,
 )
 from vllm_di.containers.tree import ConfigFiles
-from vllm_di.errors import ConfigError, nearest
+from vllm_di.errors import ConfigError, PortError, nearest
 from vllm_di.version import __version__
 
 
@@ -43,6 +44,8 @@ class Row(msgspec.Struct, frozen=True):
     place: str
     """File and line, the override as typed, or the reason of an automatic choice."""
     alternatives: list[str]
+    missing: str | None = None
+    """What keeps the slot from being filled here, and what to do for it."""
 
 
 class OpRow(msgspec.Struct, frozen=True):
@@ -67,6 +70,7 @@ class Explanation(msgspec.Struct, frozen=True):
     """The platform and its level as a start says them."""
     rows: list[Row]
     ops: list[OpRow]
+    """Empty where the op table cannot be built here: a row says why."""
     fusions: list[str]
     """Fused ops in force."""
     sampling: dict[str, int | float]
@@ -79,9 +83,10 @@ def explain(
     assembly: Assembly, *, config_dirs: Iterable[str | Path] = (), ops: bool = True
 ) -> Explanation:
     """Check every slot of every container, then say what fills it. With ``ops`` the op table is
-    built too.
+    asked too.
 
-    Raises ConfigError as the engine would at its start. Reads no weight.
+    Raises ConfigError as the engine would at its start, but what is absent (weights, a driver) is
+    said in its row. Reads no weight, and compiles no kernel.
     """
     tree = ConfigFiles.find(config_dirs)
     stages = range(len(assembly.workers))
@@ -92,7 +97,11 @@ def explain(
         rows += _rows(WorkerContainer, assembly, tree, stage)
         if ops:
             prefix = f"stages.{stage}." if len(stages) > 1 else ""
-            table, fused = _ops(assembly, stage)
+            try:
+                table, fused = _ops(assembly, stage)
+            except PortError as error:
+                rows = _with_missing(rows, assembly, stage, str(error))
+                continue
             paths += [OpRow(prefix + op, where) for op, where in table.items()]
             fusions += [prefix + op for op in fused]
     platform = assembly.platform
@@ -114,13 +123,20 @@ def explain(
 def _rows(
     container: type[DeclarativeContainer], assembly: Assembly, tree: ConfigFiles, stage: int = 0
 ) -> list[Row]:
-    plan = check(container, assembly, stage=stage, replaced=GIVEN[container])
+    paths = {slot: assembly.path(container, slot, stage) for slot in slots(container)}
+    absent = [slot for slot, path in paths.items() if path in assembly.missing]
+    plan = check(container, assembly, stage=stage, replaced=[*GIVEN[container], *absent])
     rows = []
     for slot, kind in slots(container).items():
-        cls = plan.parts[slot].cls
-        target = f"{cls.__module__}.{cls.__qualname__}"
+        path = paths[slot]
+        node = assembly.nodes(container, stage)[slot]
+        missing = assembly.missing.get(path) or _waits_for(node)
+        if slot in plan.parts:
+            cls = plan.parts[slot].cls
+            target = f"{cls.__module__}.{cls.__qualname__}"
+        else:
+            target = "" if node["_target_"] == missing else node["_target_"]
         package = target.split(".")[0]
-        path = assembly.path(container, slot, stage)
         choice = assembly.choices[path]
         own = assembly.origins.get(f"{path}._target_")
         origin = own if own and own.chosen_by in ("command line", "checkpoint") else choice.origin
@@ -136,9 +152,30 @@ def _rows(
                 chosen_by=origin.chosen_by,
                 place=str(origin),
                 alternatives=[o for o in tree.options(slot) if o != choice.option],
+                missing=missing,
             )
         )
     return rows
+
+
+def _waits_for(node: dict[str, Any]) -> str | None:
+    """What a value of the node waits for."""
+    return MISSING if MISSING in node.values() else None
+
+
+def _with_missing(rows: list[Row], assembly: Assembly, stage: int, why: str) -> list[Row]:
+    """The rows, with the reason why a stage's op table cannot be built in the row of its device or
+    of its ops."""
+    slot = "ops"
+    try:
+        with opened(WorkerContainer, assembly, stage=stage, only=["device"], placement=Placement()):
+            pass
+    except PortError:
+        slot = "device"
+    path = assembly.path(WorkerContainer, slot, stage)
+    return [
+        msgspec.structs.replace(r, missing=f"missing: {why}") if r.slot == path else r for r in rows
+    ]
 
 
 def alternatives(slot: str, config_dirs: Iterable[str | Path] = ()) -> dict[str, str]:
@@ -153,13 +190,15 @@ def alternatives(slot: str, config_dirs: Iterable[str | Path] = ()) -> dict[str,
 def _ops(assembly: Assembly, stage: int) -> tuple[dict[str, str], list[str]]:
     """-> (op to where it runs, fused ops in force)."""
     with opened(
-        WorkerContainer, assembly, stage=stage, only=["ops"], placement=Placement()
+        WorkerContainer, assembly, stage=stage, only=["ops"], preview=True, placement=Placement()
     ) as container:
         table: OpTable = container.ops()
         return table.describe(), sorted(getattr(table, "fusions", ()))
 
 
 def _version(package: str) -> str:
+    if not package:
+        return ""
     if package == "vllm_di":
         return __version__
     names = metadata.packages_distributions().get(package, [])

@@ -16,7 +16,7 @@ import msgspec
 from dependency_injector.containers import DeclarativeContainer
 from dependency_injector.providers import Object, Provider, Singleton
 
-from vllm_di.components.interfaces import Engine, Placement, Worker, WorkerLauncher
+from vllm_di.components.interfaces import Engine, OpLibrary, Placement, Worker, WorkerLauncher
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.schema import Part, check
 from vllm_di.containers.slots import DERIVED, EngineContainer, WorkerContainer
@@ -33,6 +33,7 @@ def opened(
     *,
     stage: int = 0,
     only: Collection[str] = (),
+    preview: bool = False,
     **objects: Any,
 ) -> Iterator[C]:
     """A filled container. Keywords hand in the given values, and objects in place of components:
@@ -40,7 +41,8 @@ def opened(
         with opened(WorkerContainer, assembly, placement=Placement(), attention=Fake()) as c:
             c.worker().load()
 
-    ``only`` builds some slots and what they need. Raises ConfigError before anything is built, and
+    ``only`` builds some slots and what they need. With ``preview`` a library of ops is built by its
+    ``preview``: to be described, not to compute. Raises ConfigError before anything is built, and
     for an object that does not implement its slot's interface.
     """
     filled = container()
@@ -50,7 +52,7 @@ def opened(
         providers: dict[str, Provider[Any]] = {n: Object(o) for n, o in objects.items()}
         for slot, part in plan.parts.items():
             path = assembly.path(container, slot, stage)
-            providers[slot] = _provider(path, part, filled, assembly, stack)
+            providers[slot] = _provider(path, part, filled, assembly, stack, preview)
         for slot, (source, method) in DERIVED.get(container, {}).items():
             if slot not in objects:
                 providers[slot] = Singleton(_call, filled.providers[source], method)
@@ -75,18 +77,27 @@ def _check_objects(container: type[DeclarativeContainer], objects: dict[str, Any
 
 
 def _provider(
-    path: str, part: Part, container: Any, assembly: Assembly, stack: ExitStack
+    path: str,
+    part: Part,
+    container: Any,
+    assembly: Assembly,
+    stack: ExitStack,
+    preview: bool = False,
 ) -> Provider[Any]:
     arguments: dict[str, Any] = {name: container.providers[name] for name in part.injected}
     arguments |= {name: Object(value) for name, value in part.values.items()}
     arguments |= {
-        name: _provider(f"{path}.{name}", inner, container, assembly, stack)
+        name: _provider(f"{path}.{name}", inner, container, assembly, stack, preview)
         for name, inner in part.parts.items()
     }
 
+    make: Callable[..., Any] = part.cls
+    if preview and issubclass(part.cls, OpLibrary):
+        make = part.cls.preview
+
     def build(**kwargs: Any) -> Any:
         try:
-            built = part.cls(**kwargs)
+            built = make(**kwargs)
         except ConfigError as error:
             raise type(error)(f"{assembly.place(path + '._target_')}: {path}: {error}") from error
         except VllmDiError:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import sys
+from contextlib import ExitStack
 
 import msgspec
 
@@ -20,6 +21,7 @@ from vllm_di.components.interfaces import Placement, Worker
 from vllm_di.components.transport import Codec, Connection, Failure, connect
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.fill import open_worker
+from vllm_di.progress import print_line, shown
 
 
 def main() -> None:
@@ -31,7 +33,9 @@ def main() -> None:
     codec: Codec[rpc.Command] = Codec(rpc.Command)
     connection = Connection(connect(sys.argv[2]), codec)
     try:
-        with open_worker(assembly, placement) as worker:
+        with ExitStack() as stack:
+            with shown(print_line):
+                worker = stack.enter_context(open_worker(assembly, placement))
             connection.send(rpc.Hello(placement.rank, placement.stage))
             serve(worker, connection)
     except Exception as error:

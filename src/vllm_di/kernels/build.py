@@ -12,10 +12,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 from vllm_di.cache import is_whole, obtain, user_cache
+from vllm_di.progress import tell
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,9 @@ NEEDED: dict[str, set[str]] = {
 }
 """CPU flags (names of /proc/cpuinfo) that the code of an instruction set may use: the levels of the
 x86-64 psABI."""
+
+
+COMPILING = "compiling kernels (once for this machine)"
 
 
 class BuildError(Exception):
@@ -104,13 +109,30 @@ def prebuilt(isa: str, folder: Path) -> Built | None:
         return None
 
 
+class Recipe(NamedTuple):
+    """How a library is made."""
+
+    target: Path
+    """Its place in the cache."""
+    command: list[str]
+    runtime: str
+    """What it is linked with for OpenMP."""
+
+
 def build(isa: str, cache: Path, openmp: Path | None) -> Built:
     """The library for one instruction set, from the cache or compiled now. Raises BuildError.
 
-    It is linked with ``openmp``, so that one pool of threads serves it and torch. The name in the
-    cache is a hash of sources, flags, compiler and runtime. Processes that build at once wait for
-    the first; where the cache cannot be written, the library is this process's alone.
+    It is linked with ``openmp``, so that one pool of threads serves it and torch. Processes that
+    build at once wait for the first; where the cache cannot be written, the library is this
+    process's alone.
     """
+    made = recipe(isa, cache, openmp)
+    return load_library(made.target, lambda to: _compile(to, made.command, made.runtime))
+
+
+def recipe(isa: str, cache: Path, openmp: Path | None) -> Recipe:
+    """How ``build`` makes it. The name in the cache is a hash of sources, flags, compiler and
+    runtime. Raises BuildError where there is no compiler."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise BuildError("no C++ compiler: neither g++ nor clang++ is on the PATH")
@@ -124,7 +146,7 @@ def build(isa: str, cache: Path, openmp: Path | None) -> Built:
     for part in (compiler, _version(compiler), *flags, runtime):
         digest.update(part.encode() + b"\0")
     target = cache / f"cpu-{isa}-{digest.hexdigest()[:20]}.so"
-    return load_library(target, lambda to: _compile(to, [compiler, *flags], runtime))
+    return Recipe(target, [compiler, *flags], runtime)
 
 
 def load_library(target: Path, compile: Callable[[Path], object]) -> Built:
@@ -164,25 +186,32 @@ def _version(compiler: str) -> str:
 
 
 def _compile(target: Path, command: list[str], runtime: str) -> None:
-    """Each source on its own, side by side, then one link."""
+    """Each source on its own, side by side, then one link. ``progress`` hears how many are done."""
     with tempfile.TemporaryDirectory(prefix="vllm-di-build-") as scratch:
         sources = sorted(SOURCES.glob("*.cpp"))
         objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
-        running = [
-            subprocess.Popen(
-                [*command, "-c", str(source), "-o", to], stderr=subprocess.PIPE, text=True
-            )
-            for source, to in zip(sources, objects, strict=True)
-        ]
-        errors = [process.communicate()[1] for process in running]
-        compiler = Path(command[0]).name
-        for process, text in zip(running, errors, strict=True):
-            if process.returncode:
-                raise BuildError(f"{compiler} failed: {_first_error(text)}")
+        compiler, total = Path(command[0]).name, len(sources)
+        tell(f"{COMPILING}: 0 of {total} units")
+        with ThreadPoolExecutor(max(total, 1)) as pool:
+            units = [
+                pool.submit(
+                    subprocess.run,
+                    [*command, "-c", str(source), "-o", to],
+                    capture_output=True,
+                    text=True,
+                )
+                for source, to in zip(sources, objects, strict=True)
+            ]
+            for count, _ in enumerate(as_completed(units), 1):
+                tell(f"{COMPILING}: {count} of {total} units")
+        for unit in units:
+            if unit.result().returncode:
+                raise BuildError(f"{compiler} failed: {_first_error(unit.result().stderr)}")
         link = [command[0], "-shared", *objects, runtime, "-o", str(target)]
         done = subprocess.run(link, capture_output=True, text=True)
         if done.returncode:
             raise BuildError(f"{compiler} failed to link: {_first_error(done.stderr)}")
+    tell("kernels are compiled; loading")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from vllm_di.cache import is_whole
 from vllm_di.components import products
 from vllm_di.components.interfaces import Activation, Device, OpLibrary, Recorder, Replay
 from vllm_di.components.ops.cpu_packing import (
@@ -24,7 +25,15 @@ from vllm_di.components.ops.torch import TorchOps
 from vllm_di.components.quantized import QuantizedWeight
 from vllm_di.errors import ConfigError
 from vllm_di.kernels.bindings import CpuKernels
-from vllm_di.kernels.build import BuildError, build, default_cache, loaded_openmp, usable_isas
+from vllm_di.kernels.build import (
+    BuildError,
+    Built,
+    build,
+    default_cache,
+    loaded_openmp,
+    recipe,
+    usable_isas,
+)
 from vllm_di.kernels.build import prebuilt as find_prebuilt
 from vllm_di.kernels.memory import Pool
 from vllm_di.kernels.tape import record
@@ -52,6 +61,9 @@ OPS = frozenset(
         "top_k_top_p_sample",
     }
 )
+
+
+UNBUILT = "will be compiled at the first start"
 
 
 class CpuOps(OpLibrary):
@@ -86,7 +98,7 @@ class CpuOps(OpLibrary):
         try:
             folder = Path(cache).expanduser() if cache else default_cache()
             ready = find_prebuilt(self.isa, Path(prebuilt).expanduser()) if prebuilt else None
-            built = ready or build(self.isa, folder, loaded_openmp())
+            built = ready or self._build(folder)
         except BuildError as error:
             if compile == "require":
                 raise ConfigError(
@@ -95,7 +107,20 @@ class CpuOps(OpLibrary):
             self.implements = frozenset()
             self._where = str(error)
             return
-        self._where = f"cpu ({'; '.join(filter(None, (self.isa, 'fp16: torch', built.note)))})"
+        note = UNBUILT if built is None else built.note
+        self._where = f"cpu ({'; '.join(filter(None, (self.isa, 'fp16: torch', note)))})"
+        if built is not None:
+            self._bind(built)
+
+    @classmethod
+    def preview(cls, **arguments: Any) -> OpLibrary:
+        """Compiles nothing; a subclass is built as it is."""
+        return CpuOpsPreview(**arguments) if cls is CpuOps else cls(**arguments)
+
+    def _build(self, cache: Path) -> Built | None:
+        return build(self.isa, cache, loaded_openmp())
+
+    def _bind(self, built: Built) -> None:
         kernels = CpuKernels(built.library)
         self._rms_norm = kernels.rms_norm
         self._add_rms_norm = kernels.add_rms_norm
@@ -592,6 +617,17 @@ class CpuRecorder(Recorder):
             return record(self._ops.kernels, step, self._ops.threads, self._pool)
         finally:
             self._ops.allocating(before)
+
+
+class CpuOpsPreview(CpuOps):
+    """What CpuOps is going to be: it describes itself, computes nothing and compiles nothing."""
+
+    def _build(self, cache: Path) -> Built | None:
+        is_there = is_whole(recipe(self.isa, cache, loaded_openmp()).target)
+        return super()._build(cache) if is_there else None
+
+    def _bind(self, built: Built) -> None:
+        """Nothing is going to be called."""
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

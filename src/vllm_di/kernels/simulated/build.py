@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from vllm_di.kernels.build import BuildError, default_cache, load_library
+from vllm_di.progress import tell
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,10 @@ def _compile(compiler: str, target: Path) -> None:
         "-o",
         str(target),
     ]
+    tell("compiling the simulated device (once for this machine and torch)")
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line]
         why = lines[0] if lines else done.stderr[-300:] or "no message"
         raise BuildError(f"{Path(compiler).name} failed on the simulated device: {why}")
+    tell("the simulated device is compiled; loading")
