@@ -19,6 +19,12 @@ LEVELS = ("contract", "runtime")
 def run(arguments: Arguments) -> int:
     """Exit status 1 when a check failed."""
     no_words(arguments)
+    if "--list" in arguments.switches:
+        from vllm_di.conformance.catalog import CHECKS
+
+        rows = [[str(c.number), c.name, c.required, c.title] for c in CHECKS]
+        print_table(["#", "name", "from level", "check"], rows)
+        return 0
     level = arguments.options.get("--level", "runtime")
     if level not in LEVELS:
         raise UsageError(f"--level {level}: choose {' or '.join(LEVELS)}{nearest(level, LEVELS)}")

@@ -41,11 +41,13 @@ class SmallDevice(Device):
     default_dtype = torch.float32
     supported_dtypes = (torch.float32,)
 
-    def __init__(self, events: list[str], free: int) -> None:
+    def __init__(self, events: list[str], free: int | None) -> None:
         self._events, self._free = events, free
 
-    def memory(self) -> DeviceMemory:
+    def memory(self) -> DeviceMemory | None:
         self._events.append("memory")
+        if self._free is None:
+            return None
         return DeviceMemory(free=self._free, total=2 * self._free)
 
     def synchronize(self) -> None:
@@ -131,7 +133,7 @@ class Hnd(PlanAttention):
 def worker(
     events: list[str] | None = None,
     *,
-    free: int = FREE,
+    free: int | None = FREE,
     max_model_len: int = 64,
     attention: PlanAttention | None = None,
     layout: KvLayout | None = None,
@@ -255,6 +257,18 @@ def test_an_attention_that_cannot_read_the_layout_is_refused_before_the_weights(
 def test_a_wrong_size_is_named() -> None:
     with pytest.raises(ConfigError, match="kv_cache_memory: 'plenty'"):
         worker(kv_cache_memory="plenty")
+
+
+def test_a_device_without_a_memory_report_needs_a_size() -> None:
+    events: list[str] = []
+    with pytest.raises(
+        ConfigError, match=r"^worker\.num_blocks: .*SmallDevice has no memory report"
+    ):
+        worker(events, free=None).load()
+    assert "load" not in events  # said before the weights are read
+    assert sized(free=None, num_blocks=9).num_blocks == 9
+    assert sized(free=None, kv_cache_memory=9 * BLOCK_BYTES).num_blocks == 9
+    assert "memory_free" not in worker(free=None, num_blocks=9).load().details
 
 
 def test_a_loader_s_error_is_the_worker_s() -> None:

@@ -114,7 +114,7 @@ class SelectedOps(OpTable):
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """The unfused path: what runs when a member of the fused op was chosen from elsewhere."""
+        """The unfused path: what runs when a member of the fused op runs elsewhere."""
         total = x + residual
         return self._norm(total, weight, eps), total
 
@@ -125,7 +125,9 @@ class SelectedOps(OpTable):
         rows = {}
         for op, owner in self._owners.items():
             if owner is None:
-                rows[op] = f"unfused: {', '.join(self.FUSED[op])} was chosen from another library"
+                apart = self._apart(op)
+                runs = "runs" if len(apart) == 1 else "run"
+                rows[op] = f"unfused: {', '.join(apart)} {runs} on another library"
             elif type(owner) is not TorchOps:
                 rows[op] = owner.describe().get(op, type(owner).__name__)
             elif op not in self._library.implements:
@@ -136,6 +138,11 @@ class SelectedOps(OpTable):
 
     def library_of(self, op: str) -> OpLibrary | None:
         return self._owners[op]
+
+    def _apart(self, fused: str) -> list[str]:
+        """The members that do not run where the fused op would."""
+        whole = self._library if fused in self._library.implements else TorchOps()
+        return [m for m in self.FUSED[fused] if not _same(self._owners[m], whole)]
 
     def recorder(self) -> Recorder | None:
         """The main library's, when no other library has a hand in it: torch's ops can be seen in a

@@ -70,6 +70,7 @@ class StandardWorker(Worker):
         )
 
     def load(self) -> WorkerReport:
+        self._check_size_is_known()
         begin = time.perf_counter()
         self._loader.load(self._model)
         self._device.synchronize()
@@ -81,9 +82,10 @@ class StandardWorker(Worker):
             "load_seconds": round(seconds, 3),
             "ops": self._ops.describe(),
             "fusions": list(getattr(self._ops, "fusions", ())),
-            "memory_free": memory.free,  # bytes, with the weights in and before the cache
-            "memory_total": memory.total,
         }
+        if memory is not None:
+            details["memory_free"] = memory.free  # bytes, with the weights in, before the cache
+            details["memory_total"] = memory.total
         return WorkerReport(
             block_size=layout.block_size,
             kv_specs=model.kv_specs(),
@@ -103,7 +105,9 @@ class StandardWorker(Worker):
         self._device.synchronize()
         pool = Groups(self._model.kv_specs(), groups).pool
         block_bytes = self._layout.bytes_per_block(pool, self._model.dtype)
-        return CacheSize(self._blocks(block_bytes, self._device.memory().free), block_bytes)
+        memory = self._device.memory()
+        free = None if memory is None else memory.free
+        return CacheSize(self._blocks(block_bytes, free), block_bytes)
 
     def allocate(self, num_blocks: int) -> None:
         self._runner.allocate(self._groups, num_blocks)
@@ -112,7 +116,15 @@ class StandardWorker(Worker):
     def execute(self, step: StepInput) -> StepResult:
         return self._runner.execute(step)
 
-    def _blocks(self, block_bytes: int, free: int) -> int:
+    def _check_size_is_known(self) -> None:
+        """Raise ConfigError where neither the config nor the device can size the cache."""
+        if self._num_blocks is None and self._memory is None and self._device.memory() is None:
+            raise ConfigError(
+                f"worker.num_blocks: it must be set (or worker.kv_cache_memory): "
+                f"{type(self._device).__name__} has no memory report to size the KV cache by"
+            )
+
+    def _blocks(self, block_bytes: int, free: int | None) -> int:
         """As many blocks as asked for; else as many as fit, and never more than full batches of
         full sequences need. Raises ConfigError when not one full sequence fits."""
         reserved = int(self._limits.null_block)
@@ -135,17 +147,18 @@ class StandardWorker(Worker):
                 f"({show_size((per_sequence + reserved) * block_bytes)}); raise "
                 f"{self._keys_to_raise()}, or lower model.max_model_len"
             )
-        if (wanted := blocks * block_bytes) > free:
+        if free is not None and (wanted := blocks * block_bytes) > free:
             raise ConfigError(
                 f"a KV cache of {blocks} blocks ({source}) takes {show_size(wanted)}, but "
                 f"{show_size(free)} are free; lower it"
             )
         return blocks
 
-    def _room(self, free: int) -> tuple[int, str]:
+    def _room(self, free: int | None) -> tuple[int, str]:
         """-> (bytes that the cache may take, who says so)."""
         if self._memory is not None:
             return self._memory, "worker.kv_cache_memory"
+        assert free is not None, "checked before the weights were read"
         share = f"{self._fraction:g} of {show_size(free)} free memory"
         return int(free * self._fraction), f"worker.memory_fraction: {share}"
 

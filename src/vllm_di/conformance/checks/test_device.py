@@ -21,7 +21,9 @@ BUDGET = 1024 * MIB
 
 def free(device: Device) -> int:
     device.synchronize()
-    return device.memory().free
+    report = device.memory()
+    assert report is not None, "a memory report that comes and goes"
+    return report.free
 
 
 @pytest.mark.parametrize("budget", [False, True], ids=["whole", "budget"])
@@ -34,6 +36,8 @@ def test_memory_falls_and_recovers(subject: Subject, record: Record, budget: boo
     with subject.parts("device", more=more) as container:
         device = container.device()
         report = device.memory()
+        if report is None:
+            raise NotDeclared("the device has no memory report")
         assert report.total >= report.free >= 0, report
         record.figure(total=report.total)
         if budget:
@@ -61,6 +65,9 @@ def test_a_cache_beyond_the_memory_is_refused(subject: Subject) -> None:
     more = [f"device.memory_budget={BUDGET}"] if budget else []
     more += ["worker.num_blocks=null", f"worker.kv_cache_memory={2**50}"]
     more += ["scheduler.max_num_seqs=100000", "scheduler.max_num_batched_tokens=100000"]
+    with subject.parts("device") as container:
+        if container.device().memory() is None:
+            raise NotDeclared("the device has no memory report")
     with subject.parts("worker", more=[*more, "model.max_model_len=256"]) as container:
         with pytest.raises(ConfigError) as error:
             start_alone(container.worker())
