@@ -19,7 +19,7 @@ C_TYPES = {
     "int64_t": ctypes.c_int64,
     "float": ctypes.c_float,
 }
-LEAST = 31
+LEAST = 26
 """Functions that there are today: fewer means that the sources were not read."""
 
 
