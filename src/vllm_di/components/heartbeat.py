@@ -33,7 +33,7 @@ ORPHAN_SECONDS = 10.0
 """For a process whose parent is gone to close by itself."""
 STACKS = signal.SIGUSR1
 """On this signal a process writes the stacks of its threads to standard error."""
-STACK_SECONDS = 1.0
+STACK_SECONDS = 0.5
 
 
 class Beat(msgspec.Struct, frozen=True):
