@@ -54,7 +54,7 @@ def sources() -> list[Source]:
     return [
         Source(text, attributes, frozenset().union(*(_ancestors(name, bases) for name in names)))
         for path, text, attributes, names in found
-        if path != Path(interfaces.__file__)
+        if path.parent != Path(interfaces.__file__).parent
     ]
 
 
@@ -80,7 +80,9 @@ def has_caller(interface: str, method: str) -> bool:
 METHODS = [
     (name, method)
     for name, cls in vars(interfaces).items()
-    if inspect.isclass(cls) and inspect.isabstract(cls) and cls.__module__ == interfaces.__name__
+    if inspect.isclass(cls)
+    and inspect.isabstract(cls)
+    and cls.__module__.startswith(interfaces.__name__)
     for method, value in vars(cls).items()
     if not method.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))
     if method not in OF_THE_CONTAINER and (name, method) not in FOR_OTHERS

@@ -20,7 +20,7 @@ import msgspec
 
 from vllm_di.components import interfaces, messages
 
-SOURCES = (Path(interfaces.__file__), Path(messages.__file__))
+SOURCES = (*sorted(Path(interfaces.__file__).parent.glob("*.py")), Path(messages.__file__))
 
 Kind = Literal["class", "method", "attribute", "constant"]
 
@@ -148,7 +148,8 @@ def _entries(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Entry]]:
             yield f"{prefix}{name}", Entry("attribute", form, required, text=text)
         elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             name = statement.targets[0].id
-            yield f"{prefix}{name}", Entry("constant", ast.unparse(statement.value), text=text)
+            if not name.startswith("_"):
+                yield f"{prefix}{name}", Entry("constant", ast.unparse(statement.value), text=text)
 
 
 def _method(node: ast.FunctionDef) -> Entry:

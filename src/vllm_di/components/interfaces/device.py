@@ -1,0 +1,110 @@
+"""For whoever brings a device: where a worker stands, its device, its collectives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Given, not chosen: where this worker stands among its peers."""
+
+    rank: int = 0
+    world_size: int = 1
+    rendezvous: str = ""
+    """For more than one rank ``file://PATH``: a file of torch's FileStore, absent at first, in a
+    folder that the user alone can enter."""
+    stage: int = 0
+    """Which part of a pipeline this is; ranks are counted within a stage."""
+    num_stages: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes. On the host, ``total`` may be a declared budget, and ``free`` what is left of it."""
+
+    free: int
+    total: int
+
+
+class Device(ABC):
+    """(1) The device of one rank: memory, dtypes, copies."""
+
+    torch_device: torch.device
+    default_dtype: torch.dtype
+    supported_dtypes: tuple[torch.dtype, ...]
+    """For weights and activations. A dtype outside is an error, never a cast."""
+    on_host: ClassVar[bool] = False
+    """Whether its tensors lie in memory that other processes of this host could map."""
+
+    @abstractmethod
+    def memory(self) -> DeviceMemory | None:
+        """Free and total memory now. None: it cannot tell, and the config must size the KV cache
+        (``worker.num_blocks`` or ``worker.kv_cache_memory``)."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Return when all work submitted so far is done."""
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A zeroed tensor on the device; a host may leave its pages to be touched first on use."""
+        import torch
+
+        return torch.zeros(tuple(shape), dtype=dtype, device=self.torch_device)
+
+    def host_zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A zeroed host tensor to copy to the device from, pinned where that is of use."""
+        import torch
+
+        return torch.zeros(tuple(shape), dtype=dtype)
+
+    def mark(self) -> Callable[[], None]:
+        """A mark behind all work submitted so far -> a function that returns when that is done."""
+        return self.synchronize
+
+    def dtype(self, name: str) -> torch.dtype:
+        """``auto`` or a torch dtype's name, checked against ``supported_dtypes``. Raises
+        ConfigError."""
+        import torch
+
+        from vllm_di.errors import ConfigError, nearest
+
+        names = {str(d).removeprefix("torch."): d for d in self.supported_dtypes}
+        if name == "auto":
+            return self.default_dtype
+        if name not in names:
+            known = isinstance(getattr(torch, name, None), torch.dtype)
+            why = f"{type(self).__name__} does not support it" if known else "no such dtype"
+            raise ConfigError(
+                f"dtype {name!r}: {why}; choose auto, {', '.join(names)}{nearest(name, names)}"
+            )
+        return names[name]
+
+    def close(self) -> None:
+        """Release what the device holds."""
+
+
+class Communicator(ABC):
+    """(9) Collectives among the ranks of one tensor-parallel group. All ranks make the same calls
+    in the same order."""
+
+    rank: int
+    world_size: int
+
+    @abstractmethod
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks; may work in place. Bit-equal on all ranks afterwards."""
+
+    @abstractmethod
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        """Concatenate the ranks' equal-shaped tensors along ``dim``, in rank order."""
+
+    def close(self) -> None:
+        """Leave the group."""

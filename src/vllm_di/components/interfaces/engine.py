@@ -1,0 +1,235 @@
+"""For whoever changes scheduling: executor, KV cache manager, scheduler, drafts, engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_di.components.interfaces.device import Placement
+from vllm_di.components.interfaces.worker import Worker
+from vllm_di.components.messages import (
+    EngineOutputs,
+    EngineRequest,
+    EngineStats,
+    Peer,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    TokenOutput,
+    WorkerReport,
+)
+
+
+class WorkerLauncher(ABC):
+    """Given, not chosen: opens worker containers for an executor, which itself knows no
+    container."""
+
+    num_stages: int = 1
+    """Stages that the model is cut into. Each wants a placement of its own."""
+
+    @abstractmethod
+    def open(self, placement: Placement) -> AbstractContextManager[Worker]:
+        """A worker in this process."""
+
+    @abstractmethod
+    def command(self, placement: Placement, address: str) -> tuple[list[str], bytes]:
+        """Argument list of a worker process that connects to the Unix socket ``address``, and the
+        bytes to write to its standard input (the assembly)."""
+
+    def place(self, stage: int, key: str) -> str:
+        """Where a stage's dotted key was set and how it is called there, for messages."""
+        return f"stages.{stage}.{key}"
+
+
+class Executor(ABC):
+    """Runs steps on the workers."""
+
+    depth: int = 1
+    """Steps that may be in flight at once; the report of ``start`` says it too."""
+    patience: float | None = None
+    """Seconds after which whoever watches this process may take a step for hung; None: never."""
+
+    @abstractmethod
+    def start(self) -> WorkerReport:
+        """Start the workers, load the weights, allocate the cache. Called once."""
+
+    @abstractmethod
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        """Run one step, after those submitted before it; up to ``WorkerReport.depth`` may be in
+        flight. The future holds rank 0's result, of the last stage, or EngineDeadError."""
+
+    @abstractmethod
+    def collective(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every rank's Worker with plain-data arguments; results in rank order."""
+
+    def check_alive(self) -> None:
+        """Raise EngineDeadError when a worker is gone."""
+
+    def processes(self) -> list[Peer]:
+        """The processes of the workers, and which of them give no sign of life. Called from any
+        thread, between ``start`` and ``close``."""
+        return []
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Prefix:
+    """What a scheduler keeps of one request for its cache manager, for as long as the request
+    lives: a preempted one comes back with it."""
+
+    token_ids: Sequence[int]
+    """Prompt and generated tokens. They only grow."""
+    salt: str | None = None
+    lookup: bool = True
+    """False: nothing may come from the cache, every token must run (to be scored)."""
+    keys: Any = None
+    """Belongs to the manager: the keys of the full blocks, each made once."""
+    admitted: bool = False
+    """Set by the manager. A later admission follows a preemption and counts in no statistics."""
+
+
+class KvCacheManager(ABC):
+    """Hands out blocks, shares full ones by the hash of their tokens, evicts the least recently
+    used."""
+
+    num_blocks: int
+    block_size: int
+
+    @abstractmethod
+    def admit(
+        self, seq_id: int, prefix: Prefix, take: Callable[[int], int]
+    ) -> tuple[int, int] | None:
+        """Start ``seq_id`` with the cached full blocks that its tokens begin with, all but the last
+        token's (which must run), and with blocks for the ``take(cached)`` tokens behind them;
+        return (cached, taken). None, and nothing has changed, when ``take`` says 0 or there are too
+        few blocks: the head of the queue asks again in each step, so a refusal should be cheap."""
+
+    @abstractmethod
+    def num_missing(self, seq_id: int, num_tokens: int, num_computed: int) -> int:
+        """How many blocks ``allocate`` lacks; 0 when it can."""
+
+    @abstractmethod
+    def allocate(self, seq_id: int, num_tokens: int, num_computed: int) -> list[list[int]] | None:
+        """Give back the blocks of ``seq_id`` that no query from position ``num_computed`` on can
+        see, then grow its block tables to hold ``num_tokens``. Return the blocks added to each
+        KvGroup's, or None (and change nothing) when there are too few."""
+
+    @abstractmethod
+    def commit(self, seq_id: int, token_ids: Sequence[int], num_computed: int) -> None:
+        """Blocks that ``num_computed`` tokens fill are complete: make them shareable."""
+
+    @abstractmethod
+    def free(self, seq_id: int) -> None:
+        """Give back all blocks of ``seq_id``; unknown ids are ignored."""
+
+    @abstractmethod
+    def block_ids(self, seq_id: int) -> list[list[int]]:
+        """The block table of each KvGroup; -1 stands for a block that its window has left."""
+
+    @property
+    @abstractmethod
+    def num_free_blocks(self) -> int:
+        """Blocks not held by a live sequence (cached ones count: they can be evicted)."""
+
+    @abstractmethod
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached block that no live sequence holds."""
+
+    @abstractmethod
+    def stats(self) -> tuple[int, int]:
+        """(tokens looked up, tokens found) since the start, each request counted once: when it is
+        first admitted."""
+
+
+class Drafter(ABC):
+    """Guesses tokens that a sequence goes on with. Each is checked by the model in the next step:
+    the answer is the same, it comes in fewer steps."""
+
+    max_drafts: int = 0
+    """Most tokens guessed at once."""
+
+    def drafts_for(self, num_running: int) -> int:
+        """How many tokens to guess for each decoding sequence of a step, when so many run: in a
+        full batch a wrong guess takes the place of another's token."""
+        return self.max_drafts
+
+    @abstractmethod
+    def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
+        """What follows ``token_ids``, ``most`` tokens at most; [] for no idea. Called for every
+        decoding sequence in every step, on the engine's thread."""
+
+
+class Scheduler(ABC):
+    """Chooses what runs in each step. Continuous batching: a step mixes decodes with chunks of
+    prefills."""
+
+    @abstractmethod
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. Raises RequestError (it can never fit) or QueueFullError."""
+
+    @abstractmethod
+    def abort(self, request_id: str) -> bool:
+        """Forget a request in any phase and free its blocks; False when it is unknown."""
+
+    @abstractmethod
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when nothing can run."""
+
+    @abstractmethod
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
+        """Take a step's result; return what is new for each request."""
+
+    @abstractmethod
+    def has_work(self) -> bool: ...
+
+    @abstractmethod
+    def stats(self) -> EngineStats: ...
+
+
+class StructuredOutput(ABC):
+    """Constrains tokens to a grammar."""
+
+    @abstractmethod
+    def check(self, params: SamplingParams) -> None:
+        """Raise RequestError for a request that this component cannot honour."""
+
+
+class Engine(ABC):
+    """Scheduler and executor in a loop. Single-threaded: one thread calls everything but ``abort``
+    and ``add``, which it calls between steps."""
+
+    report: WorkerReport
+
+    @abstractmethod
+    def add(self, request: EngineRequest) -> None:
+        """Raises RequestError; the engine is unchanged then."""
+
+    @abstractmethod
+    def abort(self, request_id: str) -> None: ...
+
+    @abstractmethod
+    def has_work(self) -> bool: ...
+
+    @abstractmethod
+    def step(self) -> EngineOutputs:
+        """Run one step to its end and return what is new."""
+
+    @abstractmethod
+    def reset_prefix_cache(self) -> None: ...
+
+    patience: float | None = None
+    """Its executor's."""
+
+    def check_alive(self) -> None:
+        """Raise EngineDeadError when a worker is gone. Called while there is nothing to do."""
+
+    def processes(self) -> list[Peer]:
+        """Its executor's. Called from any thread."""
+        return []
+
+    def close(self) -> None: ...

@@ -1,0 +1,242 @@
+"""For whoever changes what a client sees: tokenizer, templates, parsers, metrics, server."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from vllm_di.components.messages import EngineRequest, EngineStats, TokenOutput, WorkerReport
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back."""
+
+    vocab_size: int
+    eos_token_id: int | None
+    bos_token: str | None
+    eos_token: str | None
+
+    @abstractmethod
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    @abstractmethod
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    @abstractmethod
+    def token_text(self, token_id: int) -> str:
+        """The raw vocabulary entry, as ``convert_ids_to_tokens`` gives it."""
+
+    @abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for (OpenAI's ``bytes`` in log-probs)."""
+
+    def is_special(self, token_id: int) -> bool:
+        return False
+
+
+class ChatTemplate(ABC):
+    """Messages to a prompt."""
+
+    @abstractmethod
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Raises RequestError for messages that the template refuses."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContentDelta:
+    """The next piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """The next piece of the reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallBegun:
+    """A tool call, told once: the arguments follow."""
+
+    index: int
+    """Among the calls of its choice, counted from 0 without gaps."""
+    id: str
+    """Unique, for the client to answer to."""
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallArguments:
+    """The next piece of a call's arguments. Joined, the pieces are the JSON object that OpenAI's
+    ``arguments`` holds."""
+
+    index: int
+    text: str
+
+
+ParserEvent = ContentDelta | ReasoningDelta | ToolCallBegun | ToolCallArguments
+
+
+@dataclass(frozen=True, slots=True)
+class ParserRequest:
+    """What a parser may know of the request whose answer it reads."""
+
+    fields: Mapping[str, Any]
+    """The body's fields by name, as ``check`` saw them: ``tools``, ``tool_choice``, ..."""
+    prompt: str
+    """As rendered: some templates open the reasoning themselves."""
+
+
+class ParserState(ABC):
+    """One choice's text on its way through a parser.
+
+    The text comes in deltas that may end anywhere, in the middle of a tag too; joined, the events
+    of a text are the same however it was cut. An event is final: what may still turn out to be
+    something else is held back. All text comes out, as content where it is nothing else; a
+    malformed call is no error.
+    """
+
+    @abstractmethod
+    def feed(self, delta: str) -> Sequence[ParserEvent]:
+        """What the next piece of text, never an empty one, makes certain."""
+
+    @abstractmethod
+    def finish(self) -> Sequence[ParserEvent]:
+        """What was held back, at the text's end. Called once, and last."""
+
+
+class ToolParser(ABC):
+    """Finds tool calls in generated text."""
+
+    needs_special_tokens: ClassVar[bool] = False
+    """Whether it looks for special tokens: these are then kept in the text, unless the request
+    says otherwise."""
+
+    @abstractmethod
+    def check(self, request: Mapping[str, Any]) -> None:
+        """Raise RequestError (code ``unsupported_parameter``) for a request that needs what this
+        parser lacks."""
+
+    @abstractmethod
+    def start(self, request: ParserRequest) -> ParserState:
+        """A state for one choice. Called only for requests with ``tools`` whose ``tool_choice`` is
+        not ``none``; fed with what the reasoning parser left as content. Its events are content
+        and tool calls."""
+
+
+class ReasoningParser(ABC):
+    """Parts reasoning from the answer."""
+
+    needs_special_tokens: ClassVar[bool] = False
+    """As for tool parsers."""
+
+    @abstractmethod
+    def check(self, request: Mapping[str, Any]) -> None:
+        """Raise RequestError (code ``unsupported_parameter``) for a request that needs what this
+        parser lacks."""
+
+    @abstractmethod
+    def start(self, request: ParserRequest) -> ParserState:
+        """A state for one choice. Its events are reasoning and content."""
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """Seconds and counts of one finished sequence, for the histograms."""
+
+    finish_reason: str
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    max_tokens: int | None
+    n: int
+    end_to_end: float
+    queue: float
+    prefill: float
+    decode: float
+
+
+class Metrics(ABC):
+    """Counts what the server does. Never labels anything with text from a request."""
+
+    @abstractmethod
+    def tokens(
+        self,
+        num_prompt: int,
+        num_generated: int,
+        first_after: float | None,
+        inter_token: float | None,
+    ) -> None:
+        """One output of one sequence: new tokens; seconds to the first token, or since the previous
+        output."""
+
+    @abstractmethod
+    def finished(self, times: RequestTimes) -> None: ...
+
+    @abstractmethod
+    def engine(self, stats: EngineStats) -> None: ...
+
+    @abstractmethod
+    def http(self, handler: str, status: int, seconds: float) -> None: ...
+
+    @abstractmethod
+    def info(self, report: WorkerReport, labels: Mapping[str, str]) -> None:
+        """Static facts, once, when the engine is ready; ``labels`` are slot -> class name."""
+
+    @abstractmethod
+    def render(self) -> tuple[bytes, str]:
+        """(body, content type) in Prometheus' text form."""
+
+
+class EngineClient(ABC):
+    """Given, not chosen: the frontend's line to the engine. Asyncio, one event loop."""
+
+    state: Literal["starting", "ready", "dead"]
+    failure: str | None
+    stage: str
+    """What a starting engine is doing: ``load``, ``warm-up``, ..."""
+    report: WorkerReport | None
+    on_stats: Callable[[EngineStats], None] | None = None
+    """Called with the engine's gauges and totals after each of its messages."""
+    silent: Sequence[str] = ()
+    """Processes of a ready engine that give no sign of life: ``engine``, ``worker 1``."""
+    restarts: int = 0
+    """How often within ten minutes an engine that died may be replaced. The server sets it."""
+
+    @abstractmethod
+    def generate(self, request: EngineRequest) -> AsyncIterator[TokenOutput]:
+        """Submit now; yield outputs up to the one with a finish_reason. Closing the iterator early
+        aborts the request. Raises RequestError (refused), EngineDeadError."""
+
+    @abstractmethod
+    async def wait_ready(self) -> None:
+        """Raises EngineDeadError when the start failed."""
+
+    async def wait_dead(self) -> None:
+        """Raises EngineDeadError once the engine is dead for good. Waits for ever where nobody
+        can tell."""
+        from asyncio import Event
+
+        await Event().wait()
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+
+class Server(ABC):
+    """The HTTP server."""
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Serve until told to stop (SIGTERM, SIGINT), then drain."""

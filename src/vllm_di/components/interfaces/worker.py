@@ -1,0 +1,112 @@
+"""For whoever changes what a worker does with a step: limits, sampler, runner, worker."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vllm_di.components.messages import (
+    CacheSize,
+    KvGroup,
+    LimitsReport,
+    SampledTokens,
+    SamplingParams,
+    StepInput,
+    StepResult,
+    WorkerReport,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SchedulerLimits(ABC):
+    """(3) Plain data that a platform gives the one scheduler."""
+
+    @abstractmethod
+    def report(self) -> LimitsReport: ...
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """What a worker keeps of one live sequence."""
+
+    seq_id: int
+    params: SamplingParams
+    token_ids: list[int]
+    """Prompt and all generated tokens known so far."""
+    prompt_len: int
+    block_ids: list[list[int]]
+    """Of each KvGroup. Blocks that a sliding window has left still stand here."""
+    eos_token_ids: list[int]
+    bad_words_token_ids: list[list[int]]
+    sampler_state: Any = None
+    """Belongs to the sampler: generator, counts, masks."""
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+
+class Sampler(ABC):
+    """Chooses one token for each row."""
+
+    request_faults: ClassVar[frozenset[str]] = frozenset()
+    """Of the reasons that ``sample`` gives for failed rows, those that a request's own parameters
+    cause: such a request is answered with 400, the others with 500."""
+
+    @abstractmethod
+    def sample(
+        self, logits: Tensor, rows: Sequence[SequenceState]
+    ) -> tuple[list[SampledTokens], dict[int, str]]:
+        """logits [rows, vocab] fp32 (may be overwritten) -> one token a row, and seq_id -> reason
+        for rows that failed (NaN). A row's result depends on that row alone."""
+
+    def prompt_logprobs(self, logits: Tensor, token_ids: Sequence[int], count: int) -> list[Any]:
+        """logits [rows, vocab] and the token that follows each row -> TokenLogprobs with ``count``
+        alternatives."""
+        raise NotImplementedError
+
+
+class ModelRunner(ABC):
+    """Turns a StepPlan into a BatchPlan, runs it, samples."""
+
+    @abstractmethod
+    def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
+        """Allocate the KV cache. Called once, after the weights are loaded."""
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Run every shape once."""
+
+    @abstractmethod
+    def execute(self, step: StepInput) -> StepResult:
+        """One step. Hidden states come from the stage before, and go to the next one in the result.
+        On ranks other than 0 and on stages before the last the result's lists are empty."""
+
+    def close(self) -> None: ...
+
+
+class Worker(ABC):
+    """One rank: loads the weights, compiles, allocates the cache, executes steps. Calls come in
+    this order: the cache is sized when nothing else will take memory."""
+
+    @abstractmethod
+    def load(self) -> WorkerReport:
+        """Load the weights. The number of blocks is not known yet: 0."""
+
+    @abstractmethod
+    def prepare(self, groups: list[KvGroup]) -> CacheSize:
+        """Compile for these groups, which are those of all stages -> how many blocks fit then."""
+
+    @abstractmethod
+    def allocate(self, num_blocks: int) -> None:
+        """Allocate the agreed number of blocks (the minimum over ranks) and warm up."""
+
+    @abstractmethod
+    def execute(self, step: StepInput) -> StepResult:
+        """One step, as ``ModelRunner.execute``."""
+
+    def close(self) -> None: ...
