@@ -57,6 +57,12 @@ class Sampler(ABC):
     """Of the reasons that ``sample`` gives for failed rows, those that a request's own parameters
     cause: such a request is answered with 400, the others with 500."""
 
+    def begin(self, rows: Sequence[SequenceState], drafts: Sequence[list[int]]) -> None:
+        """Called before the step runs, with the sequences that ``sample`` will be given and the
+        guesses of what follows each. What needs no logits can be worked out while the model runs,
+        on a thread of the sampler's own: a grammar's mask of tokens."""
+        return
+
     @abstractmethod
     def sample(
         self, logits: Tensor, rows: Sequence[SequenceState]

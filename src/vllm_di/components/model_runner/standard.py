@@ -132,6 +132,8 @@ class StandardModelRunner(ModelRunner):
         if self._hidden is not None:
             assert step.hidden is not None, "a stage that is not the first has no hidden states"
             built.hidden = self._hidden.fill(step.hidden, len(built.token_ids))
+        if sampled and self._samples and self._model.last:
+            self._sampler.begin([one.state for one in sampled], [one.drafts for one in sampled])
         try:
             out = self._run(built)
         except torch.OutOfMemoryError as error:
