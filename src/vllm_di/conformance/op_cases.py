@@ -297,6 +297,11 @@ def greedy_sample(make: Maker) -> Iterator[OpCase]:
         zeros = torch.zeros(2, vocab, dtype=torch.float32)
         yield OpCase(f"all equal {vocab}", (zeros,))
         yield OpCase(f"all -inf {vocab}", (zeros - float("inf"),))
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for at in (0, 50, 98):
+            logits = make.real(3, 99, dtype=torch.float32)
+            logits[1, at] = value
+            yield OpCase(f"3x99 {value} at {at}", (logits,))
 
 
 def top_k_top_p_sample(make: Maker) -> Iterator[OpCase]:

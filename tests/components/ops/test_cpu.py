@@ -142,9 +142,12 @@ def test_greedy_sample_takes_the_first_of_the_largest(isa: str, vocab: int) -> N
         logits = random(rows, vocab).round()  # many ties
         assert torch.equal(library(isa).greedy_sample(logits), REFERENCE.greedy_sample(logits))
     logits = random(3, vocab)
-    logits[0, vocab // 2], logits[1, 0], logits[1, -1] = float("nan"), float("nan"), float("inf")
+    logits[0, vocab // 2], logits[1, -1] = float("nan"), float("inf")
+    masked = torch.full((1, vocab), -float("inf"))
+    masked[0, -1] = -3.0
     for ops in (library(isa), REFERENCE):
-        assert ops.greedy_sample(logits)[:2].tolist() == [vocab // 2, 0]
+        assert ops.greedy_sample(logits)[:2].tolist() == [-1, -1]
+        assert ops.greedy_sample(masked).tolist() == [vocab - 1]
     view = random(4, vocab + 3)[:, :vocab]
     assert torch.equal(library(isa).greedy_sample(view), REFERENCE.greedy_sample(view))
 

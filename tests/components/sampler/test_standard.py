@@ -280,7 +280,10 @@ def test_each_op_is_called_once_for_all_rows_that_need_it() -> None:
     chooser.sample(noise(6, 40), [row(i) for i in range(6)])
     assert (ops.greedy, ops.random) == (2, 1)  # each row's peak tells whether it is finite
     chooser.sample(noise(6, 40), [row(i, temperature=i % 2, top_p=1, min_p=0) for i in range(6)])
-    assert (ops.greedy, ops.random) == (4, 2)
+    assert (ops.greedy, ops.random) == (3, 2)
+    biased = [row(i, logit_bias={1: 2.0}, temperature=0) for i in range(6)]
+    chooser.sample(noise(6, 40), biased)
+    assert (ops.greedy, ops.random) == (5, 2)  # before the biases, and behind them
 
 
 def test_a_batch_that_changes_is_not_mistaken_for_the_one_before() -> None:

@@ -254,7 +254,7 @@ def test_attention_of_sequences_without_a_context(ops: There) -> None:
     assert not out.any()
 
 
-def test_greedy_takes_the_lowest_id_and_shows_a_nan() -> None:
+def test_greedy_takes_the_lowest_id_and_none_of_a_row_that_is_not_finite() -> None:
     logits = random(5, 10000)
     logits[0, 7] = logits[0, 9000] = 99.0
     logits[1, 8500] = float("nan")

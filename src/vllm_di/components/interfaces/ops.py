@@ -208,8 +208,8 @@ class OpTable(ABC):
 
     @abstractmethod
     def greedy_sample(self, logits: Tensor) -> Tensor:
-        """logits [rows, vocab] fp32 -> argmax [rows] int64, the lowest id on a tie; of a row
-        with a NaN the id of one, as in torch.argmax."""
+        """logits [rows, vocab] fp32 -> argmax [rows] int64, the lowest id on a tie; -1 for a row
+        whose largest entry is not finite, or that holds a NaN."""
 
     @abstractmethod
     def top_k_top_p_sample(

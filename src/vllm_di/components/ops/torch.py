@@ -165,9 +165,10 @@ class TorchOps(OpLibrary):
         return out
 
     def greedy_sample(self, logits: Tensor) -> Tensor:
+        peaks = logits.amax(-1, keepdim=True)  # NaN where one is in the row
         # torch.argmax names no order among equals: take the first of the maxima
-        best = (logits == logits.amax(-1, keepdim=True)) | logits.isnan()
-        return best.to(torch.uint8).argmax(-1)
+        best = (logits == peaks).to(torch.uint8).argmax(-1)
+        return best.where(peaks[:, 0].isfinite(), -1)
 
     def top_k_top_p_sample(
         self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor

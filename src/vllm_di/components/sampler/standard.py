@@ -76,27 +76,35 @@ class StandardSampler(Sampler):
         self._group: Group | None = None
         self._known: Known = WeakValueDictionary()
 
-    @torch.inference_mode()
     def sample(
         self, logits: Tensor, rows: Sequence[SequenceState]
     ) -> tuple[list[SampledTokens], dict[int, str]]:
         if not rows:
             return [], {}
-        best = self._greedy(logits)
-        peaks = logits.gather(1, best[:, None])[:, 0].tolist()
-        good = [math.isfinite(peak) for peak in peaks]
-        if not all(good):
-            keep = [i for i, is_good in enumerate(good) if is_good]
-            failed = {r.seq_id: NOT_FINITE for r, ok in zip(rows, good, strict=True) if not ok}
+        best = _listed(self._greedy(logits))
+        if min(best) < 0:
+            keep = [i for i, token in enumerate(best) if token >= 0]
+            failed = {
+                r.seq_id: NOT_FINITE for r, token in zip(rows, best, strict=True) if token < 0
+            }
             tokens, others = self.sample(logits[keep], [rows[i] for i in keep])
             return tokens, failed | others
         group = self._grouped(logits, rows)
-        if group.plain:
-            pairs = zip(rows, _listed(best), strict=True)
+        if group.plain:  # nothing of torch's runs here: its first call of a step costs the most
+            pairs = zip(rows, best, strict=True)
             return [SampledTokens(row.seq_id, [token]) for row, token in pairs], {}
+        return self._sample_each(logits, rows, group, best)
+
+    @torch.inference_mode()
+    def _sample_each(
+        self, logits: Tensor, rows: Sequence[SequenceState], group: Group, best: list[int]
+    ) -> tuple[list[SampledTokens], dict[int, str]]:
+        """Rows of finite logits, whose argmax is ``best``, as each one asks."""
         raw = self._raw(logits, group) if group.reported else None
         dead = self._adjust(logits, rows, group) if group.adjusted else {}
-        ids = self._choose(logits, rows, group)
+        if group.adjusted:
+            best = _listed(self._greedy(logits))
+        ids = self._choose(logits, rows, group, best)
         reports = self._reports(raw, ids, group)
         tokens = [
             SampledTokens(row.seq_id, [ids[i]], [reports[i]] if i in reports else None)
@@ -144,17 +152,22 @@ class StandardSampler(Sampler):
             logits[i] = 0.0
         return dead
 
-    def _choose(self, logits: Tensor, rows: Sequence[SequenceState], group: Group) -> list[int]:
+    def _choose(
+        self, logits: Tensor, rows: Sequence[SequenceState], group: Group, best: list[int]
+    ) -> list[int]:
+        """``best``: the argmax of each row."""
         draws = group.draws
         if draws is None:
-            return _listed(self._greedy(logits))
+            return best
         positions = [rows[i].num_generated for i in draws.rows]
         if not group.greedy:
             return self._draw(logits, positions, draws)
-        tokens = self._draw(logits[draws.rows], positions, draws)
-        best = _listed(self._greedy(logits[group.greedy]))
-        pairs = (*zip(draws.rows, tokens, strict=True), *zip(group.greedy, best, strict=True))
-        return [token for _, token in sorted(pairs)]
+        ids = list(best)
+        for i, token in zip(
+            draws.rows, self._draw(logits[draws.rows], positions, draws), strict=True
+        ):
+            ids[i] = token
+        return ids
 
     def _draw(self, logits: Tensor, positions: list[int], draws: Draws) -> list[int]:
         """logits [rows, vocab] of the rows that are drawn."""

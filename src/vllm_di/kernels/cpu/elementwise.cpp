@@ -259,26 +259,34 @@ EXPORT void embedding(const int64_t* ids, const char* table, char* out, int64_t 
   submit(Embedding{ids, table, out, tokens, bytes}, threads);
 }
 
-// The first of the largest entries of each row, or its first NaN.
+// The first of the largest entries of each row; -1 where that is not finite, or one is NaN.
 struct Argmax {
   const float* logits;
   int64_t* out;
   int64_t rows, n, stride;
   int64_t work() const { return rows > 1 ? rows * n : 0; }
   void run(const Team& team) const {
-    for (int64_t r = team.first(rows); r < team.last(rows); r++) {
-      const float* row = logits + r * stride;
-      float best = -INFINITY;
-      int strange = 0;
-#pragma omp simd reduction(max : best) reduction(| : strange)
-      for (int64_t i = 0; i < n; i++) {
-        best = row[i] > best ? row[i] : best;
+    for (int64_t r = team.first(rows); r < team.last(rows); r++) out[r] = first_best(logits + r * stride);
+  }
+
+  static const int64_t kStretch = 512;  // the place is looked for in the one stretch that has the largest entry
+  int64_t first_best(const float* row) const {
+    float best = -INFINITY;
+    int64_t best_start = 0;
+    int strange = 0;
+    for (int64_t start = 0; start < n; start += kStretch) {
+      const int64_t end = std::min(start + kStretch, n);
+      float peak = -INFINITY;
+#pragma omp simd reduction(max : peak) reduction(| : strange)
+      for (int64_t i = start; i < end; i++) {
+        peak = row[i] > peak ? row[i] : peak;
         strange |= row[i] != row[i];
       }
-      int64_t at = 0;
-      while (at < n - 1 && (strange ? row[at] == row[at] : row[at] != best)) at++;
-      out[r] = at;
+      if (peak > best) best = peak, best_start = start;
     }
+    if (strange || !std::isfinite(best)) return -1;
+    while (row[best_start] != best) best_start++;
+    return best_start;
   }
 };
 

@@ -20,22 +20,23 @@ def greedy_kernel(
     vocab,
     BLOCK: tl.constexpr,
 ):
-    """The largest logit's id, the lowest on a tie; a NaN is larger than all."""
+    """The largest logit's id, the lowest on a tie; -1 where it is not finite or a NaN is there."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     best = float("-inf")
-    best_id = 0
-    nan_id = vocab
+    best_id = -1
+    has_nan = 0
     for at in range(0, vocab, BLOCK):
         ids = at + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + ids, mask=ids < vocab, other=float("-inf"))
-        nan_id = tl.minimum(nan_id, tl.min(tl.where(x != x, ids, vocab), 0))
+        has_nan = tl.maximum(has_nan, tl.max((x != x).to(tl.int32), 0))
         x = tl.where(x != x, float("-inf"), x)
         peak = tl.max(x, 0)
         peak_id = tl.min(tl.where(x == peak, ids, vocab), 0)
         best_id = tl.where(peak > best, peak_id, best_id)
         best = tl.maximum(best, peak)
-    tl.store(out_ptr + row, tl.where(nan_id < vocab, nan_id, best_id).to(tl.int64))
+    is_finite = (has_nan == 0) & (best < float("inf"))
+    tl.store(out_ptr + row, tl.where(is_finite, best_id, -1).to(tl.int64))
 
 
 @triton.jit
