@@ -18,7 +18,6 @@ from tests.server.tag_parsers import TagToolParser, ThinkParser
 from tests.server.test_chat import events
 
 from vllm_di.components.interfaces import (
-    ContentDelta,
     ParserEvent,
     ParserRequest,
     ParserState,
@@ -123,12 +122,13 @@ def test_arguments_are_streamed() -> None:
     parser = choice_parser(True)
     half = F[: F.index("b")]
     first = parser.feed(half, is_last=False)
-    assert isinstance(first[0], ToolCallBegun)
-    told = "".join(e.text for e in first if isinstance(e, ToolCallArguments))
+    assert first.calls[0].begun is not None
+    told = "".join(first.calls[0].arguments)
     assert half.endswith(told)
     assert len(told) > 10
     rest = parser.feed(F[len(half) :], is_last=True)
-    assert not [e for e in rest if isinstance(e, ToolCallBegun | ContentDelta)]
+    assert rest.calls[0].begun is None
+    assert not rest.content
 
 
 class Scripted(ToolParser, ParserState):

@@ -132,10 +132,10 @@ def test_waiting_updates_are_merged() -> None:
                 updates.put(0, update)
         assert updates.num_bytes > 20_000 * 40
         error = ValueError("the end")
-        updates.end(error, at_once=False)
-        taken = [(await updates.get())[1] for _ in range(64)]
+        updates.end(error)
+        taken = [item[1] for _ in range(64) if (item := await anext(updates)) is not None]
         with pytest.raises(ValueError, match="the end"):
-            await updates.get()
+            await anext(updates)
         assert updates.num_bytes == 0
         for index in range(2):
             mine = [u for u in taken if u.index == index]

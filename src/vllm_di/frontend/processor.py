@@ -59,6 +59,9 @@ class Update(msgspec.Struct, kw_only=True):
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """With the first update, where the request asks for them."""
+    num_cached_tokens: int = 0
     abort: bool = False
     """A stop string ended the text: the caller must abort the request in the engine."""
 
@@ -297,6 +300,8 @@ class _Sequence:
             logprobs=logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            prompt_logprobs=output.prompt_logprobs,
+            num_cached_tokens=output.num_cached_tokens,
             abort=stopped is not None and reason is None,
         )
 

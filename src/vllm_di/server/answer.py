@@ -1,139 +1,98 @@
-"""Sends an answer, whole or as server-sent events."""
+"""What an answer to a client is made of: updates in, bytes or a body out."""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
-from starlette.types import Receive, Send
 
-from vllm_di.frontend.processor import Generation, Update
-from vllm_di.server.errors import ClientGone, as_request_error, error_body
-from vllm_di.server.generation import Run
+from vllm_di.components.interfaces import Tokenizer
+from vllm_di.components.messages import TokenLogprobs
+from vllm_di.frontend.processor import Update
 from vllm_di.server.protocol import GenerateRequest
-from vllm_di.server.service import Service
-
-KEEP_ALIVE = b": keep-alive\n\n"
-DONE = b"data: [DONE]\n\n"
-_EVENT_STREAM = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 
 
 class Answer(ABC):
-    """One request's answer in the making: fed with updates, it gives events or, at the end, the
-    whole body. What does not change between events is encoded once."""
+    """Renders the updates of one request, as events or as one body. What does not change between
+    events is encoded once."""
+
+    OBJECT: ClassVar[str]
+    EVENT_OBJECT: ClassVar[str]
 
     def __init__(
-        self, service: Service, request: GenerateRequest, generations: Sequence[Generation]
+        self,
+        request: GenerateRequest,
+        *,
+        request_id: str,
+        model: str,
+        tokenizer: Tokenizer,
+        prompts: Sequence[list[int]],
     ) -> None:
         options = request.stream_options
-        self.service = service
-        self.generations = generations
-        self.is_stream = bool(request.stream)
         self._wants_usage = bool(options and options.include_usage)
         self._usage_in_each = self._wants_usage and bool(options and options.continuous_usage_stats)
+        self._with_token_ids = bool(request.return_token_ids)
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        """Token ids of each prompt; the position of an update is that of its prompt."""
+        self._prompt_logprobs: list[list[TokenLogprobs] | None] = [None] * len(prompts)
+        self._num_cached = [0] * len(prompts)
+        self._num_generated = 0
+        head: dict[str, Any] = {"id": request_id, "object": self.OBJECT}
+        self._head = head | {"created": int(time.time()), "model": model}
+        event_head = orjson.dumps(self._head | {"object": self.EVENT_OBJECT})
+        self._event_head = b"data: " + event_head[:-1] + b',"choices":['
+        self._event_end = b'],"usage":null}\n\n' if self._wants_usage else b"]}\n\n"
 
     @abstractmethod
     def events(self, position: int, update: Update) -> bytes:
-        """The events of one update of generation ``position``; empty when there is nothing to
-        tell."""
+        """The events of one update of the prompt at ``position``; empty when there is nothing to
+        show."""
 
     @abstractmethod
-    def closing_events(self) -> bytes:
-        """What comes before ``[DONE]``."""
-
-    @abstractmethod
-    def take(self, position: int, update: Update) -> None:
+    def add(self, position: int, update: Update) -> None:
         """Keep one update for ``body``."""
 
     @abstractmethod
+    def choices(self) -> list[dict[str, Any]]:
+        """``choices`` of the body."""
+
+    def closing_events(self) -> bytes:
+        """What comes before ``[DONE]``."""
+        if not self._wants_usage:
+            return b""
+        return self._event_head + b'],"usage":' + orjson.dumps(self._usage()) + b"}\n\n"
+
     def body(self) -> dict[str, Any]:
         """The whole answer."""
+        return self._head | {"choices": self.choices(), "usage": self._usage()}
 
-    def usage(self) -> dict[str, Any]:
+    def _note(self, position: int, update: Update) -> None:
+        """Keep what the answer says of its prompts and of their usage."""
+        self._num_generated += len(update.token_ids)
+        if update.num_cached_tokens:
+            cached = max(self._num_cached[position], update.num_cached_tokens)
+            self._num_cached[position] = cached
+        if update.prompt_logprobs is not None:
+            self._prompt_logprobs[position] = update.prompt_logprobs
+
+    def _usage(self) -> dict[str, Any]:
         """Tokens so far, in OpenAI's form."""
-        prompt = sum(len(g.prompt_token_ids) for g in self.generations)
-        completion = sum(g.num_generated_tokens for g in self.generations)
-        cached = sum(g.num_cached_tokens for g in self.generations)
+        prompt = sum(map(len, self._prompts))
         return {
             "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens": self._num_generated,
+            "total_tokens": prompt + self._num_generated,
+            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached)},
         }
 
-    def _end_of_event(self) -> bytes:
-        """What follows ``"choices":[...]`` in an event."""
+    def _event(self, choice: bytes) -> bytes:
+        """The event of one choice."""
         if self._usage_in_each:
-            return b',"usage":' + orjson.dumps(self.usage()) + b"}\n\n"
-        return b',"usage":null}\n\n' if self._wants_usage else b"}\n\n"
-
-
-async def send_answer(answer: Answer, receive: Receive, send: Send) -> None:
-    """Run an answer's generations and send what comes of them. The engine is done before the client
-    has read all: its places are free by then."""
-    service = answer.service
-    config = service.config
-    run = Run(
-        answer.generations,
-        service.engine,
-        service.admission,
-        service.metrics,
-        receive,
-        timeout=config.request_timeout_seconds,
-        max_unsent_bytes=config.max_unsent_bytes,
-    )
-    async with run:
-        if answer.is_stream:
-            await _send_events(answer, run, send, config.keep_alive_seconds)
+            end = b'],"usage":' + orjson.dumps(self._usage()) + b"}\n\n"
         else:
-            await _send_whole(answer, run, send)
-
-
-async def _send_whole(answer: Answer, run: Run, send: Send) -> None:
-    while not run.exhausted:
-        item = await run.next()
-        assert item is not None, "without patience, next waits"
-        answer.take(*item)
-    await send_json(send, orjson.dumps(answer.body()))
-
-
-async def _send_events(answer: Answer, run: Run, send: Send, keep_alive: float) -> None:
-    """The head is sent with the first event (or the first silence), so that an early refusal still
-    has its own status. After that an error is the last event."""
-    has_started = False
-
-    async def write(data: bytes, *, more: bool = True) -> None:
-        nonlocal has_started
-        if not has_started:
-            has_started = True
-            await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
-        run.num_writing = len(data)
-        await send({"type": "http.response.body", "body": data, "more_body": more})
-        run.num_writing = 0
-
-    try:
-        while not run.exhausted:
-            item = await run.next(keep_alive)
-            if data := KEEP_ALIVE if item is None else answer.events(*item):
-                await write(data)
-        await write(answer.closing_events() + DONE, more=False)
-    except Exception as error:
-        if has_started and not isinstance(error, ClientGone):
-            await write(b"data: " + error_body(as_request_error(error)) + b"\n\n", more=False)
-        raise
-
-
-async def send_json(
-    send: Send, body: bytes, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()
-) -> None:
-    """A whole JSON answer."""
-    length = str(len(body)).encode()
-    head = [(b"content-type", b"application/json"), (b"content-length", length), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": head})
-    await send({"type": "http.response.body", "body": body})
+            end = self._event_end
+        return self._event_head + choice + end

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 import orjson
 
-from vllm_di.components.interfaces import ParserEvent, ParserRequest
+from vllm_di.components.interfaces import ParserRequest
 from vllm_di.components.messages import MAX_LOGPROBS, TokenLogprobs
 from vllm_di.errors import RequestError
 from vllm_di.frontend.processor import Generation, Update
 from vllm_di.server.answer import Answer
 from vllm_di.server.logprobs import chat_logprobs, prompt_logprobs
-from vllm_di.server.parsing import ChoiceParser, MessageParts, wants_tools
+from vllm_di.server.parsing import ChoiceParser, MessageDelta, MessageParts, wants_tools
 from vllm_di.server.protocol import ChatRequest, sampling_params
 from vllm_di.server.service import Service, new_id
 
 
-async def start_chat(service: Service, request: ChatRequest) -> Answer:
-    """From a decoded request to its generation. Raises RequestError."""
+async def start_chat(service: Service, request: ChatRequest) -> tuple[list[Generation], ChatAnswer]:
+    """Check a decoded request, render and tokenise its prompt. Raises RequestError."""
     service.check_model(request.model)
     fields: Mapping[str, Any] = msgspec.structs.asdict(request)
     service.tool_parser.check(fields)
@@ -52,8 +51,15 @@ async def start_chat(service: Service, request: ChatRequest) -> Answer:
         add_special_tokens=bool(request.add_special_tokens),  # the template writes them
     )
     parser_request = ParserRequest(fields, prompt)
-    choices = [_Choice(ChoiceParser(*parsers, parser_request)) for _ in generation.requests]
-    return ChatAnswer(service, request, generation, choices)
+    answer = ChatAnswer(
+        request,
+        parsers=[ChoiceParser(*parsers, parser_request) for _ in generation.requests],
+        request_id=generation.request_id,
+        model=service.config.name,
+        tokenizer=service.tokenizer,
+        prompts=[generation.prompt_token_ids],
+    )
+    return [generation], answer
 
 
 def _num_logprobs(request: ChatRequest) -> int | None:
@@ -72,33 +78,26 @@ def _num_logprobs(request: ChatRequest) -> int | None:
 class ChatAnswer(Answer):
     """A ``chat.completion``, or its chunks."""
 
+    OBJECT, EVENT_OBJECT = "chat.completion", "chat.completion.chunk"
+
     def __init__(
-        self,
-        service: Service,
-        request: ChatRequest,
-        generation: Generation,
-        choices: list[_Choice],
+        self, request: ChatRequest, *, parsers: Sequence[ChoiceParser], **common: Any
     ) -> None:
-        super().__init__(service, request, [generation])
-        self._generation = generation
-        self._choices = choices
+        super().__init__(request, **common)
+        self._choices = [_Choice(parser) for parser in parsers]
         self._has_logprobs = bool(request.logprobs)
-        self._with_token_ids = bool(request.return_token_ids)
-        self._created = int(time.time())
-        common: dict[str, Any] = {"id": generation.request_id, "object": "chat.completion.chunk"}
-        common |= {"created": self._created, "model": service.config.name}
-        self._head = b"data: " + orjson.dumps(common)[:-1] + b',"choices":['
 
     def events(self, position: int, update: Update) -> bytes:
-        choice = self._choices[update.index]
+        self._note(position, update)
+        index, choice = update.index, self._choices[update.index]
         data = b""
         if not choice.has_begun:
             choice.has_begun = True
-            data = self._event(update.index, b'{"role":"assistant","content":""}', self._first())
-        delta = choice.delta(update)
+            data = self._delta_event(index, b'{"role":"assistant","content":""}', self._first())
+        delta = choice.parse(update).fields()
         extra = b""
         if self._has_logprobs and update.logprobs:
-            shape = chat_logprobs(self.service.tokenizer, update.logprobs)
+            shape = chat_logprobs(self._tokenizer, update.logprobs)
             extra = b',"logprobs":' + orjson.dumps(shape)
         if self._with_token_ids and update.token_ids:
             extra += b',"token_ids":' + orjson.dumps(update.token_ids)
@@ -109,21 +108,21 @@ class ChatAnswer(Answer):
         else:
             reason = orjson.dumps(choice.finish_reason)
             extra += b',"stop_reason":' + orjson.dumps(update.stop_reason)
-        return data + self._event(update.index, orjson.dumps(delta), extra, reason)
+        return data + self._delta_event(index, orjson.dumps(delta), extra, reason)
 
-    def closing_events(self) -> bytes:
-        if not self._wants_usage:
-            return b""
-        return self._head + b'],"usage":' + orjson.dumps(self.usage()) + b"}\n\n"
+    def add(self, position: int, update: Update) -> None:
+        self._note(position, update)
+        choice = self._choices[update.index]
+        choice.parts.add(choice.parse(update))
+        choice.token_ids += update.token_ids
+        choice.logprobs += update.logprobs or ()
 
-    def take(self, position: int, update: Update) -> None:
-        self._choices[update.index].add(update)
-
-    def body(self) -> dict[str, Any]:
-        tokenizer = self.service.tokenizer
-        choices = []
+    def choices(self) -> list[dict[str, Any]]:
+        entries = []
         for index, choice in enumerate(self._choices):
-            logprobs = chat_logprobs(tokenizer, choice.logprobs) if self._has_logprobs else None
+            logprobs = (
+                chat_logprobs(self._tokenizer, choice.logprobs) if self._has_logprobs else None
+            )
             entry = {
                 "index": index,
                 "message": choice.parts.message(),
@@ -133,33 +132,32 @@ class ChatAnswer(Answer):
             }
             if self._with_token_ids:
                 entry["token_ids"] = choice.token_ids
-            choices.append(entry)
-        body = {
-            "id": self._generation.request_id,
-            "object": "chat.completion",
-            "created": self._created,
-            "model": self.service.config.name,
-            "choices": choices,
-            "usage": self.usage(),
-            "prompt_logprobs": prompt_logprobs(tokenizer, self._generation.prompt_logprobs),
-        }
+            entries.append(entry)
+        return entries
+
+    def body(self) -> dict[str, Any]:
+        body = super().body()
+        body["prompt_logprobs"] = prompt_logprobs(self._tokenizer, self._prompt_logprobs[0])
         if self._with_token_ids:
-            body["prompt_token_ids"] = self._generation.prompt_token_ids
+            body["prompt_token_ids"] = self._prompts[0]
         return body
 
-    def _event(self, index: int, delta: bytes, extra: bytes, reason: bytes = b"null") -> bytes:
-        choice = b'{"index":%d,"delta":%b,"finish_reason":%b%b}]' % (index, delta, reason, extra)
-        return self._head + choice + self._end_of_event()
+    def _delta_event(
+        self, index: int, delta: bytes, extra: bytes, reason: bytes = b"null"
+    ) -> bytes:
+        return self._event(
+            b'{"index":%d,"delta":%b,"finish_reason":%b%b}' % (index, delta, reason, extra)
+        )
 
     def _first(self) -> bytes:
-        """vLLM's extension: the prompt's ids come with the first event."""
+        """vLLM's extension: the prompt's token ids come with the first event."""
         if not self._with_token_ids:
             return b""
-        return b',"prompt_token_ids":' + orjson.dumps(self._generation.prompt_token_ids)
+        return b',"prompt_token_ids":' + orjson.dumps(self._prompts[0])
 
 
 class _Choice:
-    """What has come of one text."""
+    """What one choice has generated so far."""
 
     def __init__(self, parser: ChoiceParser) -> None:
         self.parts = MessageParts()
@@ -170,24 +168,12 @@ class _Choice:
         self.has_begun = False
         self._parser = parser
 
-    def delta(self, update: Update) -> dict[str, Any]:
-        """What an update adds to the message."""
-        parts = MessageParts()
-        parts.add(self._parse(update))
-        return parts.delta()
-
-    def add(self, update: Update) -> None:
-        """Keep what an update adds."""
-        self.parts.add(self._parse(update))
-        self.token_ids += update.token_ids
-        self.logprobs += update.logprobs or ()
-
-    def _parse(self, update: Update) -> list[ParserEvent]:
+    def parse(self, update: Update) -> MessageDelta:
         reason = update.finish_reason
-        events = self._parser.feed(update.text, is_last=reason is not None)
+        delta = self._parser.feed(update.text, is_last=reason is not None)
         if reason is not None:
-            # A text that was cut off may have cut a call, and the client must see that.
+            # Text that was cut off may end inside a call, and the client must see that.
             called = reason == "stop" and self._parser.num_calls > 0
             self.finish_reason = "tool_calls" if called else reason
             self.stop_reason = update.stop_reason
-        return events
+        return delta

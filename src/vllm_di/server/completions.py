@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import orjson
 
-from vllm_di.components.messages import TokenLogprobs
 from vllm_di.errors import RequestError
 from vllm_di.frontend.processor import Generation, Update
 from vllm_di.server.answer import Answer
@@ -21,8 +19,11 @@ from vllm_di.server.service import Service, new_id
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-async def start_completion(service: Service, request: CompletionRequest) -> Answer:
-    """From a decoded request to its generations, one for each prompt. Raises RequestError."""
+async def start_completion(
+    service: Service, request: CompletionRequest
+) -> tuple[list[Generation], CompletionAnswer]:
+    """Check a decoded request and tokenise its prompts, one generation for each. Raises
+    RequestError."""
     service.check_model(request.model)
     prompts = _prompts(request.prompt)
     most = service.config.max_queue
@@ -48,13 +49,28 @@ async def start_completion(service: Service, request: CompletionRequest) -> Answ
     special = request.add_special_tokens is not False
     request_id = new_id("cmpl")
     generations: list[Generation] = []
+    echoed: list[str] = []
     for i, prompt in enumerate(prompts):
         own_id = request_id if len(prompts) == 1 else f"{request_id}-{i}"
         generations.append(
             await service.start(own_id, prompt, prepared, request, add_special_tokens=special)
         )
+        if request.echo:
+            text = prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt)
+            echoed.append(text)
         await asyncio.sleep(0)  # many prompts take long; let streams go on
-    return CompletionAnswer(service, request, request_id, generations, echo_only=echo_only)
+    answer = CompletionAnswer(
+        request,
+        num_each=len(generations[0].requests),
+        echoed=echoed if request.echo else None,
+        skip_special_tokens=params.skip_special_tokens,
+        echo_only=echo_only,
+        request_id=request_id,
+        model=service.config.name,
+        tokenizer=service.tokenizer,
+        prompts=[generation.prompt_token_ids for generation in generations],
+    )
+    return generations, answer
 
 
 def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
@@ -69,78 +85,72 @@ def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
 
 
 class CompletionAnswer(Answer):
-    """A ``text_completion``, or its chunks. Choice ``i * n + j`` is text j of prompt i."""
+    """A ``text_completion``, or its chunks. Choice ``i * n + j`` is choice j of prompt i."""
+
+    OBJECT = EVENT_OBJECT = "text_completion"
 
     def __init__(
         self,
-        service: Service,
         request: CompletionRequest,
-        request_id: str,
-        generations: Sequence[Generation],
         *,
+        num_each: int,
+        echoed: Sequence[str] | None,
+        skip_special_tokens: bool,
         echo_only: bool,
+        **common: Any,
     ) -> None:
-        super().__init__(service, request, generations)
-        self._request_id = request_id
-        self._num_each = len(generations[0].requests)
-        self._echo = bool(request.echo)
+        """``num_each``: choices of a prompt. ``echoed``: texts of the prompts, to stand before
+        their choices. ``echo_only``: the one token that the engine must generate is not shown."""
+        super().__init__(request, **common)
+        self._echoed = echoed
         self._echo_only = echo_only
         self._has_logprobs = request.logprobs is not None
-        self._with_token_ids = bool(request.return_token_ids)
-        self._created = int(time.time())
+        self._num_each = num_each
         self._choices = [
             _Choice(
                 LegacyLogprobs(
-                    service.tokenizer,
+                    self._tokenizer,
                     has_top=bool(request.logprobs),
-                    prompt_token_ids=generation.prompt_token_ids,
-                    skip_special_tokens=generation.params.skip_special_tokens,
+                    prompt_token_ids=prompt,
+                    skip_special_tokens=skip_special_tokens,
                 )
             )
-            for generation in generations
-            for _ in generation.requests
+            for prompt in self._prompts
+            for _ in range(self._num_each)
         ]
-        common: dict[str, Any] = {"id": request_id, "object": "text_completion"}
-        common |= {"created": self._created, "model": service.config.name}
-        self._head = b"data: " + orjson.dumps(common)[:-1] + b',"choices":['
 
     def events(self, position: int, update: Update) -> bytes:
+        update = self._shown(position, update)
         index = position * self._num_each + update.index
-        choice = self._choices[index]
-        text, logprobs = self._piece(position, choice, update)
-        is_empty = not text and logprobs is None and not (self._with_token_ids and update.token_ids)
-        if is_empty and update.finish_reason is None:
+        text, logprobs = self._piece(position, self._choices[index], update)
+        token_ids = update.token_ids
+        shows_nothing = not text and logprobs is None and not (self._with_token_ids and token_ids)
+        if shows_nothing and update.finish_reason is None:
             return b""
         entry = b'{"index":%d,"text":%b' % (index, orjson.dumps(text))
         entry += b',"logprobs":' + orjson.dumps(logprobs)
         if self._with_token_ids:
-            entry += b',"token_ids":' + orjson.dumps(self._token_ids(update))
+            entry += b',"token_ids":' + orjson.dumps(token_ids)
         if update.finish_reason is None:
-            entry += b',"finish_reason":null}]'
-        else:
-            entry += b',"finish_reason":"%b"' % update.finish_reason.encode()
-            entry += b',"stop_reason":' + orjson.dumps(update.stop_reason) + b"}]"
-        return self._head + entry + self._end_of_event()
+            return self._event(entry + b',"finish_reason":null}')
+        entry += b',"finish_reason":"%b"' % update.finish_reason.encode()
+        return self._event(entry + b',"stop_reason":' + orjson.dumps(update.stop_reason) + b"}")
 
-    def closing_events(self) -> bytes:
-        if not self._wants_usage:
-            return b""
-        return self._head + b'],"usage":' + orjson.dumps(self.usage()) + b"}\n\n"
-
-    def take(self, position: int, update: Update) -> None:
+    def add(self, position: int, update: Update) -> None:
+        update = self._shown(position, update)
         choice = self._choices[position * self._num_each + update.index]
         text, logprobs = self._piece(position, choice, update)
         choice.texts.append(text)
-        choice.token_ids += self._token_ids(update)
+        choice.token_ids += update.token_ids
         if logprobs is not None:
             choice.add_logprobs(logprobs)
         if update.finish_reason is not None:
             choice.finish_reason, choice.stop_reason = update.finish_reason, update.stop_reason
 
-    def body(self) -> dict[str, Any]:
-        choices = []
+    def choices(self) -> list[dict[str, Any]]:
+        entries = []
         for index, choice in enumerate(self._choices):
-            generation = self.generations[index // self._num_each]
+            position = index // self._num_each
             entry = {
                 "index": index,
                 "text": "".join(choice.texts),
@@ -148,64 +158,41 @@ class CompletionAnswer(Answer):
                 "finish_reason": choice.finish_reason,
                 "stop_reason": choice.stop_reason,
                 "prompt_logprobs": prompt_logprobs(
-                    self.service.tokenizer, generation.prompt_logprobs
+                    self._tokenizer, self._prompt_logprobs[position]
                 ),
             }
             if self._with_token_ids:
-                entry |= {
-                    "token_ids": choice.token_ids,
-                    "prompt_token_ids": generation.prompt_token_ids,
-                }
-            choices.append(entry)
-        return {
-            "id": self._request_id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self.service.config.name,
-            "choices": choices,
-            "usage": self.usage(),
-        }
+                entry["token_ids"] = choice.token_ids
+                entry["prompt_token_ids"] = self._prompts[position]
+            entries.append(entry)
+        return entries
 
-    def usage(self) -> dict[str, Any]:
-        usage = super().usage()
+    def _shown(self, position: int, update: Update) -> Update:
+        """The update without the token that ``echo_only`` hides; usage does not count it."""
         if self._echo_only:
-            usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
-        return usage
-
-    def _token_ids(self, update: Update) -> list[int]:
-        return [] if self._echo_only else update.token_ids
+            update = msgspec.structs.replace(update, text="", token_ids=[], logprobs=None)
+        self._note(position, update)
+        return update
 
     def _piece(
         self, position: int, choice: _Choice, update: Update
     ) -> tuple[str, dict[str, Any] | None]:
-        """The text and log-probabilities of one update, the echoed prompt before the first."""
-        text = "" if self._echo_only else update.text
-        entries: Sequence[TokenLogprobs] = () if self._echo_only else update.logprobs or ()
-        is_first = self._echo and not choice.has_begun
-        choice.has_begun = True
-        generation = self.generations[position]
-        prompt = self._prompt_text(generation) if is_first else ""
-        text = prompt + text
-        if not self._has_logprobs:
-            return text, None
-        parts = []
-        if is_first and generation.prompt_logprobs is not None:
-            ids = generation.prompt_token_ids
-            parts.append(choice.legacy.prompt(ids, generation.prompt_logprobs, prompt))
-        if entries:
-            parts.append(choice.legacy.piece(entries))
-        if not parts:
-            return text, None
-        return text, parts[0] if len(parts) == 1 else joined(*parts)
-
-    def _prompt_text(self, generation: Generation) -> str:
-        if generation.prompt is not None:
-            return generation.prompt
-        return self.service.tokenizer.decode(generation.prompt_token_ids)
+        """Text and logprobs of one update; the echoed prompt comes before the first."""
+        prompt, pieces = "", []
+        if self._echoed is not None and not choice.has_begun:
+            choice.has_begun = True
+            prompt, entries = self._echoed[position], self._prompt_logprobs[position]
+            if self._has_logprobs and entries is not None:
+                pieces.append(choice.legacy.prompt(self._prompts[position], entries, prompt))
+        if self._has_logprobs and update.logprobs:
+            pieces.append(choice.legacy.piece(update.logprobs))
+        if not pieces:
+            return prompt + update.text, None
+        return prompt + update.text, pieces[0] if len(pieces) == 1 else joined(*pieces)
 
 
 class _Choice:
-    """What has come of one text."""
+    """What one choice has generated so far."""
 
     def __init__(self, legacy: LegacyLogprobs) -> None:
         self.legacy = legacy
@@ -217,7 +204,7 @@ class _Choice:
         self.has_begun = False
 
     def add_logprobs(self, piece: dict[str, Any]) -> None:
-        """At the end of what is there: joining anew would copy the whole for each token."""
+        """Append in place: joining anew would copy the whole for each token."""
         if self.logprobs is None:
             self.logprobs = piece
             return

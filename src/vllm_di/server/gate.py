@@ -12,10 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_di.components.interfaces import Metrics
 from vllm_di.errors import RequestError
-from vllm_di.server.answer import send_json
 from vllm_di.server.auth import ApiKeys
 from vllm_di.server.errors import ClientGone, as_request_error, error_body, retry_after
 from vllm_di.server.hosts import Hosts, to_origin_form
+from vllm_di.server.sending import send_json
 from vllm_di.server.service import new_id
 
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")

@@ -1,9 +1,10 @@
-"""From a choice's text to a message in OpenAI's form, by way of the two parsers."""
+"""From the text of a choice to a message in OpenAI's form, through the two parsers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
+
+import msgspec
 
 from vllm_di.components.interfaces import (
     ContentDelta,
@@ -12,20 +13,54 @@ from vllm_di.components.interfaces import (
     ParserState,
     ReasoningDelta,
     ReasoningParser,
-    ToolCallArguments,
     ToolCallBegun,
     ToolParser,
 )
 
 
 def wants_tools(request: Any) -> bool:
-    """Whether the answer may have tool calls, so that the tool parser is asked."""
+    """Whether the answer may contain tool calls. The tool parser runs only then."""
     return bool(request.tools) and request.tool_choice != "none"
 
 
+class MessageDelta(msgspec.Struct):
+    """What one piece of text adds to a message."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: dict[int, ToolCall] = {}
+    """By the index of the call."""
+
+    def fields(self) -> dict[str, Any]:
+        """``choices[].delta``, without empty fields."""
+        fields: dict[str, Any] = {}
+        if self.reasoning:
+            fields["reasoning_content"] = self.reasoning
+        if self.content:
+            fields["content"] = self.content
+        if self.calls:
+            fields["tool_calls"] = [{"index": i, **c.fields()} for i, c in self.calls.items()]
+        return fields
+
+
+class ToolCall(msgspec.Struct):
+    """A tool call, or more arguments of one that began in an earlier delta."""
+
+    begun: ToolCallBegun | None = None
+    arguments: list[str] = []
+    """Pieces of JSON."""
+
+    def fields(self) -> dict[str, Any]:
+        arguments = "".join(self.arguments)
+        if self.begun is None:
+            return {"function": {"arguments": arguments}}
+        function = {"name": self.begun.name, "arguments": arguments}
+        return {"id": self.begun.id, "type": "function", "function": function}
+
+
 class ChoiceParser:
-    """Feeds one choice's text to the reasoning parser, and what that leaves as content to the tool
-    parser, if there is one."""
+    """Feeds the text of one choice to the reasoning parser, and the content that it finds to the
+    tool parser, if there is one."""
 
     def __init__(
         self,
@@ -33,68 +68,66 @@ class ChoiceParser:
         tool_parser: ToolParser | None,
         request: ParserRequest,
     ) -> None:
-        self._reasoning = reasoning_parser.start(request)
-        self._tools = None if tool_parser is None else tool_parser.start(request)
+        parsers = (reasoning_parser, tool_parser)
+        states = [parser.start(request) for parser in parsers if parser is not None]
+        self._states = [state for state in states if state is not None]
         self.num_calls = 0
 
-    def feed(self, text: str, *, is_last: bool) -> list[ParserEvent]:
-        """The events of the next piece of text. Raises RuntimeError for a call that a parser told
-        twice, out of order or not at all."""
-        events = [*self._reasoning.feed(text)] if text else []
-        if is_last:
-            events += self._reasoning.finish()
-        if self._tools is not None:
-            events = [out for event in events for out in self._through(self._tools, event)]
-            if is_last:
-                events += self._tools.finish()
+    def feed(self, text: str, *, is_last: bool) -> MessageDelta:
+        """Parse the next piece of text. Raises RuntimeError when a parser begins a call twice or
+        out of order, or gives arguments of a call that it never began."""
+        if not self._states:
+            return MessageDelta(text)
+        events: list[ParserEvent] = [ContentDelta(text)]
+        for state in self._states:
+            events = _through(state, events, is_last=is_last)
+        content, reasoning, calls = [], [], dict[int, ToolCall]()
         for event in events:
-            if isinstance(event, ToolCallBegun):
+            if isinstance(event, ContentDelta):
+                content.append(event.text)
+            elif isinstance(event, ReasoningDelta):
+                reasoning.append(event.text)
+            elif isinstance(event, ToolCallBegun):
                 self._check(event.index == self.num_calls, event)
                 self.num_calls += 1
-            elif isinstance(event, ToolCallArguments):
+                calls[event.index] = ToolCall(event)
+            else:
                 self._check(0 <= event.index < self.num_calls, event)
-        return events
-
-    def _through(self, tools: ParserState, event: ParserEvent) -> Sequence[ParserEvent]:
-        if not isinstance(event, ContentDelta):
-            return (event,)
-        return tools.feed(event.text) if event.text else ()
+                calls.setdefault(event.index, ToolCall()).arguments.append(event.text)
+        return MessageDelta("".join(content), "".join(reasoning), calls)
 
     def _check(self, is_good: bool, event: ParserEvent) -> None:
         if not is_good:
             raise RuntimeError(f"a parser gave {event} after {self.num_calls} calls had begun")
 
 
+def _through(state: ParserState, events: list[ParserEvent], *, is_last: bool) -> list[ParserEvent]:
+    """What a parser makes of the content among ``events``; other events pass."""
+    found: list[ParserEvent] = []
+    for event in events:
+        if not isinstance(event, ContentDelta):
+            found.append(event)
+        elif event.text:
+            found += state.feed(event.text)
+    if is_last:
+        found += state.finish()
+    return found
+
+
 class MessageParts:
-    """Joins events: those of one update to a delta, those of a whole text to a message."""
+    """Collects the deltas of a whole message."""
 
     def __init__(self) -> None:
         self._content: list[str] = []
         self._reasoning: list[str] = []
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, ToolCall] = {}
 
-    def add(self, events: Iterable[ParserEvent]) -> None:
-        for event in events:
-            if isinstance(event, ContentDelta):
-                self._content.append(event.text)
-            elif isinstance(event, ReasoningDelta):
-                self._reasoning.append(event.text)
-            elif isinstance(event, ToolCallBegun):
-                self._calls[event.index] = _Call(event)
-            else:
-                self._calls.setdefault(event.index, _Call()).arguments.append(event.text)
-
-    def delta(self) -> dict[str, Any]:
-        """``choices[].delta``, without what there is nothing of."""
-        delta: dict[str, Any] = {}
-        if reasoning := "".join(self._reasoning):
-            delta["reasoning_content"] = reasoning
-        if content := "".join(self._content):
-            delta["content"] = content
-        if self._calls:
-            calls = self._calls.items()
-            delta["tool_calls"] = [{"index": i, **call.fields()} for i, call in calls]
-        return delta
+    def add(self, delta: MessageDelta) -> None:
+        self._content.append(delta.content)
+        if delta.reasoning:
+            self._reasoning.append(delta.reasoning)
+        for index, call in delta.calls.items():
+            self._calls.setdefault(index, ToolCall(call.begun)).arguments += call.arguments
 
     def message(self) -> dict[str, Any]:
         """``choices[].message``. The content is null only beside tool calls."""
@@ -106,18 +139,3 @@ class MessageParts:
         if self._calls:
             message["tool_calls"] = [call.fields() for call in self._calls.values()]
         return message
-
-
-class _Call:
-    """A tool call, or the next piece of one that has been told."""
-
-    def __init__(self, begun: ToolCallBegun | None = None) -> None:
-        self._begun = begun
-        self.arguments: list[str] = []
-
-    def fields(self) -> dict[str, Any]:
-        arguments = "".join(self.arguments)
-        if self._begun is None:
-            return {"function": {"arguments": arguments}}
-        function = {"name": self._begun.name, "arguments": arguments}
-        return {"id": self._begun.id, "type": "function", "function": function}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import orjson
@@ -16,39 +16,58 @@ from starlette.types import Receive, Scope, Send
 
 from vllm_di.components.interfaces import INTERFACE_VERSION
 from vllm_di.errors import RequestError
+from vllm_di.frontend.processor import Generation
 from vllm_di.frontend.requests import check_token_ids
-from vllm_di.server.answer import Answer, send_answer
+from vllm_di.server.answer import Answer
 from vllm_di.server.chat import start_chat
 from vllm_di.server.completions import start_completion
 from vllm_di.server.errors import ClientGone, error_body
+from vllm_di.server.generation import running
 from vllm_di.server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    GenerateRequest,
     TokenizeRequest,
     decode,
     refuse_unknown,
 )
+from vllm_di.server.sending import EventWriter, send_events, send_whole
 from vllm_di.server.service import Service
 from vllm_di.version import __version__
 
 T = TypeVar("T", bound=msgspec.Struct)
+G = TypeVar("G", bound=GenerateRequest)
 
 
-class GenerateEndpoint:
-    """Reads a request, starts its generations, sends the answer. An ASGI application, because it
-    watches the connection while it answers."""
+class GenerateEndpoint(Generic[G]):
+    """One request as a stream through small steps: the body becomes a typed request, this becomes
+    generations and an answer; the generations give updates, the answer turns them into bytes, the
+    writer sends these. An ASGI application, because it watches the connection while it answers."""
 
     def __init__(
-        self, service: Service, kind: type[T], start: Callable[[Service, T], Awaitable[Answer]]
+        self,
+        service: Service,
+        kind: type[G],
+        start: Callable[[Service, G], Awaitable[tuple[list[Generation], Answer]]],
     ) -> None:
         self._service, self._kind, self._start = service, kind, start
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._service.admission.check_open()
-        request = await read_request(Request(scope, receive), self._service, self._kind)
-        answer = await self._start(self._service, request)
-        await send_answer(answer, receive, send)
+        service = self._service
+        service.admission.check_open()
+        request = await read_request(Request(scope, receive), service, self._kind)
+        generations, answer = await self._start(service, request)
+        patience = service.config.keep_alive_seconds if request.stream else None
+        writer = EventWriter(send)
+        # The engine may be done long before the client has read all: its places are free by then.
+        async with running(
+            service, generations, receive, writer.num_unsent, patience=patience
+        ) as updates:
+            if request.stream:
+                await send_events(updates, answer, writer)
+            else:
+                await send_whole(updates, answer, send)
 
 
 async def read_request(request: Request, service: Service, kind: type[T]) -> T:

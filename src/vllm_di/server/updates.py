@@ -1,4 +1,4 @@
-"""What has been made of a request's texts and its writer has not yet taken."""
+"""The queue between the tasks that generate and the writer that sends."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from vllm_di.components.messages import TokenLogprobs
 from vllm_di.frontend.processor import Update
 
 _MAX_SEPARATE = 64
-"""Updates that wait as they came; after that a text's further ones are added to its last."""
+"""Updates that wait one by one; beyond that, a new update is merged into the last of its choice."""
 
-# What CPython takes, about.
+# Approximate memory of CPython objects.
 _UPDATE_BYTES = 300
 _TOKEN_BYTES = 40
 _LOGPROBS_BYTES = 250
@@ -20,23 +20,23 @@ _ALTERNATIVE_BYTES = 72
 
 
 class Updates:
-    """A queue between the tasks of a run and its writer. It stays short: what waits for a slow
-    reader is merged, so that only texts, ids and log-probabilities grow, and ``num_bytes`` says how
-    much that is."""
+    """An asynchronous iterator over ``(position, update)``, where ``position`` is that of the
+    prompt in its request; None stands for ``patience`` seconds without an update.
 
-    def __init__(self) -> None:
+    The queue stays short: while the reader is slow, waiting updates of one choice are merged, so
+    that only texts, token ids and logprobs grow. ``num_bytes`` estimates their size.
+    """
+
+    def __init__(self, patience: float | None = None) -> None:
+        self._patience = patience
         self._waiting: deque[_Waiting] = deque()
         self._last: dict[tuple[int, int], _Waiting] = {}
-        self._error: Exception | None = None
+        self._end: Exception | None = None
         self._has_more = asyncio.Event()
         self.num_bytes = 0
 
-    @property
-    def is_empty(self) -> bool:
-        return not self._waiting and self._error is None
-
     def put(self, position: int, update: Update) -> None:
-        """Add an update of the generation at ``position``."""
+        """Add an update of the prompt at ``position``."""
         size = _num_bytes(update)
         self.num_bytes += size
         last = self._last.get((position, update.index))
@@ -47,24 +47,34 @@ class Updates:
             self._waiting.append(last)
         self._has_more.set()
 
-    def end(self, error: Exception, *, at_once: bool = True) -> None:
-        """Make ``get`` raise ``error``: at once, or after the updates that wait."""
-        if at_once:
-            self._waiting.clear()
-            self._last.clear()
-            self.num_bytes = 0
-        if at_once or self._error is None:
-            self._error = error
+    def end(self, error: Exception | None = None) -> None:
+        """End after the updates that wait, with ``error`` if there is one. The first error stays:
+        further ones are its consequences."""
+        self._end = self._end or error or StopAsyncIteration()
         self._has_more.set()
 
-    async def get(self) -> tuple[int, Update]:
-        """The next update and its position. Raises the error that ended them."""
-        while self.is_empty:
+    def interrupt(self, error: Exception) -> None:
+        """Drop the updates that wait and end with ``error``."""
+        self._waiting.clear()
+        self._last.clear()
+        self.num_bytes = 0
+        self._end = error
+        self._has_more.set()
+
+    def __aiter__(self) -> Updates:
+        return self
+
+    async def __anext__(self) -> tuple[int, Update] | None:
+        if not self._waiting and self._end is None:
             self._has_more.clear()
-            await self._has_more.wait()
+            try:
+                async with asyncio.timeout(self._patience):
+                    await self._has_more.wait()
+            except TimeoutError:
+                return None
         if not self._waiting:
-            assert self._error is not None
-            raise self._error
+            assert self._end is not None
+            raise self._end
         first = self._waiting.popleft()
         key = first.position, first.update.index
         if self._last.get(key) is first:
@@ -85,12 +95,15 @@ class _Waiting:
         mine.token_ids = mine.token_ids + update.token_ids
         if update.logprobs is not None:
             mine.logprobs = [*(mine.logprobs or ()), *update.logprobs]
+        mine.prompt_logprobs = mine.prompt_logprobs or update.prompt_logprobs
+        mine.num_cached_tokens = max(mine.num_cached_tokens, update.num_cached_tokens)
         mine.finish_reason, mine.stop_reason = update.finish_reason, update.stop_reason
         mine.abort = update.abort
         self.size += size
 
 
 def _num_bytes(update: Update) -> int:
+    """Without the logprobs of the prompt: the prompt's length bounds them."""
     size = _UPDATE_BYTES + len(update.text) + _TOKEN_BYTES * len(update.token_ids)
     entries: list[TokenLogprobs] = update.logprobs or []
     return size + sum(_LOGPROBS_BYTES + _ALTERNATIVE_BYTES * len(e.token_ids) for e in entries)

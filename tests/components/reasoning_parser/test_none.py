@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm_di.components.interfaces import ContentDelta, ParserRequest
+from vllm_di.components.interfaces import ParserRequest, ReasoningParser
 from vllm_di.components.reasoning_parser.none import NoReasoningParser
 from vllm_di.errors import RequestError
 
@@ -28,5 +28,5 @@ def test_refused(param: str, value: Any) -> None:
 
 def test_passes() -> None:
     NoReasoningParser().check({"reasoning_effort": "none", "thinking": None})
-    state = NoReasoningParser().start(ParserRequest({}, ""))
-    assert [*state.feed("text"), *state.finish()] == [ContentDelta("text")]
+    parser: ReasoningParser = NoReasoningParser()
+    assert parser.start(ParserRequest({}, "")) is None, "all text is content"

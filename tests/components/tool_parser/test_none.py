@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm_di.components.interfaces import ContentDelta, ParserRequest
+from vllm_di.components.interfaces import ParserRequest, ToolParser
 from vllm_di.components.tool_parser.none import NoToolParser
 from vllm_di.errors import RequestError
 
@@ -32,5 +32,5 @@ def test_refused(request_: dict[str, Any]) -> None:
 
 def test_passes() -> None:
     NoToolParser().check({"tools": None, "tool_choice": "none", "functions": []})
-    state = NoToolParser().start(ParserRequest({}, ""))
-    assert [*state.feed("text"), *state.finish()] == [ContentDelta("text")]
+    parser: ToolParser = NoToolParser()
+    assert parser.start(ParserRequest({}, "")) is None, "all text is content"

@@ -130,14 +130,14 @@ class ToolParser(ABC):
         parser lacks."""
 
     @abstractmethod
-    def start(self, request: ParserRequest) -> ParserState:
-        """A state for one choice. Called only for requests with ``tools`` whose ``tool_choice`` is
-        not ``none``; fed with what the reasoning parser left as content. Its events are content
-        and tool calls."""
+    def start(self, request: ParserRequest) -> ParserState | None:
+        """A state for one choice; None where all of its text is content as it stands. Called only
+        for requests with ``tools`` whose ``tool_choice`` is not ``none``; the state is fed with
+        what the reasoning parser left as content. Its events are content and tool calls."""
 
 
 class ReasoningParser(ABC):
-    """Parts reasoning from the answer."""
+    """Separates the reasoning from the answer."""
 
     needs_special_tokens: ClassVar[bool] = False
     """As for tool parsers."""
@@ -148,8 +148,9 @@ class ReasoningParser(ABC):
         parser lacks."""
 
     @abstractmethod
-    def start(self, request: ParserRequest) -> ParserState:
-        """A state for one choice. Its events are reasoning and content."""
+    def start(self, request: ParserRequest) -> ParserState | None:
+        """A state for one choice, whose events are reasoning and content; None where all of its
+        text is content as it stands."""
 
 
 @dataclass(slots=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_di.components.interfaces import ParserRequest, ParserState, ReasoningParser
-from vllm_di.components.plain_text import PlainText
+from vllm_di.components.interfaces import ParserRequest, ReasoningParser
 from vllm_di.errors import RequestError
 
 _FIELDS = ("reasoning_effort", "reasoning", "thinking", "thinking_token_budget")
@@ -24,5 +23,5 @@ class NoReasoningParser(ReasoningParser):
                     code="unsupported_parameter",
                 )
 
-    def start(self, request: ParserRequest) -> ParserState:
-        return PlainText()
+    def start(self, request: ParserRequest) -> None:
+        """All text is content."""

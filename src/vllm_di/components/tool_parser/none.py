@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_di.components.interfaces import ParserRequest, ParserState, ToolParser
-from vllm_di.components.plain_text import PlainText
+from vllm_di.components.interfaces import ParserRequest, ToolParser
 from vllm_di.errors import RequestError
 
 
@@ -25,5 +24,5 @@ class NoToolParser(ToolParser):
                 code="unsupported_parameter",
             )
 
-    def start(self, request: ParserRequest) -> ParserState:
-        return PlainText()
+    def start(self, request: ParserRequest) -> None:
+        """All text is content."""
