@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -20,6 +20,8 @@ import pytest
 from vllm_di.components.chat_template.child import Renderer
 from vllm_di.components.chat_template.frames import Job, Setup
 from vllm_di.components.chat_template.pool import RenderPool
+from vllm_di.components.chat_template.prompt import RenderedTemplate
+from vllm_di.components.chat_template.sources import Sources
 from vllm_di.errors import ConfigError, RequestError
 
 SOURCE = """{%- if bomb == 'time' %}
@@ -208,22 +210,20 @@ READ = """{% for m in messages %}{% if m.content is string %}{{ m.role }}: {{ m.
 @pytest.mark.parametrize("shape", LONG)
 def test_time_grows_no_faster_than_the_input(shape: str) -> None:
     """CPU time, in this process, of all that the API process and the child do."""
-    from vllm_di.components.chat_template.prompt import Prompter
-    from vllm_di.components.chat_template.sources import Sources
-
     renderer = Renderer(Setup({"default": READ}, 1.0, 2**30, 2**24))
-    prompter = Prompter(
-        Sources({"default": READ}, "here", {}),
-        lambda name, values: renderer.render(Job(name, dict(values), 0.0)).text,
-        require_text=True,
-    )
+
+    class InThisProcess(RenderedTemplate):
+        def _run(self, name: str, values: Mapping[str, Any]) -> str:
+            return renderer.render(Job(name, dict(values), 0.0)).text
+
+    template = InThisProcess(Sources({"default": READ}, "here", {}), require_text=True)
 
     def cost(size: int) -> float:
         messages = LONG[shape](size)
 
         def once() -> float:
             start = time.process_time()
-            prompter.render(messages)
+            template.render(messages)
             return time.process_time() - start
 
         return min(once() for _ in range(5))

@@ -7,7 +7,6 @@ on its standard output, and ends with its input. It imports neither torch nor tr
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import signal
@@ -24,6 +23,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from vllm_di.components.chat_template.filters import tojson
 from vllm_di.components.chat_template.frames import LENGTH, Answer, Job, Setup, frame
 
 
@@ -39,7 +39,7 @@ class Renderer:
             lstrip_blocks=True,
             extensions=[GenerationTag, jinja2.ext.loopcontrols],
         )
-        environment.filters["tojson"] = _tojson
+        environment.filters["tojson"] = tojson
         environment.globals |= {
             "raise_exception": _refuse,
             "strftime_now": self._strftime_now,
@@ -125,23 +125,6 @@ def _check_attribute(name: Any) -> None:
 
 def _refuse(message: str) -> NoReturn:
     raise Refusal(str(message))
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Unlike Jinja's own, it escapes nothing for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
 
 
 def _first_line(error: Exception) -> str:

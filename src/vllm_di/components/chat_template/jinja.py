@@ -5,27 +5,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
 
 from vllm_di.components.chat_template.frames import Job, Setup
 from vllm_di.components.chat_template.pool import RenderPool
-from vllm_di.components.chat_template.prompt import Prompter
+from vllm_di.components.chat_template.prompt import RenderedTemplate
 from vllm_di.components.chat_template.sources import find
-from vllm_di.components.interfaces import ChatTemplate, Tokenizer
+from vllm_di.components.interfaces import Tokenizer
 from vllm_di.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
-class JinjaChatTemplate(ChatTemplate):
+class JinjaChatTemplate(RenderedTemplate):
     """The template of the tokenizer's folder, of a file, or written in the config itself.
 
     ``processes`` render side by side, so that a slow prompt delays no other; one that uses more
     than ``cpu_seconds`` for a prompt, or dies, is replaced. Raises ConfigError where the template
-    does not compile, or loses the user's text (see ``Prompter``).
+    does not compile, or loses the user's text (see ``RenderedTemplate``).
     """
 
     def __init__(
@@ -54,37 +54,18 @@ class JinjaChatTemplate(ChatTemplate):
             try:
                 self._pool = RenderPool(setup, processes)
             except ConfigError as error:
-                raise ConfigError(
-                    f"{sources.place}: {error}; chat_template=none serves without chat"
-                ) from None
+                raise sources.error(error) from None
         try:
-            self._prompter = Prompter(sources, self._render, require_text=require_text)
+            super().__init__(sources, require_text=require_text)
         except BaseException:
             self.close()
             raise
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> str:
-        return self._prompter.render(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            kwargs=kwargs,
-        )
 
     def close(self) -> None:
         """End the processes. May be called twice."""
         if self._pool is not None:
             self._pool.close()
 
-    def _render(self, name: str, values: Mapping[str, Any]) -> str:
+    def _run(self, name: str, values: Mapping[str, Any]) -> str:
         assert self._pool is not None, "without a template nothing is rendered"
         return self._pool.render(Job(name, dict(values), time.time()))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from vllm_di.components.chat_template.conversation import (
     Form,
@@ -15,6 +16,7 @@ from vllm_di.components.chat_template.conversation import (
     up_to_mark,
 )
 from vllm_di.components.chat_template.sources import Sources
+from vllm_di.components.interfaces import ChatTemplate
 from vllm_di.errors import ConfigError, RequestError
 
 _RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
@@ -37,28 +39,28 @@ log = logging.getLogger(__name__)
 Messages = Sequence[Mapping[str, Any]]
 
 
-class Engine(Protocol):
-    """Renders one template by name."""
+class RenderedTemplate(ChatTemplate):
+    """What the template engines share: a subclass runs one template (``_run``), this class makes
+    the prompt.
 
-    def __call__(self, name: str, values: Mapping[str, Any]) -> str:
-        """Raises RequestError."""
-
-
-class Prompter:
-    """Tries the templates with a marker word at the start, in every form of content; then renders.
-
-    ``require_text``: a default template that keeps no text of a user raises ConfigError at once,
-    and a prompt that lacks the last user message's raises RequestError.
+    The templates are tried with a marker word when the server starts, in every form of content.
+    ``require_text``: a default template that loses the text of a user message raises ConfigError at
+    once, and a prompt that lacks the last user message raises RequestError.
     """
 
-    def __init__(self, sources: Sources, engine: Engine, *, require_text: bool) -> None:
-        self._engine, self._tokens, self._place = engine, sources.tokens, sources.place
+    def __init__(self, sources: Sources, *, require_text: bool) -> None:
+        """Runs the templates: a subclass calls it when ``_run`` works."""
+        self._tokens, self._place = sources.tokens, sources.place
         self._require_text = require_text
         self._forms: dict[str, Forms] = {}
         if sources.templates:
             self._forms["default"] = self._default_forms()
         for name in sources.templates.keys() - {"default"}:
             self._forms[name] = self._named_forms(name)
+
+    @abstractmethod
+    def _run(self, name: str, values: Mapping[str, Any]) -> str:
+        """Render the template ``name``. Raises RequestError."""
 
     def render(
         self,
@@ -69,7 +71,6 @@ class Prompter:
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """As ``ChatTemplate.render``."""
         if not self._forms:
             raise RequestError(
                 "the tokenizer has no chat template: set chat_template.template to a file, or "
@@ -90,7 +91,7 @@ class Prompter:
         conversation = prepared(messages, self._forms[name])
         shown = open_ended(conversation) if continue_final_message else conversation
         values = self._values(shown, tools, add_generation_prompt)
-        text = self._engine(name, {**values, **(kwargs or {})})
+        text = self._run(name, {**values, **(kwargs or {})})
         if continue_final_message:
             text = up_to_mark(text, conversation[-1])
         index = lost_user_text(conversation, text) if self._require_text else None
@@ -140,7 +141,7 @@ class Prompter:
             for content in (_MARKER, _as_parts(_MARKER)):
                 messages = [*before, {"role": role, "content": content}, *after]
                 try:
-                    text = self._engine(name, self._values(messages, tools))
+                    text = self._run(name, self._values(messages, tools))
                 except RequestError as error:
                     why, text = why or error.message, ""
                 else:

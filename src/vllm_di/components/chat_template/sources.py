@@ -23,6 +23,10 @@ class Sources(msgspec.Struct, frozen=True):
     tokens: dict[str, str]
     """``bos_token`` and its kin, those that the tokenizer has."""
 
+    def error(self, reason: object) -> ConfigError:
+        """For a template that does not compile."""
+        return ConfigError(f"{self.place}: {reason}; chat_template=none serves without chat")
+
 
 def find(tokenizer: Tokenizer, tokenizer_path: str | None, template: str | None) -> Sources:
     """``template`` wins over the folder. Raises ConfigError or CheckpointError."""
