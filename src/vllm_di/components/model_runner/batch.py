@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from struct import pack_into
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +14,18 @@ from torch import Tensor
 from vllm_di.components.interfaces import BatchPlan, Device, GroupTables, SequenceState
 from vllm_di.components.messages import KvGroup, NewSequence, ScheduledSequence, StepPlan
 
+COLUMNS_AHEAD = 16
+"""Blocks of a sequence that are copied into a step's table before the step needs them: so many
+blocks later the table has to be copied again."""
+
 
 class Batch:
     """Keeps sequences between steps and turns a StepPlan into a BatchPlan.
 
-    All arrays are allocated once and reused: numpy writes them, torch sees the same memory. On a
-    device each has a twin, to which it is copied without waiting. A plan is good until the next
-    one is built.
+    All arrays are allocated once and reused: Python and numpy write them, torch sees the same
+    memory. On a device each has a twin, to which it is copied without waiting. A plan is good until
+    the next one is built; what the next one has in common with it is neither written nor copied
+    again.
     """
 
     def __init__(
@@ -32,6 +39,9 @@ class Batch:
         device: Device,
     ) -> None:
         self.sequences: dict[int, SequenceState] = {}
+        self.states: list[SequenceState] = []
+        """Those of the step, in its order."""
+        self._step_rows: list[int] = []
         self._row_of: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._max_num_seqs, self._max_model_len = max_num_seqs, max_model_len
@@ -44,8 +54,8 @@ class Batch:
         self._starts = _Buffer((max_num_seqs + 1,), torch.int32, device)
         columns = -(-max_model_len // block_size)
         self._groups = [
-            Tables(group, max_num_seqs, max_num_tokens, columns, block_size, device)
-            for group in groups
+            Tables(index, group, max_num_seqs, max_num_tokens, columns, block_size, device)
+            for index, group in enumerate(groups)
         ]
         self._arange = np.arange(max_num_tokens, dtype=np.int64)
 
@@ -57,36 +67,43 @@ class Batch:
         for new in plan.new:
             self.sequences[new.seq_id] = _state(new, len(self._groups))
             self._row_of[new.seq_id] = self._free_rows.pop()
+        if plan.new:  # a row may belong to another sequence now
+            for tables in self._groups:
+                tables.forget_step()
+        self.states, self._step_rows = [], []
         for share in plan.scheduled:
-            state = self.sequences[share.seq_id]
+            state, row = self.sequences[share.seq_id], self._row_of[share.seq_id]
+            self.states.append(state)
+            self._step_rows.append(row)
             state.token_ids += share.new_tokens
-            row = self._row_of[share.seq_id]
-            for tables, held, fresh in zip(
-                self._groups, state.block_ids, share.new_blocks, strict=True
-            ):
-                if fresh:
+            if any(share.new_blocks):
+                for tables, held, fresh in zip(
+                    self._groups, state.block_ids, share.new_blocks, strict=True
+                ):
                     tables.append(row, len(held), fresh)
                     held += fresh
 
     def build(
         self, scheduled: Sequence[ScheduledSequence], logits_rows: list[int], padded: int
     ) -> BatchPlan:
-        """The batch of one step; ``padded`` rows in all, those beyond the last token go nowhere."""
-        count = len(scheduled)
+        """The batch of the step that ``update`` was given; ``padded`` rows in all, those beyond the
+        last token go nowhere."""
         queries = [s.num_tokens for s in scheduled]
         firsts = [s.num_computed for s in scheduled]
         total = sum(queries)
         self._copied()
-        if total == count:
-            self._place_decodes(scheduled, firsts)
+        if total == len(scheduled):
+            self._place_singles(firsts)
         else:
             self._place_chunks(scheduled, queries, firsts)
         self._pad(total, padded)
-        self._rows.array[: len(logits_rows)] = logits_rows
-        rows = [self._row_of[s.seq_id] for s in scheduled]
-        owners = None if total == count else np.repeat(rows, queries)
-        positions = self._positions.array[:total]
-        tables = [g.place(rows, queries, firsts, owners, positions, padded) for g in self._groups]
+        self._rows.write(logits_rows)
+        rows, states = self._step_rows, self.states
+        if total == len(scheduled):
+            tables = [g.place_singles(rows, states, firsts, padded) for g in self._groups]
+        else:
+            positions = self._positions.array[:total]
+            tables = [g.place(rows, queries, firsts, positions, padded) for g in self._groups]
         return self._plan(padded, len(logits_rows), queries, tables)
 
     def blank(self, num_tokens: int) -> BatchPlan:
@@ -95,7 +112,7 @@ class Batch:
         length = min(num_tokens, self._max_model_len)
         self._blank_rows(length, num_tokens)
         self._positions.array[:length] = self._arange[:length]
-        self._starts.array[:2] = (0, length)
+        self._starts.write([0, length])
         return self._plan(num_tokens, 1, [length], self._blank_tables([length], num_tokens))
 
     def blank_decodes(self, num_tokens: int) -> BatchPlan:
@@ -103,26 +120,26 @@ class Batch:
         most sequences are padding."""
         count = min(num_tokens, self._max_num_seqs)
         self._blank_rows(count, num_tokens)
-        self._starts.array[: count + 1] = self._arange[: count + 1]
+        self._starts.write(list(range(count + 1)))
         queries = [1] * count
         return self._plan(num_tokens, count, queries, self._blank_tables(queries, num_tokens))
 
     def _blank_rows(self, used: int, padded: int) -> None:
         self._copied()
         self._pad(0, padded)
-        self._rows.array[:used] = self._arange[:used]
+        self._rows.write(list(range(used)))
 
     def _blank_tables(self, lengths: list[int], padded: int) -> list[GroupTables]:
         return [group.blank(lengths, padded) for group in self._groups]
 
-    def _place_decodes(self, scheduled: Sequence[ScheduledSequence], firsts: Sequence[int]) -> None:
-        """One token each: tokens, positions and starts."""
-        count = len(scheduled)
-        self._tokens.array[:count] = [
-            self.sequences[share.seq_id].token_ids[share.num_computed] for share in scheduled
-        ]
-        self._positions.array[:count] = firsts
-        self._starts.array[: count + 1] = self._arange[: count + 1]
+    def _place_singles(self, firsts: list[int]) -> None:
+        """One token each: tokens, positions and starts. Python's numbers are faster than arrays of
+        a few."""
+        self._tokens.write(
+            [state.token_ids[first] for state, first in zip(self.states, firsts, strict=True)]
+        )
+        self._positions.write(firsts)
+        self._starts.write(list(range(len(firsts) + 1)))
 
     def _place_chunks(
         self,
@@ -131,17 +148,15 @@ class Batch:
         firsts: Sequence[int],
     ) -> None:
         """Any number of tokens each."""
-        count = len(scheduled)
         start = 0
-        for share in scheduled:
+        for share, state in zip(scheduled, self.states, strict=True):
             first, end = share.num_computed, start + share.num_tokens
-            ids = self.sequences[share.seq_id].token_ids[first : first + share.num_tokens]
+            ids = state.token_ids[first : first + share.num_tokens]
             self._tokens.array[start : start + len(ids)] = ids
             self._tokens.array[start + len(ids) : end] = share.draft_tokens
             start = end
-        starts = self._starts.array[: count + 1]
-        starts[0] = 0
-        np.cumsum(queries, out=starts[1:])
+        starts = list(itertools.accumulate(queries, initial=0))
+        self._starts.write(starts)
         shifts = np.array(firsts, np.int64) - starts[:-1]
         np.add(self._arange[:start], np.repeat(shifts, queries), out=self._positions.array[:start])
 
@@ -175,6 +190,7 @@ class Tables:
 
     def __init__(
         self,
+        index: int,
         group: KvGroup,
         max_num_seqs: int,
         max_num_tokens: int,
@@ -182,53 +198,94 @@ class Tables:
         block_size: int,
         device: Device,
     ) -> None:
-        self._group, self._block_size = group, block_size
+        self._index, self._group, self._block_size = index, group, block_size
         self._tables = np.zeros((max_num_seqs, columns), np.int32)
         """[rows of sequences, blocks since their first token]"""
+        self._fresh: list[tuple[int, int, Sequence[int]]] = []
+        """Blocks (row, start, blocks) that came since the last step was placed."""
+        self._placed: list[int] = []
+        """The rows whose tables the step's table holds, one behind the other; empty for none."""
+        self._columns_placed = 0
         self._lengths = _Buffer((max_num_seqs,), torch.int32, device)
         self._table = _Buffer((max_num_seqs, columns), torch.int32, device)
         self._slots = _Buffer((max_num_tokens,), torch.int64, device)
 
     def append(self, row: int, start: int, blocks: Sequence[int]) -> None:
         """Blocks ``start`` and on of the sequence in ``row``."""
-        self._tables[row, start : start + len(blocks)] = blocks
+        if blocks:
+            self._tables[row, start : start + len(blocks)] = blocks
+            self._fresh.append((row, start, blocks))
+
+    def forget_step(self) -> None:
+        """The step before has nothing in common with the next one."""
+        self._placed = []
 
     def place(
         self,
-        rows: Sequence[int],
+        rows: list[int],
         queries: Sequence[int],
         firsts: Sequence[int],
-        owners: npt.NDArray[np.integer] | None,
         positions: npt.NDArray[np.integer],
         padded: int,
     ) -> GroupTables:
         """The tables of a step: of each sequence its row here, its number of queries, the position
-        of the first; owners [tokens]: the row of each token's sequence, None where each sequence
-        has one token."""
-        size, total, slots = self._block_size, len(positions), self._slots.array
-        if owners is None:  # numbers of Python are faster than arrays of a few
-            block_at = self._tables.item
-            slots[:total] = [
-                block_at(row, at // size) * size + at % size
-                for row, at in zip(rows, firsts, strict=True)
-            ]
-        else:
-            blocks, offsets = np.divmod(positions, size)
-            slots[:total] = self._tables[owners, blocks].astype(np.int64) * size + offsets
-        if padded > total:
-            slots[total:padded] = -1
+        of the first; positions [tokens]."""
+        total, slots = len(positions), self._slots.array
+        blocks, offsets = np.divmod(positions, self._block_size)
+        owners = np.repeat(rows, queries)  # the row of each token's sequence
+        held = self._tables[owners, blocks].astype(np.int64)
+        slots[:total] = held * self._block_size + offsets
+        slots[total:padded] = -1
         lengths = [first + number for first, number in zip(firsts, queries, strict=True)]
+        return self._place_tables(rows, firsts, lengths, padded)
+
+    def place_singles(
+        self, rows: list[int], states: Sequence[SequenceState], firsts: Sequence[int], padded: int
+    ) -> GroupTables:
+        """As above, of sequences with one token each."""
+        size, group, total = self._block_size, self._index, len(rows)
+        self._slots.write(
+            [
+                state.block_ids[group][first // size] * size + first % size
+                for state, first in zip(states, firsts, strict=True)
+            ]
+        )
+        if padded > total:
+            self._slots.array[total:padded] = -1
+        return self._place_tables(rows, firsts, [first + 1 for first in firsts], padded)
+
+    def _place_tables(
+        self, rows: list[int], firsts: Sequence[int], lengths: list[int], padded: int
+    ) -> GroupTables:
         if self._group.window is not None and max(firsts) >= self._group.window:
             return self._cut_off(rows, firsts, lengths, padded)
-        columns = -(-max(lengths) // size)
-        self._table.array[: len(rows), :columns] = self._tables[rows, :columns]
+        columns = -(-max(lengths) // self._block_size)
+        if rows == self._placed and columns <= self._columns_placed:
+            self._add_fresh(rows)
+        else:
+            self._copy_tables(rows, columns)
         return self._filled(lengths, columns, padded)
+
+    def _add_fresh(self, rows: list[int]) -> None:
+        """The sequences of the step before: only their new blocks are to be written."""
+        for row, start, blocks in self._fresh:
+            if row in rows:
+                self._table.array[rows.index(row), start : start + len(blocks)] = blocks
+        self._fresh.clear()
+
+    def _copy_tables(self, rows: list[int], columns: int) -> None:
+        ahead = min(columns + COLUMNS_AHEAD, self._tables.shape[1])
+        self._table.array[: len(rows), :ahead] = self._tables[rows, :ahead]
+        self._placed, self._columns_placed = rows, ahead
+        self._fresh.clear()
 
     def _cut_off(
         self, rows: Sequence[int], firsts: Sequence[int], lengths: list[int], padded: int
     ) -> GroupTables:
         """As above, without the blocks that the window has left."""
         size = self._block_size
+        self._placed = []
+        self._fresh.clear()
         skipped = [self._group.first_block(position, size) for position in firsts]
         lengths = [n - skip * size for n, skip in zip(lengths, skipped, strict=True)]
         columns = -(-max(lengths) // size)
@@ -242,16 +299,17 @@ class Tables:
 
     def blank(self, lengths: list[int], padded: int) -> GroupTables:
         """Of a batch that touches no slot of the cache."""
+        self._placed = []
         self._table.array[: len(lengths)] = 0
         self._slots.array[:padded] = -1
         return self._filled(lengths, -(-max(lengths) // self._block_size), padded)
 
     def _filled(self, lengths: list[int], columns: int, padded: int) -> GroupTables:
         count = len(lengths)
-        self._lengths.array[:count] = lengths
+        self._lengths.write(lengths)
         return GroupTables(
             seq_lens=self._lengths.tensor(count),
-            block_table=self._table.tensor(count)[:, :columns],
+            block_table=self._table.tensor(count, columns),
             slot_mapping=self._slots.tensor(padded),
             seq_lens_host=lengths,
         )
@@ -262,17 +320,40 @@ class _Buffer:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> None:
         self._whole = device.host_zeros(shape, dtype)
-        self.array: npt.NDArray[np.integer] = self._whole.numpy()
+        self._array: npt.NDArray[np.integer] = self._whole.numpy()
+        self._bytes = self._array.data
+        self._letter = {torch.int64: "q", torch.int32: "i"}[dtype]
+        self._written: list[int] | None = None
+        """What the array begins with; None where that is not known."""
+        self._changed = True
+        """Whether it was written since its last copy to the device."""
         self._on_host = device.on_host
         self._there = self._whole if self._on_host else device.zeros(shape, dtype)
-        self._view = self._there
+        self._view, self._size = self._there, shape
 
-    def tensor(self, size: int) -> Tensor:
-        """The first ``size`` rows on the device, where they always lie at the same place."""
-        if len(self._view) != size:
-            self._view = self._there[:size]
-        if not self._on_host:
-            self._view.copy_(self._whole[:size], non_blocking=True)
+    @property
+    def array(self) -> npt.NDArray[np.integer]:
+        """To be written."""
+        self._written, self._changed = None, True
+        return self._array
+
+    def write(self, values: list[int]) -> None:
+        """The first entries of a flat array; nothing is done where they stand there already."""
+        if values != self._written:
+            pack_into(f"={len(values)}{self._letter}", self._bytes, 0, *values)
+            self._written, self._changed = values.copy(), True
+
+    def tensor(self, *size: int) -> Tensor:
+        """The first rows, and columns, on the device, where they always lie at the same place."""
+        if size != self._size:
+            self._view = self._there[: size[0]]
+            if len(size) > 1:
+                self._view = self._view[:, : size[1]]
+            self._size, self._changed = size, True
+        if self._changed and not self._on_host:
+            rows = slice(0, size[0])
+            self._there[rows].copy_(self._whole[rows], non_blocking=True)
+            self._changed = False
         return self._view
 
 

@@ -40,11 +40,25 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 log = logging.getLogger(__name__)
 
 
+class _Wanted(NamedTuple):
+    """What a step is to give."""
+
+    rows: list[int]
+    """Token rows whose logits are wanted."""
+    states: list[SequenceState]
+    """The sequences to sample."""
+    firsts: list[int]
+    """Of each its first row among ``rows``; one more follows for each draft."""
+    drafts: list[list[int]]
+    """Of each."""
+    scored: list[tuple[ScheduledSequence, slice]]
+    """Whose prompt log-probabilities to report, of which of ``rows``."""
+
+
 class _Sampled(NamedTuple):
-    """A sequence that is to be sampled."""
+    """A sequence that is to be sampled, with drafts."""
 
     row: int
-    """Its first row of logits; one more follows for each draft."""
     state: SequenceState
     drafts: list[int]
 
@@ -120,20 +134,19 @@ class StandardModelRunner(ModelRunner):
     def _blank_decodes(self, num_tokens: int) -> Tensor:
         return self._run(self._batch.blank_decodes(num_tokens))
 
-    @torch.inference_mode()
     def execute(self, step: StepInput) -> StepResult:
         plan, batch = step.plan, self._batch
         batch.update(plan)
         if not plan.scheduled:
             return StepResult(plan.step, [])
-        rows, sampled, scored = self._wanted_rows(plan)
-        total = sum(s.num_tokens for s in plan.scheduled)
-        built = batch.build(plan.scheduled, rows, self._shapes.padded_tokens(total))
+        wanted = self._wanted(plan)
+        total = sum([share.num_tokens for share in plan.scheduled])
+        built = batch.build(plan.scheduled, wanted.rows, self._shapes.padded_tokens(total))
         if self._hidden is not None:
             assert step.hidden is not None, "a stage that is not the first has no hidden states"
             built.hidden = self._hidden.fill(step.hidden, len(built.token_ids))
-        if sampled and self._samples and self._model.last:
-            self._sampler.begin([one.state for one in sampled], [one.drafts for one in sampled])
+        if wanted.states and self._samples and self._model.last:
+            self._sampler.begin(wanted.states, wanted.drafts)
         try:
             out = self._run(built)
         except torch.OutOfMemoryError as error:
@@ -146,53 +159,52 @@ class StandardModelRunner(ModelRunner):
             return StepResult(plan.step, [], hidden=pack(out[:total]))
         if not self._samples:
             return StepResult(plan.step, [])
-        prompts, failed = self._score(scored, out)
+        prompts, failed = self._score(wanted.scored, out)
         try:
-            tokens, others = self._sample(out, sampled)
+            tokens, others = self._sample(out, wanted)
         except Exception as error:  # the logits may be half edited: the step's requests end, not us
             log.exception("sampling failed")
             reason = f"sampling failed: {type(error).__name__}: {error}"
-            tokens, others = [], {one.state.seq_id: reason for one in sampled}
+            tokens, others = [], {state.seq_id: reason for state in wanted.states}
         if failed:
             tokens = [token for token in tokens if token.seq_id not in failed]
         faults = self._sampler.request_faults
         refused = [seq_id for seq_id, reason in others.items() if reason in faults]
         return StepResult(plan.step, tokens, prompts, failed | others, refused)
 
-    def _wanted_rows(
-        self, plan: StepPlan
-    ) -> tuple[list[int], list[_Sampled], list[tuple[ScheduledSequence, slice]]]:
-        """-> token rows whose logits are wanted; the sequences to sample; (share, span of the rows)
-        to report prompt log-probabilities of."""
-        rows: list[int] = []
-        sampled: list[_Sampled] = []
-        scored: list[tuple[ScheduledSequence, slice]] = []
-        start = 0
-        for share in plan.scheduled:
-            state = self._batch.sequences[share.seq_id]
+    def _wanted(self, plan: StepPlan) -> _Wanted:
+        wanted = _Wanted([], [], [], [], [])
+        rows, start = wanted.rows, 0
+        for share, state in zip(plan.scheduled, self._batch.states, strict=True):
             end = start + share.num_tokens
             if state.params.prompt_logprobs is not None:
                 # the row of position p tells of the prompt's token p + 1
                 inside = min(share.num_tokens, state.prompt_len - 1 - share.num_computed)
                 if inside > 0:
-                    scored.append((share, slice(len(rows), len(rows) + inside)))
+                    wanted.scored.append((share, slice(len(rows), len(rows) + inside)))
                     rows += range(start, start + inside)
             if share.samples:
                 drafts = share.draft_tokens
-                sampled.append(_Sampled(len(rows), state, drafts))
-                rows += range(end - 1 - len(drafts), end)
+                wanted.states.append(state)
+                wanted.firsts.append(len(rows))
+                wanted.drafts.append(drafts)
+                if drafts:
+                    rows += range(end - 1 - len(drafts), end)
+                else:
+                    rows.append(end - 1)
             start = end
-        return rows, sampled, scored
+        return wanted
 
     def _sample(
-        self, logits: Tensor, sampled: list[_Sampled]
+        self, logits: Tensor, wanted: _Wanted
     ) -> tuple[list[SampledTokens], dict[int, str]]:
         """One token of each sequence, and a further one for each draft that proved right: what is
         chosen is what would have been chosen without drafts."""
-        if not any(one.drafts for one in sampled):
-            if len(sampled) < len(logits):  # rows of prompts beside them
-                logits = logits[[one.row for one in sampled]]
-            return self._sampler.sample(logits, [one.state for one in sampled])
+        if not any(wanted.drafts):
+            if len(wanted.states) < len(logits):  # rows of prompts beside them
+                logits = logits[wanted.firsts]
+            return self._sampler.sample(logits, wanted.states)
+        sampled = list(map(_Sampled, wanted.firsts, wanted.states, wanted.drafts))
         chosen: dict[int, SampledTokens] = {}
         failed: dict[int, str] = {}
         lengths = [len(one.state.token_ids) for one in sampled]
