@@ -52,6 +52,14 @@ def test_stream_equals_whole_decode_for_any_ids(name: str, data: st.DataObject, 
     assert "".join(stream(tokenizer(name), ids, skip=skip)) == whole
 
 
+def test_byte_level_text_is_made_without_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [tokenizer(name).is_byte_level for name in NAMES] == [True, False, False]
+    t = tokenizer("smollm2")
+    ids = t.encode(TEXT, add_special_tokens=False)
+    monkeypatch.setattr(HfTokenizer, "decode", None)
+    assert "".join(stream(t, ids)) == TEXT
+
+
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(min_size=1))

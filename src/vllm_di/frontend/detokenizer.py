@@ -24,6 +24,8 @@ class Detokenizer:
     context, and behind them those that are still held back. Where the bytes end inside a character,
     that character is held back. Byte tokens such as ``<0xE2>`` are held back until their run ends,
     because decoders judge a run as a whole.
+
+    Of a byte-level tokenizer there is no window: each token's bytes go through a UTF-8 decoder.
     """
 
     def __init__(
@@ -35,6 +37,9 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._utf8 = _utf8_decoder() if tokenizer.is_byte_level else None
+        if self._utf8 is not None:
+            return
         self._window = [i for i in prompt_token_ids[-_PROMPT_TAIL:] if not self.drops(i)]
         context = self._decode()
         if context.endswith(_BROKEN):
@@ -44,6 +49,10 @@ class Detokenizer:
 
     def add(self, token_id: int) -> str:
         """Take one token; return the text that is now settled, often just this token's."""
+        if self._utf8 is not None:
+            if self._skip and self._tokenizer.is_special(token_id):
+                return ""
+            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
         if self.drops(token_id):
             return ""
         self._window.append(token_id)
@@ -56,6 +65,8 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The end of the text: what was held back, broken characters included."""
+        if self._utf8 is not None:
+            return self._utf8.decode(b"", final=True)
         return self._show(self._decode())
 
     def drops(self, token_id: int) -> bool:
@@ -65,7 +76,9 @@ class Detokenizer:
         return not self._tokenizer.token_text(token_id)
 
     def is_byte_token(self, token_id: int) -> bool:
-        """Whether it is one of ``<0x00>`` to ``<0xFF>``."""
+        """Whether it is one of ``<0x00>`` to ``<0xFF>``, which a byte-level tokenizer has not."""
+        if self._utf8 is not None:
+            return False
         text = self._tokenizer.token_text(token_id)
         return len(text) == 6 and text.startswith("<0x")
 
@@ -93,7 +106,7 @@ class Detokenizer:
     def _num_open_bytes(self) -> int:
         """Bytes at the window's end that could become a character with the next token; 0 when its
         U+FFFD is there to stay."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder = _utf8_decoder()
         decoder.decode(b"".join(map(self._tokenizer.token_bytes, self._window)))
         return len(decoder.getstate()[0])
 
@@ -142,6 +155,10 @@ class StopStrings:
             if length == len(stop) and found is None:
                 found = stop
         return found
+
+
+def _utf8_decoder() -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8")("replace")
 
 
 def _failure_function(pattern: str) -> list[int]:

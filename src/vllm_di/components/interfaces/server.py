@@ -17,6 +17,9 @@ class Tokenizer(ABC):
     eos_token_id: int | None
     bos_token: str | None
     eos_token: str | None
+    is_byte_level: bool = False
+    """Whether ``decode`` gives the ``token_bytes`` of its ids, put together and read as UTF-8, with
+    U+FFFD for what is none: then text is made token by token, without it."""
 
     @abstractmethod
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...

@@ -156,9 +156,13 @@ class ContinuousScheduler(Scheduler):
 
     def _continue_running(self, step: _Step) -> None:
         """Give every running sequence its next token, or the next chunk of its prompt."""
-        ordered = list(self._running.values())
+        ordered: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for sequence in self._running.values():
+            is_prompt = len(sequence.token_ids) - sequence.num_computed > 1
+            (prompts if is_prompt else ordered).append(sequence)
         # decodes before unfinished prompts: a long prompt must not hold up those who read
-        ordered.sort(key=lambda s: len(s.token_ids) - s.num_computed > 1)
+        ordered += prompts
         step.most_drafts = self._drafter.drafts_for(len(ordered))
         most_decodes = len(ordered)
         if self._depth > 1:  # the decoding sequences are split over the steps in flight
@@ -395,11 +399,12 @@ class ContinuousScheduler(Scheduler):
 
     def _append(self, sequence: Sequence, sampled: SampledTokens) -> TokenOutput:
         """Take the tokens one by one, up to the one that ends the sequence."""
-        output = self._output(sequence, [])
+        taken: list[int] = []
+        output = self._output(sequence, taken)
         for token in sampled.token_ids:
             sequence.token_ids.append(token)
             sequence.unsent_tokens.append(token)
-            output.token_ids.append(token)
+            taken.append(token)
             reason, stop = sequence.finish_reason(token, self._report.max_model_len)
             if reason is not None:
                 output.finish_reason, output.stop_reason = reason, stop

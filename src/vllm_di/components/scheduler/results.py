@@ -20,6 +20,8 @@ def misfits(
     for the result of another step: its tokens cannot be assigned to sequences."""
     if result.step != plan.step:
         raise EngineDeadError(f"step {plan.step} was answered with the result of {result.step}")
+    if _is_plain(plan, result, live, vocab_size):
+        return {}
     numbers: dict[int, int] = {}
     doubled: set[int] = set()
     for token in result.tokens:
@@ -67,6 +69,25 @@ def misfits(
             seq_id,
         )
     return found
+
+
+def _is_plain(
+    plan: StepPlan, result: StepResult, live: Mapping[int, Sequence], vocab_size: int
+) -> bool:
+    """Whether the result is one token for each sequence of the plan, in its order, and nothing
+    else was asked for: most steps, which need no closer look."""
+    if len(result.tokens) != len(plan.scheduled) or result.failed or result.prompt_logprobs:
+        return False
+    for share, token in zip(plan.scheduled, result.tokens, strict=True):
+        sequence, ids = live.get(share.seq_id), token.token_ids
+        if token.seq_id != share.seq_id or not share.samples or sequence is None or len(ids) != 1:
+            return False
+        params = sequence.request.params
+        if params.logprobs is not None or params.prompt_logprobs is not None:
+            return False
+        if not 0 <= ids[0] < vocab_size:
+            return False
+    return True
 
 
 def _check_scores(

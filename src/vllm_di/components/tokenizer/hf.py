@@ -49,7 +49,11 @@ class HfTokenizer(Tokenizer):
         )
         added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in added.items() if token.special)
-        self._bytes_of_chars = _gpt2_alphabet() if _is_byte_level(file) else None
+        steps = _decoder_steps(file)
+        self._bytes_of_chars = _gpt2_alphabet() if "ByteLevel" in steps else None
+        self.is_byte_level = set(steps) == {"ByteLevel"}
+        self._bytes: dict[int, bytes] = {}
+        """``token_bytes`` of the ids that were asked for."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Releases the interpreter lock while it works. Raises RequestError for text that is no
@@ -69,7 +73,14 @@ class HfTokenizer(Tokenizer):
         return self._tokenizer.id_to_token(token_id) or ""
 
     def token_bytes(self, token_id: int) -> bytes:
-        token = self.token_text(token_id)
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes_of(self.token_text(token_id))
+            if known:  # an id outside the vocabulary has none
+                self._bytes[token_id] = known
+        return known
+
+    def _bytes_of(self, token: str) -> bytes:
         if (table := self._bytes_of_chars) is not None:
             try:
                 return bytes([table[char] for char in token])
@@ -103,10 +114,11 @@ def _token_name(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _is_byte_level(file: Path) -> bool:
+def _decoder_steps(file: Path) -> list[str]:
+    """The types of what makes text of tokens, in order."""
     decoder = msgspec.json.decode(file.read_bytes(), type=_TokenizerFile).decoder or {}
-    steps = [decoder, *decoder.get("decoders", [])]
-    return any(step.get("type") == "ByteLevel" for step in steps)
+    steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
+    return [str(step.get("type")) for step in steps]
 
 
 class _TokenizerFile(msgspec.Struct):
