@@ -19,6 +19,7 @@ JUDGES = {
     "soft_cap": {"prefill", "decode"},
     "batch_invariant": {"batching"},
     "clears_block_tail": {"kv"},
+    "static_shapes": {"graphs"},
     "ops": {"manifest"},
 }
 

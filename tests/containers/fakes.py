@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from vllm_di.components.interfaces import (
+    BatchPlan,
     Device,
     DeviceMemory,
     Placement,
+    PlanShape,
     SchedulerLimits,
     ShapePolicy,
 )
@@ -38,8 +41,8 @@ class GoodShapes(ShapePolicy):
     ) -> None:
         self.device, self.size, self.mode, self.scale = device, size, mode, scale
 
-    def padded_tokens(self, num_tokens: int) -> int:
-        return num_tokens
+    def pad(self, plan: BatchPlan) -> BatchPlan:
+        return plan
 
     def close(self) -> None:
         CLOSED.append("shapes")
@@ -49,24 +52,26 @@ class StructShapes(ShapePolicy):
     def __init__(self, *, config: Port) -> None:
         self.config = config
 
-    def padded_tokens(self, num_tokens: int) -> int:
-        return self.config.number
+    def pad(self, plan: BatchPlan) -> BatchPlan:
+        return plan
 
 
 class WarmShapes(ShapePolicy):
-    def padded_tokens(self, num_tokens: int) -> int:
-        return num_tokens
+    def pad(self, plan: BatchPlan) -> BatchPlan:
+        return plan
 
-    def warm_up_sizes(self, max_num_tokens: int) -> list[int]:
-        return [max_num_tokens]
+    def warm_up_plans(
+        self, largest: PlanShape, blank: Callable[[PlanShape], BatchPlan]
+    ) -> Iterator[BatchPlan]:
+        yield blank(largest)
 
 
 class CompositeShapes(ShapePolicy):
     def __init__(self, *, inner: ShapePolicy | Literal["none"]) -> None:
         self.inner = inner
 
-    def padded_tokens(self, num_tokens: int) -> int:
-        return 0
+    def pad(self, plan: BatchPlan) -> BatchPlan:
+        return plan
 
 
 class HalfShapes(ShapePolicy):

@@ -69,10 +69,10 @@ def test_order_follows_needs() -> None:
         ({"shapes": node(fakes.GoodShapes, size=1, mode="c")}, ["shapes.mode", "'c'"]),
         ({"shapes": node(fakes.StructShapes, number=70000)}, ["shapes.number", "65535", "70000"]),
         ({"shapes": node(fakes.StructShapes, numbr=7)}, ["did you mean 'number'?"]),
-        ({"shapes": node(fakes.HalfShapes)}, ["only in part", "lacks padded_tokens"]),
+        ({"shapes": node(fakes.HalfShapes)}, ["only in part", "lacks pad"]),
         (
             {"shapes": node(fakes.Stranger)},
-            ["does not implement ShapePolicy", "lacks padded_tokens"],
+            ["does not implement ShapePolicy", "lacks pad"],
         ),
         (
             {"shapes": node(fakes.CircularShapes), "limits": node(fakes.CircularLimits)},
@@ -138,12 +138,12 @@ def test_no_generated_path_imports_anything(parts: list[str]) -> None:
 def test_a_deprecated_method_is_named_with_what_takes_its_place(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = ShapePolicy.warm_up_sizes
+    plain = ShapePolicy.warm_up_plans
     checked(shapes=node(fakes.WarmShapes))
     assert caplog.text == ""
-    monkeypatch.setattr(ShapePolicy, "warm_up_sizes", deprecated("use sizes")(plain))
+    monkeypatch.setattr(ShapePolicy, "warm_up_plans", deprecated("use plans")(plain))
     checked(shapes=node(fakes.GoodShapes, size=1))  # does not implement it
     assert caplog.text == ""
     checked(shapes=node(fakes.WarmShapes))
-    message = "conf/shapes/fake.yaml:2: shapes: WarmShapes.warm_up_sizes is deprecated: use sizes"
+    message = "conf/shapes/fake.yaml:2: shapes: WarmShapes.warm_up_plans is deprecated: use plans"
     assert message in caplog.text

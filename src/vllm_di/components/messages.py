@@ -236,6 +236,8 @@ class StepResult(msgspec.Struct, frozen=True):
     """Those of ``failed`` whose reason is the request's own parameters."""
     hidden: HiddenStates | None = None
     """Of a stage that is not the last: it goes to the next one, never to the engine."""
+    num_compiles: int = 0
+    """Programs that were compiled in this step: 0 where the warm-up had all shapes."""
 
 
 class KvSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -376,6 +378,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
     step_tokens: int = 0
     """Tokens that the last step ran."""
     num_steps: int = 0
+    num_compiles: int = 0
+    """Programs compiled since the engine is ready, in total."""
 
 
 class EngineOutputs(msgspec.Struct, kw_only=True):

@@ -59,6 +59,9 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a request's tokens and log-probs are bit-equal whatever shares its batch."""
     clears_block_tail: bool = False
     """Whether attention may set to zero what the last block of a sequence does not hold yet."""
+    static_shapes: bool = False
+    """Whether every shape that a step can have is compiled at the start: the requests of a step
+    that has to compile end with an error."""
     ops: tuple[str, ...] = ()
     """Ops that its own library implements; the others run on the torch reference."""
 

@@ -23,8 +23,10 @@ from vllm_di.components.interfaces import (
     Device,
     Model,
     ModelStep,
+    NamedWeight,
     OpTable,
     Quantization,
+    WeightPart,
 )
 from vllm_di.components.messages import KvSpec
 from vllm_di.components.quantized import QuantizedWeight
@@ -282,6 +284,15 @@ class Decoder(nn.Module, Model):
                 module.finalize(self._quantization)
         if self.head is not None:
             self.head.finalize(self._quantization, embeds=self.head is self.embedding)
+
+    def named_weights(self) -> Iterator[NamedWeight]:
+        held: dict[int, tuple[Tensor, list[WeightPart]]] = {}
+        for name, target in self.targets().items():
+            if target.cut is not None and (tensor := target.cut.held()) is not None:
+                _, parts = held.setdefault(id(tensor), (tensor, []))
+                parts += target.cut.parts(name, target.shape[0])
+        for tensor, parts in held.values():
+            yield NamedWeight(tensor, tuple(parts))
 
     def weight_bytes(self) -> int:
         total = 0

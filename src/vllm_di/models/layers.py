@@ -3,16 +3,41 @@ checkpoint's tensors fill it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vllm_di.components.interfaces import Activation, Communicator, Quantization
+from vllm_di.components.interfaces import Activation, Communicator, Quantization, WeightPart
 from vllm_di.components.quantized import QuantizedWeight
 from vllm_di.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the ranks share out a target, and the tensor that holds this rank's share."""
+
+    held: Callable[[], Tensor | None]
+    """None where the weight was packed in another form."""
+    dim: int | None = None
+    num_shards: int = 1
+    offset: float = 0.0
+    first_rank_only: bool = False
+    row_counts: tuple[int, ...] = ()
+    """Of a target that is several weights, one below the other; each with its ``shards``."""
+    shards: tuple[int, ...] = ()
+
+    def parts(self, name: str, rows: int) -> Iterator[WeightPart]:
+        start = 0
+        counts, shards = self.row_counts or (rows,), self.shards or (self.num_shards,)
+        for count, number in zip(counts, shards, strict=True):
+            yield WeightPart(
+                name, start, count, self.dim, number, self.offset, self.first_rank_only
+            )
+            start += count
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +52,7 @@ class Target:
     """``norm`` starts at one in a random model, ``weight`` at random, ``bias`` at zero."""
     quantized: bool = False
     """Whether it takes a QuantizedWeight as it is."""
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +66,11 @@ class Shard:
     @property
     def span(self) -> slice:
         return slice(self.start, self.start + self.size)
+
+    @property
+    def count(self) -> int:
+        """Into how many shares the whole is cut."""
+        return self.whole // self.size
 
 
 def shard(size: int, rank: int, world: int, what: str) -> Shard:
@@ -93,6 +124,7 @@ class Linear(nn.Module):
         self.weight: Tensor | None = torch.empty(rows, inputs.size, dtype=dtype, device=device)
         self.bias = torch.empty(rows, dtype=dtype, device=device) if bias and adds_bias else None
         self.num_bytes = 0
+        self._loaded: Callable[[], Tensor | None] = lambda: self.weight
         self._quantized: dict[int, QuantizedWeight] = {}
         """Parts of the weight that came quantised, by their first row."""
 
@@ -103,13 +135,35 @@ class Linear(nn.Module):
         for name, output in zip(names, self.outputs, strict=True):
             place = slice(offset, offset + output.size)
             shape = (output.whole, self.inputs.whole)
-            found[f"{name}.weight"] = Target(shape, self._filler(place, output), quantized=True)
+            found[f"{name}.weight"] = Target(
+                shape, self._filler(place, output), quantized=True, cut=self._cut([output])
+            )
             if self.has_bias:
                 found[f"{name}.bias"] = Target(
-                    (output.whole,), self._bias_filler(place, output), "bias"
+                    (output.whole,),
+                    self._bias_filler(place, output),
+                    "bias",
+                    cut=Cut(
+                        lambda: self.bias,
+                        0 if output.count > 1 else None,
+                        output.count,
+                        first_rank_only=self.inputs.count > 1,
+                    ),
                 )
             offset += output.size
         return found
+
+    def _cut(self, outputs: list[Shard]) -> Cut:
+        if self.inputs.count > 1:
+            dim, shards = 1, [self.inputs.count] * len(outputs)
+        else:
+            dim, shards = 0, [output.count for output in outputs]
+        return Cut(
+            lambda: self._loaded(),
+            dim if max(shards) > 1 else None,
+            row_counts=tuple(output.whole for output in outputs),
+            shards=tuple(shards),
+        )
 
     def fused_target(self, name: str) -> dict[str, Target]:
         """Target of one tensor that holds all outputs, one below the other."""
@@ -124,7 +178,8 @@ class Linear(nn.Module):
                 part.fill(piece)
                 start += output.whole
 
-        return {f"{name}.weight": Target((rows, self.inputs.whole), fill, quantized=True)}
+        shape = (rows, self.inputs.whole)
+        return {f"{name}.weight": Target(shape, fill, quantized=True, cut=self._cut(self.outputs))}
 
     def _filler(self, place: slice, output: Shard) -> Callable[[Any], None]:
         def fill(tensor: Tensor | QuantizedWeight) -> None:
@@ -160,6 +215,8 @@ class Linear(nn.Module):
         self.run = fused or quantization.linear(weight, self.bias)
         self.num_bytes = quantization.num_bytes(weight)
         self.num_bytes += 0 if self.bias is None else self.bias.nbytes
+        # if it lives on, then as what is multiplied with
+        self._loaded = weakref.ref(weight) if isinstance(weight, Tensor) else lambda: None
         self.weight, self._quantized = None, {}
 
     def release(self) -> None:
@@ -182,7 +239,8 @@ class Norm(nn.Module):
         def fill(tensor: Tensor) -> None:
             self.weight.copy_(tensor.float() + self.offset)
 
-        return {f"{name}.weight": Target((len(self.weight),), fill, "norm")}
+        cut = Cut(lambda: self.weight, offset=self.offset)
+        return {f"{name}.weight": Target((len(self.weight),), fill, "norm", cut=cut)}
 
 
 class VocabParallel(nn.Module):
@@ -206,6 +264,7 @@ class VocabParallel(nn.Module):
         self.packed_embed: Callable[[Tensor], Tensor] | None = None
         """Reads rows of the packed head, where that replaces the table ``weight``."""
         self.num_bytes = self.weight.nbytes
+        self._loaded: Callable[[], Tensor | None] = lambda: self.weight
         self._quantized: QuantizedWeight | None = None
 
     def targets(self, name: str) -> dict[str, Target]:
@@ -219,13 +278,15 @@ class VocabParallel(nn.Module):
                 tensor = tensor[span]
             self.weight[: len(tensor)].copy_(tensor)
 
-        shape = (self.vocab_size, self.weight.shape[1])
-        return {f"{name}.weight": Target(shape, fill, quantized=True)}
+        shape, world = (self.vocab_size, self.weight.shape[1]), self._communicator.world_size
+        cut = Cut(lambda: self._loaded(), 0 if world > 1 else None, world)
+        return {f"{name}.weight": Target(shape, fill, quantized=True, cut=cut)}
 
     def finalize(self, quantization: Quantization, *, embeds: bool) -> None:
         """Make it a head: ``logits`` can run. What embeds tokens too keeps its table where packed
         rows cannot be read in its place."""
         weight = self.weight if self._quantized is None else self._quantized
+        self._loaded = weakref.ref(self.weight)
         self.num_bytes = quantization.num_bytes(weight)
         if embeds:
             dtype = self.weight.dtype

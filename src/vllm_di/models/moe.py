@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from vllm_di.components.interfaces import Quantization
-from vllm_di.models.layers import Target
+from vllm_di.models.layers import Cut, Target
 
 if TYPE_CHECKING:
     from vllm_di.models.blocks import Parts
@@ -38,11 +38,16 @@ class Experts(nn.Module):
         names = ("w1", "w3", "w2") if self.block_sparse else ("gate_proj", "up_proj", "down_proj")
         gate, up, down = names
         rows = (self.inner.whole, self.hidden)
+        shards, cut = self.inner.count, self.inner.count > 1
+        by_row = Cut(lambda: self.gate_up, 0 if cut else None, shards)
+        by_column = Cut(lambda: self.down, 1 if cut else None, shards)
         for e in range(self.num_experts):
             name = f"{prefix}.experts.{e}"
-            found[f"{name}.{gate}.weight"] = Target(rows, self._rows(e, 0))
-            found[f"{name}.{up}.weight"] = Target(rows, self._rows(e, self.inner.size))
-            found[f"{name}.{down}.weight"] = Target((self.hidden, self.inner.whole), self._down(e))
+            found[f"{name}.{gate}.weight"] = Target(rows, self._rows(e, 0), cut=by_row)
+            found[f"{name}.{up}.weight"] = Target(rows, self._rows(e, self.inner.size), cut=by_row)
+            found[f"{name}.{down}.weight"] = Target(
+                (self.hidden, self.inner.whole), self._down(e), cut=by_column
+            )
         return found
 
     def _rows(self, expert: int, start: int) -> Callable[[Tensor], None]:

@@ -3,7 +3,7 @@ and position gives the right token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +17,11 @@ from vllm_di.components.interfaces import (
     LayerCache,
     Model,
     ModelStep,
+    PlanShape,
     ShapePolicy,
 )
 from vllm_di.components.messages import KvSpec
+from vllm_di.components.shapes.padding import pad_tokens
 
 VOCAB = 97
 
@@ -123,8 +125,12 @@ class EchoModel(CountingModel):
 class Eights(ShapePolicy):
     """Pads to multiples of eight, as a device with fixed shapes does."""
 
-    def padded_tokens(self, num_tokens: int) -> int:
-        return -(-num_tokens // 8) * 8
+    def pad(self, plan: BatchPlan) -> BatchPlan:
+        return pad_tokens(plan, -(-len(plan.token_ids) // 8) * 8)
 
-    def warm_up_sizes(self, max_num_tokens: int) -> list[int]:
-        return [8, self.padded_tokens(max_num_tokens)]
+    def warm_up_plans(
+        self, largest: PlanShape, blank: Callable[[PlanShape], BatchPlan]
+    ) -> Iterator[BatchPlan]:
+        for tokens in (min(8, largest.queries), largest.queries):
+            yield self.pad(blank(PlanShape(tokens, rows=1, seqs=1, columns=1, queries=tokens)))
+        yield self.pad(blank(PlanShape(largest.seqs, largest.seqs, largest.seqs, 1, 1)))

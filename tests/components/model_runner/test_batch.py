@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_di.components.device.host import HostDevice
-from vllm_di.components.interfaces import BatchPlan, GroupTables
+from vllm_di.components.interfaces import BatchPlan, GroupTables, PlanShape
 from vllm_di.components.messages import (
     KvGroup,
     NewSequence,
@@ -70,7 +70,7 @@ class Scheduler:
         del self.tokens[seq_id], self.computed[seq_id], self.blocks[seq_id]
         self.finished.append(seq_id)
 
-    def run(self, seq_ids: list[int], chunk: int, padded: int = 0) -> BatchPlan:
+    def run(self, seq_ids: list[int], chunk: int) -> BatchPlan:
         """One step of these, checked against the rule."""
         shares, spans = [], []
         for seq_id in seq_ids:
@@ -96,22 +96,17 @@ class Scheduler:
         self.new, self.finished = [], []
         self.batch.update(plan)
         total = sum(share.num_tokens for share in shares)
-        padded = max(padded, total)
         rows = [0, total - 1] if self.random.random() < 0.5 else [total - 1]
-        built = self.batch.build(shares, rows, padded)
-        self.check(built, spans, rows, padded)
+        built = self.batch.build(shares, rows)
+        self.check(built, spans, rows)
         return built
 
-    def check(
-        self, built: BatchPlan, spans: list[tuple[int, int, int]], rows: list[int], padded: int
-    ) -> None:
-        none = [0] * (padded - sum(end - start for _, start, end in spans))
+    def check(self, built: BatchPlan, spans: list[tuple[int, int, int]], rows: list[int]) -> None:
         assert built.token_ids.tolist() == [
-            *(t for s, start, end in spans for t in self.tokens[s][start:end]),
-            *none,
+            t for s, start, end in spans for t in self.tokens[s][start:end]
         ]
         positions = [at for _, start, end in spans for at in range(start, end)]
-        assert built.positions.tolist() == positions + none
+        assert built.positions.tolist() == positions
         assert built.query_lens_host == [end - start for _, start, end in spans]
         starts = built.query_start.tolist()
         assert starts == [sum(built.query_lens_host[:i]) for i in range(len(spans) + 1)]
@@ -123,7 +118,7 @@ class Scheduler:
                 for s, start, end in spans
                 for at in range(start, end)
             ]
-            assert tables.slot_mapping.tolist() == slots + [-1] * len(none)
+            assert tables.slot_mapping.tolist() == slots
             assert tables.seq_lens.tolist() == tables.seq_lens_host
             # a window's table is cut once a sequence of the step is as long as it
             cuts = any(GROUPS[index].first_block(start, SIZE) for _, start, _ in spans)
@@ -143,9 +138,9 @@ def test_a_plan_does_not_depend_on_the_steps_before(seed: int, on_host: bool) ->
     choose = scheduler.random
     for _ in range(120):
         if choose.random() < 0.02:
-            scheduler.batch.blank(8)
+            scheduler.batch.blank(PlanShape(8, 2, 2, 3, 5))
         if choose.random() < 0.02:
-            scheduler.batch.blank_decodes(5)
+            scheduler.batch.blank(PlanShape(MAX_SEQS, MAX_SEQS, MAX_SEQS, 1, 1))
         live = list(scheduler.tokens)
         for seq_id in live:
             if len(scheduler.tokens[seq_id]) > MAX_LEN - 3 or choose.random() < 0.03:
@@ -155,7 +150,7 @@ def test_a_plan_does_not_depend_on_the_steps_before(seed: int, on_host: bool) ->
         live = list(scheduler.tokens)
         if choose.random() < 0.2:
             live = choose.sample(live, choose.randint(1, len(live)))
-        scheduler.run(live, choose.choice([1, 1, 1, 7]), choose.choice([0, 0, 16]))
+        scheduler.run(live, choose.choice([1, 1, 1, 7]))
 
 
 def test_a_steady_decode_copies_what_changed_and_makes_no_tensor(

@@ -293,8 +293,8 @@ def test_sizes_beyond_the_longest_sequence_are_padded() -> None:
     graph = Capturing()
     bench.runner._graph = graph
     bench.runner.warm_up()
-    assert bench.model.batches == [8, 24] * 2
-    assert graph.sizes == [8, 24]
+    assert bench.model.batches == [8, 24, 8, 8]
+    assert graph.sizes == [8]
 
 
 def test_nothing_is_allocated_for_the_plan_of_a_decode_step() -> None:

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import pytest
+from tests.components.shapes.plans import of_shape, plan
 
+from vllm_di.components.interfaces import PlanShape
 from vllm_di.components.shapes.dynamic import DynamicShapes
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 2048])
-def test_nothing_is_padded(tokens: int) -> None:
-    assert DynamicShapes().padded_tokens(tokens) == tokens
+def test_nothing_is_padded() -> None:
+    one = plan([1, 7])
+    assert DynamicShapes().pad(one) is one
 
 
-def test_warm_up_stays_within_a_step() -> None:
-    assert DynamicShapes().warm_up_sizes(2048) == [1, 16]
-    assert DynamicShapes().warm_up_sizes(9) == [1, 9]
-    assert DynamicShapes().warm_up_sizes(1) == [1]
+@pytest.mark.parametrize(("longest", "tokens"), [(2048, [1, 16]), (9, [1, 9]), (1, [1])])
+def test_warm_up_stays_within_a_step(longest: int, tokens: list[int]) -> None:
+    largest = PlanShape(longest, rows=longest, seqs=4, columns=200, queries=longest)
+    plans = DynamicShapes().warm_up_plans(largest, of_shape)
+    assert [len(p.token_ids) for p in plans] == tokens

@@ -99,6 +99,9 @@ class Runner(ModelRunner):
         assert groups == GROUPS
         self._events.append(f"allocate {num_blocks}")
 
+    def prepare(self, groups: Sequence[KvGroup]) -> None:
+        self._events.append("compile")
+
     def warm_up(self) -> None:
         self._events.append("warm_up")
 
@@ -184,10 +187,23 @@ def test_the_order_of_a_worker_s_life() -> None:
     assert events == ["load", "synchronize", "memory"]
     size = one.prepare(GROUPS)
     # the cache is sized once the weights are in and the program is compiled
-    assert events[3:] == ["prepare", "synchronize", "memory"]
+    assert events[3:] == ["prepare", "compile", "synchronize", "memory"]
     one.allocate(size.num_blocks)
     assert one.execute(StepInput(StepPlan(4, [], [], []))).step == 4
-    assert events[6:] == ["allocate 9", "warm_up", "execute"]
+    assert events[7:] == ["memory", "allocate 9", "warm_up", "memory", "execute"]
+
+
+def test_a_warm_up_that_eats_what_the_cache_was_promised_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A host's memory is taken when the cache is first used, and would be missed then."""
+    one = worker(num_blocks=900)
+    monkeypatch.setattr(SmallDevice, "on_host", True)
+    one.load()
+    size = one.prepare(GROUPS)
+    monkeypatch.setattr(one._runner, "warm_up", lambda: setattr(one._device, "_free", 800_000))
+    with pytest.raises(ConfigError, match=r"the warm-up left .* 900 blocks .* worker\.num_blocks"):
+        one.allocate(size.num_blocks)
 
 
 def test_the_report_says_what_only_the_device_knows() -> None:

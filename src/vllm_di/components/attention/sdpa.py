@@ -20,6 +20,7 @@ from vllm_di.components.interfaces import (
     TracedCache,
 )
 from vllm_di.components.ops.torch import attend
+from vllm_di.components.shapes.padding import grown
 from vllm_di.errors import ConfigError
 
 
@@ -27,10 +28,10 @@ from vllm_di.errors import ConfigError
 class PaddedBatch:
     """A step as tensors alone, for a traced program: sequences padded to the longest query."""
 
-    owners: Tensor  # [tokens] int64: the sequence of a token
-    at: Tensor  # [tokens] int64: its position there
+    starts: Tensor  # [seqs] int64: the first token of each
+    past_lens: Tensor  # [seqs] int64: tokens in the cache before the step
     rows: Tensor  # [seqs, queries] int64: the token of each query; any beyond a sequence's last
-    places: Tensor  # [tokens] int64: where a token stands in ``rows``, flattened
+    places: Tensor  # [tokens] int64: where a token stands in ``rows``, flattened; any of padding
     positions: Tensor  # [seqs, queries] int64, of each query in its sequence
     seq_lens: Tensor  # [seqs] int64
     blocks: Tensor  # [seqs, columns] int64
@@ -65,6 +66,8 @@ class SdpaAttention(AttentionBackend):
         for row, (queries, length) in enumerate(
             zip(plan.query_lens_host, plan.seq_lens_host, strict=True)
         ):
+            if not queries:  # padding
+                continue
             keys, values = self._layout.gather(cache, plan.block_table[row], length)
             out[start : start + queries] = attend(
                 q[start : start + queries],
@@ -89,15 +92,17 @@ class SdpaAttention(AttentionBackend):
         start = plan.query_start[:-1].long()
         lengths = plan.seq_lens.long()
         counts = plan.query_start[1:].long() - start
-        steps = torch.arange(plan.max_query_len, dtype=torch.int64, device=start.device)
-        owner = torch.repeat_interleave(counts)  # [tokens]
+        tokens, longest = len(plan.token_ids), plan.max_query_len
+        steps = torch.arange(longest, dtype=torch.int64, device=start.device)
+        owner = torch.repeat_interleave(counts)  # [tokens that belong to a sequence]
         offset = torch.arange(len(owner), dtype=torch.int64, device=start.device) - start[owner]
+        past = lengths - counts
         return PaddedBatch(
-            owners=owner,
-            at=(lengths - counts)[owner] + offset,
-            rows=(start[:, None] + steps).clamp(max=len(owner) - 1),
-            places=owner * plan.max_query_len + offset,
-            positions=(lengths - counts)[:, None] + steps,
+            starts=start,
+            past_lens=past,
+            rows=(start[:, None] + steps).clamp(max=tokens - 1),
+            places=grown(owner * longest + offset, tokens),
+            positions=past[:, None] + steps,
             seq_lens=lengths,
             blocks=plan.block_table.long(),
         )
@@ -111,11 +116,15 @@ def _attend_padded(
     length = batch.blocks.shape[1] * cache.key.shape[2]
     column = torch.arange(length, dtype=torch.int64, device=q.device)
     filled = (column < batch.seq_lens[:, None])[:, None, :, None]  # [seqs, 1, length, 1]
+    ages = column - batch.past_lens[:, None]  # [seqs, length]; below 0: in the cache
+    # the new token of each place of the context; any where there is none
+    source = (batch.starts[:, None] + ages).clamp(0, q.shape[0] - 1)
+    is_new = (ages >= 0)[..., None, None]
 
     def gathered(cached: Tensor, new: Tensor) -> Tensor:
         # [seqs, columns, kv_heads, block_size, head_size] -> [seqs, length, kv_heads, head_size]
         found = cached[batch.blocks].transpose(2, 3).flatten(1, 2)
-        found = found.index_put((batch.owners, batch.at), new.to(cached.dtype))
+        found = torch.where(is_new, new.to(cached.dtype)[source], found)
         # -> [seqs, kv_heads, 1, length, head_size]
         return torch.where(filled, found.transpose(1, 2), 0.0)[:, :, None].to(q.dtype)
 

@@ -30,6 +30,7 @@ class StandardEngine(Engine):
         self._scheduler, self._kv, self._executor = scheduler, kv_cache_manager, executor
         self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
         """The oldest first."""
+        self._num_compiles = 0
 
     def add(self, request: EngineRequest) -> None:
         self._scheduler.add(request)
@@ -48,9 +49,13 @@ class StandardEngine(Engine):
             self._in_flight.append((plan, self._executor.submit(plan)))
         outputs = []
         if self._in_flight:
-            plan, result = self._in_flight.popleft()
-            outputs = self._scheduler.update(plan, result.result())
-        return EngineOutputs(outputs=outputs, stats=self._scheduler.stats())
+            plan, future = self._in_flight.popleft()
+            result = future.result()
+            self._num_compiles += result.num_compiles
+            outputs = self._scheduler.update(plan, result)
+        stats = self._scheduler.stats()
+        stats.num_compiles = self._num_compiles
+        return EngineOutputs(outputs=outputs, stats=stats)
 
     def check_alive(self) -> None:
         self._executor.check_alive()

@@ -20,8 +20,10 @@ from vllm_di.components.interfaces.attention import (
     GroupTables,
     KvLayout,
     LayerCache,
+    PlanShape,
     TracedCache,
     UnrotatedForward,
+    fixed,
 )
 from vllm_di.components.interfaces.device import Communicator, Device, DeviceMemory, Placement
 from vllm_di.components.interfaces.engine import (
@@ -40,9 +42,11 @@ from vllm_di.components.interfaces.model import (
     Model,
     ModelProgram,
     ModelStep,
+    NamedWeight,
     Quantization,
     ShapePolicy,
     StepFunction,
+    WeightPart,
 )
 from vllm_di.components.interfaces.ops import Activation, OpLibrary, OpTable, Recorder, Replay
 from vllm_di.components.interfaces.server import (
@@ -100,12 +104,14 @@ __all__ = [
     "ModelProgram",
     "ModelRunner",
     "ModelStep",
+    "NamedWeight",
     "OpLibrary",
     "OpTable",
     "ParserEvent",
     "ParserRequest",
     "ParserState",
     "Placement",
+    "PlanShape",
     "Prefix",
     "Quantization",
     "ReasoningDelta",
@@ -127,6 +133,8 @@ __all__ = [
     "ToolParser",
     "TracedCache",
     "UnrotatedForward",
+    "WeightPart",
     "Worker",
     "WorkerLauncher",
+    "fixed",
 ]

@@ -26,6 +26,20 @@ class GroupTables:
     seq_lens_host: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class PlanShape:
+    """The sizes of a BatchPlan: what a compiler with static shapes compiles for."""
+
+    tokens: int
+    rows: int
+    """Of logits."""
+    seqs: int
+    columns: int
+    """Of the widest block table."""
+    queries: int
+    """Tokens of the sequence that has the most in the step; 1 in a decode step."""
+
+
 @dataclass(slots=True)
 class BatchPlan:
     """One step's batch on the device: the common ground of every attention backend. Rows are
@@ -48,6 +62,20 @@ class BatchPlan:
     hidden: Tensor | None = None  # [tokens, hidden] from the stage before; None on the first
     more_groups: Sequence[GroupTables] = ()
     """Tables of the second KvGroup and those after it; an attention backend is not shown them."""
+    padded_to: PlanShape | None = None
+    """The static shape that a ShapePolicy padded it to."""
+
+    @property
+    def shape(self) -> PlanShape:
+        """Its sizes as they are."""
+        tables = (self.block_table, *(group.block_table for group in self.more_groups))
+        return PlanShape(
+            tokens=len(self.token_ids),
+            rows=len(self.logits_rows),
+            seqs=len(self.seq_lens),
+            columns=max(table.shape[1] for table in tables),
+            queries=self.max_query_len,
+        )
 
     @property
     def num_groups(self) -> int:
@@ -71,6 +99,9 @@ class BatchPlan:
 
     @property
     def max_query_len(self) -> int:
+        """Of a plan with a static shape that of the shape."""
+        if self.padded_to is not None:
+            return self.padded_to.queries
         return max(self.query_lens_host, default=0)
 
     @property
@@ -135,6 +166,12 @@ class TracedCache(LayerCache):
     new: tuple[Tensor, Tensor] | None = None
     """Keys and values of the step, [tokens, kv_heads, head_size], where attention leaves it to the
     program to write them after the step; None where a node of the graph writes."""
+
+
+def fixed(*dims: int) -> Any:
+    """A field of exported metadata whose dimensions ``dims`` have one size in every plan, such as
+    [3]."""
+    return field(metadata={"fixed": dims})
 
 
 class KvLayout(ABC):
@@ -232,7 +269,8 @@ class AttentionBackend(ABC):
     def export(self) -> Any:
         """For programs that trace a step and compile it: the function that they call in place of
         ``build``, BatchPlan -> metadata, a dataclass of tensors alone with the same fields, ranks
-        and dtypes for every plan.
+        and dtypes for every plan. A dimension that is the same for every plan is named in the
+        field: ``counts: Tensor = fixed(0)``.
 
         Given such metadata, ``forward`` is traced: torch ops that suit any sizes, or one custom op
         that the platform's compiler knows. The cache is a TracedCache then: the custom op writes to

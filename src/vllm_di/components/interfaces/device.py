@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -105,6 +106,20 @@ class Communicator(ABC):
     @abstractmethod
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """Concatenate the ranks' equal-shaped tensors along ``dim``, in rank order."""
+
+    def export(self) -> AbstractContextManager[None]:
+        """For programs that trace a step and compile it: while the context is open, ``all_reduce``
+        and ``all_gather`` leave a mark in the graph (``components/communicator/marks.py``), which
+        the program hands to its compiler or replaces by a call. With one rank there is nothing to
+        mark. Raises ConfigError where there are several and no marks."""
+        if self.world_size == 1:
+            return nullcontext()
+        from vllm_di.errors import ConfigError
+
+        raise ConfigError(
+            f"{type(self).__name__} has no export() for compiled programs; communicator=marked "
+            "has one, around any other"
+        )
 
     def close(self) -> None:
         """Leave the group."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_di.components.interfaces.attention import BatchPlan, LayerCache
+from vllm_di.components.interfaces.attention import BatchPlan, LayerCache, PlanShape
 from vllm_di.components.interfaces.ops import Activation
 from vllm_di.components.messages import KvGroup, KvSpec
 
@@ -29,6 +29,35 @@ class ModelStep:
     groups: Sequence[int]  # the KvGroup of each of these layers
     metadata: Sequence[Any]  # of the attention backend, one for each KvGroup
     hidden: Tensor | None = None  # [tokens, hidden] from the stage before; None on the first
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPart:
+    """Rows of a tensor of the checkpoint, and how tensor parallelism shares them out."""
+
+    name: str
+    """In the checkpoint, as Hugging Face names it."""
+    start: int
+    rows: int
+    """It is rows [start, start + rows) of that tensor, whole."""
+    shard_dim: int | None = None
+    """The dimension that is cut; None: every rank has all of it."""
+    num_shards: int = 1
+    """Equal pieces, the last padded with zeros. Rank r of w has piece r * num_shards // w."""
+    offset: float = 0.0
+    """Added to the checkpoint's values."""
+    first_rank_only: bool = False
+    """Zero on the other ranks: a bias that is added before a sum over ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedWeight:
+    """A tensor of a loaded model, and what of the checkpoint it holds."""
+
+    tensor: Tensor
+    """This rank's."""
+    parts: tuple[WeightPart, ...]
+    """Stacked by rows, in this order; ``tensor`` may be a view of that with more dimensions."""
 
 
 StepFunction = Callable[[ModelStep], "Tensor"]
@@ -118,6 +147,11 @@ class Model(ABC):
         """hidden [rows, hidden] -> [rows, vocab] fp32, whole on every rank. On the last stage
         alone."""
 
+    def named_weights(self) -> Iterator[NamedWeight]:
+        """The loaded tensors that hold weights as the checkpoint has them, so that a compiler can
+        shard them and keep them apart from the program. What was packed or rounded is left out."""
+        return iter(())
+
     def weight_bytes(self) -> int:
         """Bytes that the weights take on this rank."""
         return 0
@@ -142,8 +176,8 @@ class GraphPolicy(ABC):
         """The function that runs in place of ``forward``. Called once."""
 
     def capture(self, sizes: Sequence[int], run: Callable[[int], object]) -> None:
-        """Capture a graph for each token count by calling ``run(size)``, a decode step of that many
-        sequences. Eager policies do nothing."""
+        """Capture a graph for each size by calling ``run(size)``, a decode step of that many
+        sequences: those of the shape policy's warm-up. Eager policies do nothing."""
 
     def place(self, plan: BatchPlan) -> tuple[BatchPlan, Sequence[Any]]:
         """Called before each step -> the plan that the step sees, and each KvGroup's metadata to
@@ -158,19 +192,46 @@ class ShapePolicy(ABC):
     """(2) Which batch shapes the device sees."""
 
     @abstractmethod
-    def padded_tokens(self, num_tokens: int) -> int:
-        """Rows that a step of ``num_tokens`` is padded to."""
+    def pad(self, plan: BatchPlan) -> BatchPlan:
+        """``plan`` as the device is to see it; called for each step.
 
-    def warm_up_sizes(self, max_num_tokens: int) -> list[int]:
-        """Token counts to run once before the first request."""
-        return [1]
+        What is added touches no block that a sequence owns. Padding tokens come last and belong to
+        no sequence; their slot is -1, or lies in block 0 where ``LimitsReport.null_block`` keeps
+        that free. Padding sequences have no query and no context, in the host lists too. Padding
+        rows of logits are row 0 and come last. A plan of a static shape says so in ``padded_to``.
+        Raises ValueError for a plan beyond the largest shape: constructors refuse what could lead
+        to one, naming the key to change.
+        """
+
+    def warm_up_plans(
+        self, largest: PlanShape, blank: Callable[[PlanShape], BatchPlan]
+    ) -> Iterator[BatchPlan]:
+        """Plans to run once before the first request, padded as steps are: with static shapes one
+        of each. ``largest`` has the most that a step can have of each size; ``blank`` makes a plan
+        of a shape within it, which touches no block and is good until the next one is made."""
+        yield self.pad(blank(PlanShape(tokens=1, rows=1, seqs=1, columns=1, queries=1)))
 
 
 class ModelProgram(ABC):
     """(10) How one step runs: the module called eagerly, or a whole compiled step."""
 
+    cache_dir: str | None = None
+    """Folder in which compiled programs are kept, each under its ``compile_key``
+    (``components/program/compile_cache.py``); None: nowhere."""
+
+    @property
+    def num_compiles(self) -> int:
+        """Programs compiled since the start. One more after a step means that the step waited for
+        its compiler: that is counted, and an error where ``capabilities.static_shapes``."""
+        return 0
+
     def prepare(self, groups: Sequence[KvGroup]) -> None:
-        """Called once, when the weights are loaded and before the cache is sized: compile here."""
+        """Called once, when the weights are loaded and before the cache is sized: compile here
+        what suits any shape."""
+
+    def compile(self, plan: BatchPlan) -> None:
+        """Compile for the shape of ``plan``. Called between ``prepare`` and ``allocate`` for each
+        plan of ``ShapePolicy.warm_up_plans``, so that the cache gets what memory is left."""
 
     @abstractmethod
     def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
@@ -186,6 +247,7 @@ class ModelProgram(ABC):
     @abstractmethod
     def run(self, plan: BatchPlan) -> Tensor:
         """-> logits [len(plan.logits_rows), vocab] fp32; on a stage that is not the last, hidden
-        states [tokens, hidden] for the next one, in the model's dtype."""
+        states [tokens, hidden] for the next one, in the model's dtype. Padding rows may hold
+        anything."""
 
     def close(self) -> None: ...

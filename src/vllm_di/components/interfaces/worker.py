@@ -70,6 +70,11 @@ class Sampler(ABC):
         """logits [rows, vocab] fp32 (may be overwritten) -> one token a row, and seq_id -> reason
         for rows that failed (NaN). A row's result depends on that row alone."""
 
+    def warm_up(self, logits: Tensor) -> None:
+        """Run or compile what ``sample`` runs. Called before the first request, once for each
+        number of rows that a warm-up step gives: logits [rows, vocab] fp32. A sampler with static
+        shapes pads to these numbers."""
+
     def prompt_logprobs(self, logits: Tensor, token_ids: Sequence[int], count: int) -> list[Any]:
         """logits [rows, vocab] and the token that follows each row -> TokenLogprobs with ``count``
         alternatives."""
@@ -79,13 +84,18 @@ class Sampler(ABC):
 class ModelRunner(ABC):
     """Turns a StepPlan into a BatchPlan, runs it, samples."""
 
+    def prepare(self, groups: Sequence[KvGroup]) -> None:
+        """Have the program compile for every shape that steps will have, before the cache is
+        sized. Called once, after ``ModelProgram.prepare``."""
+
     @abstractmethod
     def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
         """Allocate the KV cache. Called once, after the weights are loaded."""
 
     @abstractmethod
     def warm_up(self) -> None:
-        """Run every shape once."""
+        """Run every shape once, the sampler too. Programs compiled from here on are counted in
+        ``StepResult.num_compiles``."""
 
     @abstractmethod
     def execute(self, step: StepInput) -> StepResult:
@@ -105,11 +115,13 @@ class Worker(ABC):
 
     @abstractmethod
     def prepare(self, groups: list[KvGroup]) -> CacheSize:
-        """Compile for these groups, which are those of all stages -> how many blocks fit then."""
+        """Compile for these groups, which are those of all stages, and for the shapes of steps ->
+        how many blocks fit then."""
 
     @abstractmethod
     def allocate(self, num_blocks: int) -> None:
-        """Allocate the agreed number of blocks (the minimum over ranks) and warm up."""
+        """Allocate the agreed number of blocks (the minimum over ranks) and warm up. Raises
+        ConfigError where the warm-up took memory that the cache was promised."""
 
     @abstractmethod
     def execute(self, step: StepInput) -> StepResult:

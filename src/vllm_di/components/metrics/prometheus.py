@@ -96,6 +96,7 @@ class PrometheusMetrics(Metrics):
             registry=self._registry,
             buckets=_WHOLE_REQUEST,
         )
+        self._compiles = c("vllm_di:compiles_after_ready", "Programs that a step had to wait for.")
         self._unknown_fields = c(
             "vllm_di:unknown_request_fields", "Fields of requests that the server does not know."
         )
@@ -141,6 +142,7 @@ class PrometheusMetrics(Metrics):
         self._raise_to("preemptions", stats.num_preemptions, [self._preemptions])
         self._raise_to("queries", stats.prefix_cache_queries, self._cache_queries)
         self._raise_to("hits", stats.prefix_cache_hits, self._cache_hits)
+        self._raise_to("compiles", stats.num_compiles, [self._compiles])
         if stats.step_tokens:
             self._step_tokens.observe(stats.step_tokens)
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vllm_di.components.interfaces import BatchPlan, Device, GroupTables, SequenceState
+from vllm_di.components.interfaces import BatchPlan, Device, GroupTables, PlanShape, SequenceState
 from vllm_di.components.messages import KvGroup, NewSequence, ScheduledSequence, StepPlan
 
 COLUMNS_AHEAD = 16
@@ -83,11 +83,8 @@ class Batch:
                     tables.append(row, len(held), fresh)
                     held += fresh
 
-    def build(
-        self, scheduled: Sequence[ScheduledSequence], logits_rows: list[int], padded: int
-    ) -> BatchPlan:
-        """The batch of the step that ``update`` was given; ``padded`` rows in all, those beyond the
-        last token go nowhere."""
+    def build(self, scheduled: Sequence[ScheduledSequence], logits_rows: list[int]) -> BatchPlan:
+        """The batch of the step that ``update`` was given."""
         queries = [s.num_tokens for s in scheduled]
         firsts = [s.num_computed for s in scheduled]
         total = sum(queries)
@@ -96,41 +93,37 @@ class Batch:
             self._place_singles(firsts)
         else:
             self._place_chunks(scheduled, queries, firsts)
-        self._pad(total, padded)
         self._rows.write(logits_rows)
         rows, states = self._step_rows, self.states
         if total == len(scheduled):
-            tables = [g.place_singles(rows, states, firsts, padded) for g in self._groups]
+            tables = [g.place_singles(rows, states, firsts) for g in self._groups]
         else:
             positions = self._positions.array[:total]
-            tables = [g.place(rows, queries, firsts, positions, padded) for g in self._groups]
-        return self._plan(padded, len(logits_rows), queries, tables)
+            tables = [g.place(rows, queries, firsts, positions) for g in self._groups]
+        return self._plan(total, len(logits_rows), queries, tables)
 
-    def blank(self, num_tokens: int) -> BatchPlan:
-        """A batch of one sequence that touches no slot of the cache, for warm-up. Rows beyond the
-        longest sequence are padding."""
-        length = min(num_tokens, self._max_model_len)
-        self._blank_rows(length, num_tokens)
-        self._positions.array[:length] = self._arange[:length]
-        self._starts.write([0, length])
-        return self._plan(num_tokens, 1, [length], self._blank_tables([length], num_tokens))
-
-    def blank_decodes(self, num_tokens: int) -> BatchPlan:
-        """The same of sequences of one token each, for graphs of decode steps. Rows beyond the
-        most sequences are padding."""
-        count = min(num_tokens, self._max_num_seqs)
-        self._blank_rows(count, num_tokens)
-        self._starts.write(list(range(count + 1)))
-        queries = [1] * count
-        return self._plan(num_tokens, count, queries, self._blank_tables(queries, num_tokens))
-
-    def _blank_rows(self, used: int, padded: int) -> None:
+    def blank(self, shape: PlanShape) -> BatchPlan:
+        """A batch of this shape that touches no slot of the cache, for warm-up. Raises ValueError
+        where no sequences make it up."""
+        queries, left = [1] * shape.seqs, shape.tokens - shape.seqs
+        for row in range(shape.seqs):
+            more = min(left, shape.queries - 1)
+            queries[row], left = 1 + more, left - more
+        if left or queries[0] != shape.queries:
+            raise ValueError(f"no sequences make up {shape}")
+        filled = (shape.columns - 1) * self._block_size + 1
+        lengths = [max(query, filled) for query in queries]
         self._copied()
-        self._pad(0, padded)
-        self._rows.write(list(range(used)))
-
-    def _blank_tables(self, lengths: list[int], padded: int) -> list[GroupTables]:
-        return [group.blank(lengths, padded) for group in self._groups]
+        self._tokens.array[: shape.tokens] = 0
+        starts = list(itertools.accumulate(queries, initial=0))
+        self._starts.write(starts)
+        shifts = np.array(lengths, np.int64) - starts[1:]
+        positions = self._positions.array[: shape.tokens]
+        np.add(self._arange[: shape.tokens], np.repeat(shifts, queries), out=positions)
+        ends = [start - 1 for start in starts[1:]]
+        self._rows.write(ends if shape.rows <= shape.seqs else list(range(shape.rows)))
+        tables = [group.blank(lengths, shape.tokens) for group in self._groups]
+        return self._plan(shape.tokens, shape.rows, queries, tables)
 
     def _place_singles(self, firsts: list[int]) -> None:
         """One token each: tokens, positions and starts. Python's numbers are faster than arrays of
@@ -159,11 +152,6 @@ class Batch:
         self._starts.write(starts)
         shifts = np.array(firsts, np.int64) - starts[:-1]
         np.add(self._arange[:start], np.repeat(shifts, queries), out=self._positions.array[:start])
-
-    def _pad(self, total: int, padded: int) -> None:
-        if padded > total:
-            self._tokens.array[total:padded] = 0
-            self._positions.array[total:padded] = 0
 
     def _plan(
         self, num_tokens: int, num_rows: int, queries: list[int], tables: list[GroupTables]
@@ -226,7 +214,6 @@ class Tables:
         queries: Sequence[int],
         firsts: Sequence[int],
         positions: npt.NDArray[np.integer],
-        padded: int,
     ) -> GroupTables:
         """The tables of a step: of each sequence its row here, its number of queries, the position
         of the first; positions [tokens]."""
@@ -235,36 +222,33 @@ class Tables:
         owners = np.repeat(rows, queries)  # the row of each token's sequence
         held = self._tables[owners, blocks].astype(np.int64)
         slots[:total] = held * self._block_size + offsets
-        slots[total:padded] = -1
         lengths = [first + number for first, number in zip(firsts, queries, strict=True)]
-        return self._place_tables(rows, firsts, lengths, padded)
+        return self._place_tables(rows, firsts, lengths, total)
 
     def place_singles(
-        self, rows: list[int], states: Sequence[SequenceState], firsts: Sequence[int], padded: int
+        self, rows: list[int], states: Sequence[SequenceState], firsts: Sequence[int]
     ) -> GroupTables:
         """As above, of sequences with one token each."""
-        size, group, total = self._block_size, self._index, len(rows)
+        size, group = self._block_size, self._index
         self._slots.write(
             [
                 state.block_ids[group][first // size] * size + first % size
                 for state, first in zip(states, firsts, strict=True)
             ]
         )
-        if padded > total:
-            self._slots.array[total:padded] = -1
-        return self._place_tables(rows, firsts, [first + 1 for first in firsts], padded)
+        return self._place_tables(rows, firsts, [first + 1 for first in firsts], len(rows))
 
     def _place_tables(
-        self, rows: list[int], firsts: Sequence[int], lengths: list[int], padded: int
+        self, rows: list[int], firsts: Sequence[int], lengths: list[int], total: int
     ) -> GroupTables:
         if self._group.window is not None and max(firsts) >= self._group.window:
-            return self._cut_off(rows, firsts, lengths, padded)
+            return self._cut_off(rows, firsts, lengths, total)
         columns = -(-max(lengths) // self._block_size)
         if rows == self._placed and columns <= self._columns_placed:
             self._add_fresh(rows)
         else:
             self._copy_tables(rows, columns)
-        return self._filled(lengths, columns, padded)
+        return self._filled(lengths, columns, total)
 
     def _add_fresh(self, rows: list[int]) -> None:
         """The sequences of the step before: only their new blocks are to be written."""
@@ -280,7 +264,7 @@ class Tables:
         self._fresh.clear()
 
     def _cut_off(
-        self, rows: Sequence[int], firsts: Sequence[int], lengths: list[int], padded: int
+        self, rows: Sequence[int], firsts: Sequence[int], lengths: list[int], total: int
     ) -> GroupTables:
         """As above, without the blocks that the window has left."""
         size = self._block_size
@@ -295,22 +279,22 @@ class Tables:
         )
         table = self._table.array[: len(rows), :columns]
         table[:] = self._tables[np.array(rows)[:, None], picked]
-        return self._filled(lengths, columns, padded)
+        return self._filled(lengths, columns, total)
 
-    def blank(self, lengths: list[int], padded: int) -> GroupTables:
+    def blank(self, lengths: list[int], total: int) -> GroupTables:
         """Of a batch that touches no slot of the cache."""
         self._placed = []
         self._table.array[: len(lengths)] = 0
-        self._slots.array[:padded] = -1
-        return self._filled(lengths, -(-max(lengths) // self._block_size), padded)
+        self._slots.array[:total] = -1
+        return self._filled(lengths, -(-max(lengths) // self._block_size), total)
 
-    def _filled(self, lengths: list[int], columns: int, padded: int) -> GroupTables:
+    def _filled(self, lengths: list[int], columns: int, total: int) -> GroupTables:
         count = len(lengths)
         self._lengths.write(lengths)
         return GroupTables(
             seq_lens=self._lengths.tensor(count),
             block_table=self._table.tensor(count, columns),
-            slot_mapping=self._slots.tensor(padded),
+            slot_mapping=self._slots.tensor(total),
             seq_lens_host=lengths,
         )
 

@@ -27,12 +27,18 @@ class HiddenBuffer:
     def __init__(
         self, max_num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._host = torch.zeros(max_num_tokens, hidden_size, dtype=dtype)
+        self._shape, self._dtype, self._there = (hidden_size,), dtype, device
+        self._allocate(max_num_tokens)
+
+    def _allocate(self, rows: int) -> None:
+        self._host = torch.zeros(rows, *self._shape, dtype=self._dtype)
         self._bytes = self._host.view(torch.uint8).view(-1).numpy()
-        self._device = None if device == self._host.device else self._host.to(device)
+        self._device = None if self._there == self._host.device else self._host.to(self._there)
 
     def blank(self, padded: int) -> Tensor:
-        """[padded, hidden] of zeros, for warm-up."""
+        """[padded, hidden] of zeros, for warm-up: the longest shape says how long it has to be."""
+        if padded > len(self._host):
+            self._allocate(padded)
         self._host[:padded].zero_()
         return self._on_device(padded)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_di.components.interfaces import (
+    BatchPlan,
     Device,
     GraphPolicy,
     KvLayout,
@@ -19,6 +20,7 @@ from vllm_di.components.interfaces import (
     ModelProgram,
     ModelRunner,
     Placement,
+    PlanShape,
     Sampler,
     SequenceState,
     ShapePolicy,
@@ -71,7 +73,10 @@ def _joined(before: SampledTokens | None, token: SampledTokens) -> SampledTokens
 
 
 class StandardModelRunner(ModelRunner):
-    """Runs StepPlans. Every rank runs the same forward; rank 0 samples, on the last stage."""
+    """Runs StepPlans. Every rank runs the same forward; rank 0 samples, on the last stage.
+
+    With ``static_shapes`` the requests of a step that had to be compiled end with an error.
+    """
 
     def __init__(
         self,
@@ -86,33 +91,48 @@ class StandardModelRunner(ModelRunner):
         *,
         max_num_seqs: Count,
         max_num_batched_tokens: Count,
+        static_shapes: bool = False,
     ) -> None:
         self._device, self._model, self._layout = device, model, kv_layout
         self._shapes, self._graph, self._sampler = shapes, graph, sampler
         self._program, self._run = program, program.run
         self._samples = placement.rank == 0
         self._alone = placement.world_size == 1 and placement.num_stages == 1
-        # a warm-up step is never longer than a sequence, nor than a step
-        self._warm_up_tokens = min(max_num_batched_tokens, model.max_model_len)
-        self._warm_up_sizes = shapes.warm_up_sizes(self._warm_up_tokens)
-        max_num_tokens = max(
-            max_num_batched_tokens,
-            shapes.padded_tokens(max_num_batched_tokens),
-            *self._warm_up_sizes,
+        self._largest = PlanShape(
+            tokens=max_num_batched_tokens,
+            rows=max_num_batched_tokens,
+            seqs=max_num_seqs,
+            columns=-(-model.max_model_len // kv_layout.block_size),
+            queries=min(max_num_batched_tokens, model.max_model_len),
         )
-        self._max_num_seqs, self._max_num_tokens = max_num_seqs, max_num_tokens
+        self._static_shapes, self._num_compiles = static_shapes, 0
         self._batch: Batch
+        self._groups: Sequence[KvGroup] = ()
         self._hidden = (
             None
             if model.first
-            else HiddenBuffer(max_num_tokens, model.hidden_size, model.dtype, device.torch_device)
+            else HiddenBuffer(
+                max_num_batched_tokens, model.hidden_size, model.dtype, device.torch_device
+            )
         )
+
+    def prepare(self, groups: Sequence[KvGroup]) -> None:
+        self._open(groups)
+        for plan in self._warm_up_plans():
+            self._program.compile(plan)
 
     def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
         self._program.allocate(groups, num_blocks)
+        self._open(groups)
+
+    def _open(self, groups: Sequence[KvGroup]) -> None:
+        """Make the batch's buffers, once."""
+        if self._groups:
+            return
+        self._groups = groups
         self._batch = Batch(
-            max_num_seqs=self._max_num_seqs,
-            max_num_tokens=self._max_num_tokens,
+            max_num_seqs=self._largest.seqs,
+            max_num_tokens=self._largest.tokens,
             max_model_len=self._model.max_model_len,
             block_size=self._layout.block_size,
             groups=groups,
@@ -120,19 +140,32 @@ class StandardModelRunner(ModelRunner):
         )
 
     def warm_up(self) -> None:
-        for size in self._warm_up_sizes:
-            self._blank_step(size)
-        self._graph.capture(self._warm_up_sizes, self._blank_decodes)
+        decodes: set[int] = set()
+        sampled: set[int] = set()
+        for plan in self._warm_up_plans():
+            out = self._run(plan)
+            if plan.max_query_len <= 1:
+                decodes.add(len(plan.token_ids))
+            if self._samples and self._model.last and len(out) and len(out) not in sampled:
+                sampled.add(len(out))
+                self._sampler.warm_up(out)
+        self._graph.capture(sorted(decodes), self._blank_decodes)
         self._device.synchronize()
+        self._num_compiles = self._program.num_compiles
 
-    def _blank_step(self, num_tokens: int) -> Tensor:
-        batch = self._batch.blank(num_tokens)
+    def _warm_up_plans(self) -> Iterator[BatchPlan]:
+        for plan in self._shapes.warm_up_plans(self._largest, self._batch.blank):
+            yield self._with_hidden(plan)
+
+    def _blank_decodes(self, size: int) -> Tensor:
+        count = min(size, self._largest.seqs)
+        plan = self._shapes.pad(self._batch.blank(PlanShape(count, count, count, 1, 1)))
+        return self._run(self._with_hidden(plan))
+
+    def _with_hidden(self, plan: BatchPlan) -> BatchPlan:
         if self._hidden is not None:
-            batch.hidden = self._hidden.blank(num_tokens)
-        return self._run(batch)
-
-    def _blank_decodes(self, num_tokens: int) -> Tensor:
-        return self._run(self._batch.blank_decodes(num_tokens))
+            plan.hidden = self._hidden.blank(len(plan.token_ids))
+        return plan
 
     def execute(self, step: StepInput) -> StepResult:
         plan, batch = step.plan, self._batch
@@ -141,7 +174,7 @@ class StandardModelRunner(ModelRunner):
             return StepResult(plan.step, [])
         wanted = self._wanted(plan)
         total = sum([share.num_tokens for share in plan.scheduled])
-        built = batch.build(plan.scheduled, wanted.rows, self._shapes.padded_tokens(total))
+        built = self._shapes.pad(batch.build(plan.scheduled, wanted.rows))
         if self._hidden is not None:
             assert step.hidden is not None, "a stage that is not the first has no hidden states"
             built.hidden = self._hidden.fill(step.hidden, len(built.token_ids))
@@ -155,10 +188,14 @@ class StandardModelRunner(ModelRunner):
             log.exception("a step of %d tokens ran out of memory", total)
             reason = f"out of memory in a step of {total} tokens: {error}"
             return StepResult(plan.step, [], failed={s.seq_id: reason for s in plan.scheduled})
+        compiled, late = self._compiled(plan, built)
         if not self._model.last:
-            return StepResult(plan.step, [], hidden=pack(out[:total]))
-        if not self._samples:
-            return StepResult(plan.step, [])
+            hidden = pack(out[:total])
+            return StepResult(plan.step, [], failed=late, hidden=hidden, num_compiles=compiled)
+        if late or not self._samples:
+            return StepResult(plan.step, [], failed=late, num_compiles=compiled)
+        if len(out) > len(wanted.rows):
+            out = out[: len(wanted.rows)]
         prompts, failed = self._score(wanted.scored, out)
         try:
             tokens, others = self._sample(out, wanted)
@@ -170,7 +207,27 @@ class StandardModelRunner(ModelRunner):
             tokens = [token for token in tokens if token.seq_id not in failed]
         faults = self._sampler.request_faults
         refused = [seq_id for seq_id, reason in others.items() if reason in faults]
-        return StepResult(plan.step, tokens, prompts, failed | others, refused)
+        return StepResult(
+            plan.step, tokens, prompts, failed | others, refused, num_compiles=compiled
+        )
+
+    def _compiled(self, plan: StepPlan, built: BatchPlan) -> tuple[int, dict[int, str]]:
+        """-> programs that the step had to compile; seq_id -> reason where that is an error."""
+        compiled = self._program.num_compiles - self._num_compiles
+        if not compiled:
+            return 0, {}
+        self._num_compiles += compiled
+        log.warning(
+            "a step of the shape %s waited for its compiler: shapes.warm_up_plans lacks it",
+            built.shape,
+        )
+        if not self._static_shapes:
+            return compiled, {}
+        reason = (
+            f"a step of the shape {built.shape} was not compiled at the start, and the platform "
+            "says capabilities.static_shapes"
+        )
+        return compiled, {share.seq_id: reason for share in plan.scheduled}
 
     def _wanted(self, plan: StepPlan) -> _Wanted:
         wanted = _Wanted([], [], [], [], [])

@@ -70,5 +70,6 @@ class EagerProgram(ModelProgram):
         wanted = len(plan.logits_rows)
         if not wanted:  # chunks of prompts alone: the GEMM of the head is skipped
             return hidden.new_empty((0, self._model.vocab_size), dtype=torch.float32)
-        # rows are sorted and unique: if there are as many as tokens, it is all of them
-        return self._model.logits(hidden if wanted == len(hidden) else hidden[plan.logits_rows])
+        # without padding rows are sorted and unique: if there are as many as tokens, it is all
+        every = wanted == len(hidden) and plan.padded_to is None
+        return self._model.logits(hidden if every else hidden[plan.logits_rows])

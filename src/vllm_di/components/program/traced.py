@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,15 +18,21 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from vllm_di.components.graph.eager import EagerGraph
 from vllm_di.components.interfaces import (
     BatchPlan,
+    Communicator,
+    GraphPolicy,
     GroupTables,
     LayerCache,
     Model,
     ModelStep,
+    OpTable,
     TracedCache,
+    WeightPart,
 )
 from vllm_di.components.kv_groups import Groups
+from vllm_di.components.ops.traced import SAMPLER_OPS
 from vllm_di.errors import ConfigError
 
 Build = Callable[[BatchPlan], Any]
@@ -44,6 +51,26 @@ class TracedStep:
     first has ``hidden`` and no ``token_ids``."""
     unwritten: list[int]
     """Layers whose new keys and values the program has to write to the cache after the step."""
+    weights: dict[str, tuple[WeightPart, ...]]
+    """Attributes of ``graph`` that hold weights, to what of the checkpoint they are: so that a
+    compiler can shard them, or take them as inputs and keep them apart from its program. Other
+    constants are in attributes that are not named here."""
+
+
+def check_traceable(ops: OpTable, graph: GraphPolicy) -> None:
+    """Raise ConfigError for what a traced step would have to ignore."""
+    opaque = {op: name for op, name in ops.opaque.items() if op not in SAMPLER_OPS}
+    if opaque:
+        op, name = next(iter(opaque.items()))
+        raise ConfigError(
+            f"ops.{op}: {name} is no torch code, and the compiled step cannot take it in; choose "
+            f"traced or torch (another library's are the sampler's alone: {', '.join(SAMPLER_OPS)})"
+        )
+    if not isinstance(graph, EagerGraph):
+        raise ConfigError(
+            f"graph: a compiled step has nothing for {type(graph).__name__} to record; "
+            "take graph=eager"
+        )
 
 
 def step_inputs(model: Model, build: Build, plan: BatchPlan) -> dict[str, Tensor]:
@@ -67,17 +94,25 @@ def trace_step(
     groups: Groups,
     caches: Callable[[int], Sequence[LayerCache]],
     block_size: int,
+    communicator: Communicator,
 ) -> TracedStep:
     """``caches`` allocates the pool of a small cache of so many blocks. All sizes that a batch has
-    stay free.
+    stay free. Collectives are marks, which the program has to lower.
 
     Raises ConfigError for a model, op or attention that cannot be traced.
     """
-    sizes = _free_sizes(caches(1), model)
-    wanted, seqs, longest, *columns = itertools.islice(sizes, 3 + groups.count)
-    plan = _example(model, block_size, wanted, seqs, longest, columns)
+    taken: set[int] = set()
+    for _ in range(2):  # once to learn the sizes that metadata fixes, then without them
+        sizes = _free_sizes(caches(1), model, taken)
+        wanted, seqs, longest, *columns = itertools.islice(sizes, 3 + groups.count)
+        plan = _example(model, block_size, wanted, seqs, longest, columns)
+        metadata = build(plan)
+        taken = {getattr(metadata, f.name).shape[d] for f, dims in _fixed(metadata) for d in dims}
     given = step_inputs(model, build, plan)
-    kind, count = type(build(plan)), len(given)
+    kind, count = type(metadata), len(given)
+    fixed = {
+        f"metadata.{g}.{f.name}": dims for f, dims in _fixed(metadata) for g in range(groups.count)
+    }
     pool = caches(next(sizes))
     names, tensors = list(given), list(given.values())
     for i, layer in enumerate(pool):
@@ -110,15 +145,50 @@ def trace_step(
     try:
         tracer = make_fx(step, tracing_mode="symbolic", _allow_non_fake_inputs=True)
         # that cache holds symbols that hold the cache, by way of C++: it would never be freed
-        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        cache_off = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+        with cache_off, communicator.export():
             graph: GraphModule = tracer(*tensors)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever torch raises over code that depends on values
         raise ConfigError(
             f"{type(model).__name__} cannot be compiled as one step: {type(error).__name__}: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
-    _check(graph, names, tensors, count)
-    return TracedStep(graph, _without_unused(graph, names), unwritten)
+    _check(graph, names, tensors, count, fixed)
+    weights = _name_weights(graph, model)
+    return TracedStep(graph, _without_unused(graph, names), unwritten, weights)
+
+
+def _fixed(metadata: Any) -> list[tuple[dataclasses.Field[Any], tuple[int, ...]]]:
+    """Fields with dimensions that are the same for every plan."""
+    return [(f, f.metadata["fixed"]) for f in dataclasses.fields(metadata) if "fixed" in f.metadata]
+
+
+def _name_weights(graph: GraphModule, model: Model) -> dict[str, tuple[WeightPart, ...]]:
+    """Give the attributes that hold the model's weights their names -> what each of them is."""
+
+    def place(tensor: Tensor) -> tuple[Any, ...]:
+        return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+    known = {place(weight.tensor): weight.parts for weight in model.named_weights()}
+    found: dict[str, tuple[WeightPart, ...]] = {}
+    for node in graph.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(graph, node.target)
+        if (parts := known.get(place(tensor))) is None:
+            continue
+        name = re.sub(r"\W", "_", parts[0].name)
+        if name not in found:
+            graph.register_buffer(name, tensor)
+            found[name] = parts
+        node.target = name
+    used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in graph.named_buffers(recurse=False) if name not in used]:
+        delattr(graph, name)
+    graph.recompile()
+    return found
 
 
 def _fields(inputs: dict[str, Tensor], group: int) -> dict[str, Tensor]:
@@ -127,10 +197,10 @@ def _fields(inputs: dict[str, Tensor], group: int) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in inputs.items() if n.startswith(prefix)}
 
 
-def _free_sizes(layers: Sequence[LayerCache], model: Model) -> Iterator[int]:
+def _free_sizes(layers: Sequence[LayerCache], model: Model, fixed: set[int]) -> Iterator[int]:
     """Ascending sizes for dimensions of the traced batch. The tracer takes dimensions of one size
-    for one, so none is of the model or its cache."""
-    taken = {size for c in layers for t in (c.key, c.value) for size in t.shape}
+    for one, so none is of the model, of its cache, or ``fixed``."""
+    taken = fixed | {size for c in layers for t in c.tensors for size in t.shape}
     return (n for n in itertools.count(3, 2) if n not in taken | {model.hidden_size})
 
 
@@ -167,12 +237,20 @@ def _example(
     )
 
 
-def _check(graph: GraphModule, names: list[str], tensors: list[Tensor], count: int) -> None:
+def _check(
+    graph: GraphModule,
+    names: list[str],
+    tensors: list[Tensor],
+    count: int,
+    allowed: dict[str, tuple[int, ...]],
+) -> None:
     """No size of the example was taken for granted, and no torch op works in place."""
     places = [node for node in graph.graph.nodes if node.op == "placeholder"]
     for at, (name, place, tensor) in enumerate(zip(names, places, tensors, strict=True)):
         fixed = tensor.dim() if at < count else 1  # of a cache, the number of blocks alone is free
         for dim in range(min(fixed, 1 if name == "hidden" else fixed)):
+            if dim in allowed.get(name, ()):
+                continue
             size = place.meta["val"].shape[dim]
             if isinstance(size, int) or size.node.maybe_as_int() is not None:
                 raise ConfigError(

@@ -114,6 +114,15 @@ class StandardSampler(Sampler):
         return tokens, {rows[i].seq_id: reason for i, reason in dead.items()}
 
     @torch.inference_mode()
+    def warm_up(self, logits: Tensor) -> None:
+        rows, vocab_size = logits.shape
+        self._greedy(logits)
+        top_k = torch.full((rows,), vocab_size, dtype=torch.int64, device=logits.device)
+        one = torch.ones(rows, dtype=torch.float32, device=logits.device)
+        scaled = logits - logits.amax(-1, keepdim=True)
+        self._random(scaled, top_k, one, torch.zeros_like(one), one / 2)
+
+    @torch.inference_mode()
     def prompt_logprobs(
         self, logits: Tensor, token_ids: Sequence[int], count: int
     ) -> list[TokenLogprobs]:

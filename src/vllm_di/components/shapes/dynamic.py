@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from vllm_di.components.interfaces import ShapePolicy
+from collections.abc import Callable, Iterator
+
+from vllm_di.components.interfaces import BatchPlan, PlanShape, ShapePolicy
 
 
 class DynamicShapes(ShapePolicy):
@@ -10,9 +12,13 @@ class DynamicShapes(ShapePolicy):
 
     def __init__(self) -> None: ...
 
-    def padded_tokens(self, num_tokens: int) -> int:
-        return num_tokens
+    def pad(self, plan: BatchPlan) -> BatchPlan:
+        return plan
 
-    def warm_up_sizes(self, max_num_tokens: int) -> list[int]:
+    def warm_up_plans(
+        self, largest: PlanShape, blank: Callable[[PlanShape], BatchPlan]
+    ) -> Iterator[BatchPlan]:
         """One decode row and a small prefill: enough to have every kernel loaded."""
-        return sorted({1, min(16, max_num_tokens)})
+        yield blank(PlanShape(tokens=1, rows=1, seqs=1, columns=1, queries=1))
+        if (chunk := min(16, largest.queries)) > 1:
+            yield blank(PlanShape(tokens=chunk, rows=1, seqs=1, columns=1, queries=chunk))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Annotated, Any
 
@@ -24,6 +25,8 @@ from vllm_di.components.interfaces import (
 from vllm_di.components.kv_groups import Groups
 from vllm_di.components.messages import CacheSize, KvGroup, StepInput, StepResult, WorkerReport
 from vllm_di.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class StandardWorker(Worker):
@@ -64,6 +67,7 @@ class StandardWorker(Worker):
         self._placement, self._max_num_seqs = placement, max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._groups: list[KvGroup] = []
+        self._block_bytes = 0
         self._num_blocks, self._fraction = num_blocks, memory_fraction
         self._memory = (
             None if kv_cache_memory is None else parse_size(kv_cache_memory, "kv_cache_memory")
@@ -102,16 +106,35 @@ class StandardWorker(Worker):
     def prepare(self, groups: list[KvGroup]) -> CacheSize:
         self._groups = groups
         self._program.prepare(groups)
+        self._runner.prepare(groups)
         self._device.synchronize()
         pool = Groups(self._model.kv_specs(), groups).pool
-        block_bytes = self._layout.bytes_per_block(pool, self._model.dtype)
+        self._block_bytes = block_bytes = self._layout.bytes_per_block(pool, self._model.dtype)
         memory = self._device.memory()
         free = None if memory is None else memory.free
         return CacheSize(self._blocks(block_bytes, free), block_bytes)
 
     def allocate(self, num_blocks: int) -> None:
+        before, begin = self._device.memory(), time.perf_counter()
         self._runner.allocate(self._groups, num_blocks)
         self._runner.warm_up()
+        seconds, after = time.perf_counter() - begin, self._device.memory()
+        if before is None or after is None:
+            log.info("the warm-up took %.1f s", seconds)
+            return
+        log.info(
+            "cache and warm-up took %.1f s and %s; %s are free",
+            seconds,
+            show_size(max(0, before.free - after.free)),
+            show_size(after.free),
+        )
+        # on a host the cache's pages are taken when they are first used
+        promised = num_blocks * self._block_bytes if self._device.on_host else 0
+        if after.free < promised:
+            raise ConfigError(
+                f"the warm-up left {show_size(after.free)} free, but a KV cache of {num_blocks} "
+                f"blocks will take {show_size(promised)}; lower {self._key_of_size()}"
+            )
 
     def execute(self, step: StepInput) -> StepResult:
         return self._runner.execute(step)
@@ -162,9 +185,11 @@ class StandardWorker(Worker):
         share = f"{self._fraction:g} of {show_size(free)} free memory"
         return int(free * self._fraction), f"worker.memory_fraction: {share}"
 
-    def _keys_to_raise(self) -> str:
+    def _key_of_size(self) -> str:
         if self._num_blocks is not None:
             return "worker.num_blocks"
-        if self._memory is not None:
-            return "worker.kv_cache_memory"
-        return "worker.memory_fraction, or set worker.kv_cache_memory"
+        return "worker.memory_fraction" if self._memory is None else "worker.kv_cache_memory"
+
+    def _keys_to_raise(self) -> str:
+        also = ", or set worker.kv_cache_memory"
+        return self._key_of_size() + (also if self._num_blocks is self._memory is None else "")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from vllm_di.components.interfaces import BatchPlan
 from vllm_di.conformance.compare import assert_same
 from vllm_di.conformance.driving import Answer, Ask, ask, run
 from vllm_di.conformance.golden import prompts
@@ -23,9 +25,28 @@ def plain(subject: Subject) -> bool:
 def sizes(subject: Subject) -> list[int]:
     """Rows around the sizes that the platform warms up, and all small ones."""
     with subject.parts("shapes") as container:
-        warm = container.shapes().warm_up_sizes(64)
+        shapes = container.shapes()
+        most = subject.assembly().engine["scheduler"]["max_num_seqs"]
+        warm = {len(shapes.pad(decodes(n)).token_ids) for n in range(1, min(most, 40) + 1)}
     near = {n + d for n in warm for d in (-1, 0, 1)}
     return sorted(n for n in {1, 2, 3, 5, 8, *near} if 1 <= n <= 40)
+
+
+def decodes(count: int) -> BatchPlan:
+    """A step of so many sequences with one token each."""
+    slots = torch.arange(count, dtype=torch.int64)
+    lengths = torch.ones(count, dtype=torch.int32)
+    return BatchPlan(
+        token_ids=torch.zeros_like(slots),
+        positions=torch.zeros_like(slots),
+        query_start=torch.arange(count + 1, dtype=torch.int32),
+        seq_lens=lengths,
+        block_table=torch.zeros(count, 1, dtype=torch.int32),
+        slot_mapping=slots,
+        logits_rows=slots,
+        query_lens_host=[1] * count,
+        seq_lens_host=[1] * count,
+    )
 
 
 def batches(subject: Subject) -> list[list[Ask]]:
@@ -83,3 +104,13 @@ def test_declared_graphs_are_there(subject: Subject) -> None:
         raise NotDeclared("the graph policy was chosen on the command line")
     name = subject.target("graph").rpartition(".")[2]
     assert name != "EagerGraph", "graphs are declared, but the graph policy is eager"
+
+
+def test_nothing_is_compiled_after_the_start(subject: Subject) -> None:
+    if not subject.declared.static_shapes:
+        raise NotDeclared("static_shapes")
+    dtype = f"model.dtype={subject.exact_dtype}"
+    with subject.engine(dtype) as engine:
+        for batch in batches(subject):
+            run(engine, batch)
+        assert engine.step().stats.num_compiles == 0

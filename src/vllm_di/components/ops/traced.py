@@ -1,4 +1,4 @@
-"""The ops as the compiler gets them."""
+"""The ops for programs that trace a step and hand it to a compiler."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from vllm_di.components.interfaces import Activation
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.components.quantized import QuantizedWeight
 
-SAMPLER = "the sampler runs outside the compiled step"
+SAMPLER_OPS = ("greedy_sample", "top_k_top_p_sample")
+"""Those that the sampler calls, outside the compiled step."""
+CACHE_OPS = ("write_kv", "rotary_write_kv", "paged_attention")
+"""Those that attention exports in a form of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compressed:
-    """(q - zero) * scale: the form that OpenVINO keeps compressed."""
+    """(q - zero) * scale: the form that compilers know as a compressed weight."""
 
     q: Tensor  # [out, groups, group] uint8
     scale: Tensor  # [out, groups, 1] fp32
     zero: Tensor  # [out, groups, 1] fp32
 
 
-class OpenVinoOps(TorchOps):
-    """The torch reference, traced into the step and compiled by OpenVINO. What depends on values
-    there is written here without."""
+class TracedOps(TorchOps):
+    """The torch reference, traced into the step. What depends on values there is written here
+    without. ``compiler`` is a name for ``explain``."""
 
-    implements = frozenset(TorchOps.OPS) - {
-        "write_kv",
-        "rotary_write_kv",
-        "paged_attention",
-        "greedy_sample",
-        "top_k_top_p_sample",
-    }
+    implements = frozenset(TorchOps.OPS) - {*CACHE_OPS, *SAMPLER_OPS}
+
+    def __init__(self, *, compiler: str) -> None:
+        super().__init__()
+        self._compiler = compiler
 
     def describe(self) -> dict[str, str]:
-        rows = dict.fromkeys(self.implements, "openvino compiler")
-        own = ("write_kv", "rotary_write_kv", "paged_attention")
-        rows |= dict.fromkeys(own, "attention exports its own")
-        return rows | dict.fromkeys(("greedy_sample", "top_k_top_p_sample"), SAMPLER)
+        rows = dict.fromkeys(self.implements, f"{self._compiler} compiler")
+        rows |= dict.fromkeys(CACHE_OPS, "attention exports its own")
+        return rows | dict.fromkeys(SAMPLER_OPS, "the sampler runs outside the compiled step")
 
     def rotary_embedding(
         self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool
     ) -> tuple[Tensor, Tensor]:
-        """In the form that the compiler knows as one node, with fp32 cosines in any precision:
+        """In the form that compilers know as one node, with fp32 cosines in any precision:
         x * cos + rotate_half(x) * sin over four dimensions."""
         if interleaved:
             return super().rotary_embedding(positions, q, k, cos_sin, interleaved)
