@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-families test-mutants sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
+.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-compile test-families test-mutants sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -33,6 +33,10 @@ test-templates: vendor-llama-cpp  ## all chat templates that llama.cpp collects,
 
 test-families: venv  ## every causal class of transformers: equal, or refused by name
 	$(BIN)/python -m pytest -m families tests/models/test_families.py $(ARGS)
+
+test-compile: venv  ## every Triton kernel for every GPU that we name: registers, spills, memory
+	$(BIN)/vllm-di conform platform=cuda --only compile $(ARGS)
+	$(BIN)/vllm-di conform platform=rocm --only compile $(ARGS)
 
 test-mutants: venv  ## every mutant against every check that needs no process of its own
 	$(BIN)/python -m pytest -m mutants tests/conformance $(ARGS)

@@ -90,6 +90,20 @@ def test_a_simulated_device_never_gives_more_than_contract_tested() -> None:
     assert level_of(checks, partial=False, simulated=True) == "contract-tested"
 
 
+def test_what_compiles_lies_between_contract_and_runtime() -> None:
+    below = [check("declared", "pass"), check("contract", "pass")]
+    passed, failed = check("compile", "pass"), check("compile", "fail")
+    assert level_of([*below, passed], partial=False, simulated=True) == "compile-checked"
+    assert level_of([*below, failed], partial=False, simulated=True) == "contract-tested"
+    nothing = check("compile", "not-declared")
+    assert level_of([*below, nothing], partial=False, simulated=True) == "contract-tested"
+    alone = [check("declared", "pass"), check("contract", "not-run"), passed]
+    assert level_of(alone, partial=False, simulated=False) == "declared"
+    runtime = check("runtime", "pass")
+    assert level_of([*below, failed, runtime], partial=False, simulated=False) == "contract-tested"
+    assert level_of([*below, nothing, runtime], partial=False, simulated=False) == "runtime-tested"
+
+
 def test_a_run_without_runtime_checks_stops_at_contract() -> None:
     checks = [check("declared", "pass"), check("contract", "pass")]
     assert level_of(checks, partial=False, simulated=False) == "contract-tested"

@@ -81,7 +81,7 @@ VERB_SWITCHES: dict[str, dict[str, str]] = {
 VERB_OPTIONS: dict[str, dict[str, str]] = {
     "matrix": {"--reports": "a folder of more reports"},
     "conform": {
-        "--level": "contract or runtime (default): up to which checks",
+        "--level": "contract, compile or runtime (default): up to which checks",
         "--only": "names of checks or ids of cases, in one argument with spaces; gives no level",
         "--json": "file for the report",
         "--junit": "file for the report in JUnit's form",

@@ -13,7 +13,7 @@ from vllm_di.errors import VllmDiError, nearest
 if TYPE_CHECKING:
     from vllm_di.conformance.report import Report
 
-LEVELS = ("contract", "runtime")
+LEVELS = ("contract", "compile", "runtime")
 
 
 def run(arguments: Arguments) -> int:
@@ -27,7 +27,7 @@ def run(arguments: Arguments) -> int:
         return 0
     level = arguments.options.get("--level", "runtime")
     if level not in LEVELS:
-        raise UsageError(f"--level {level}: choose {' or '.join(LEVELS)}{nearest(level, LEVELS)}")
+        raise UsageError(f"--level {level}: choose {', '.join(LEVELS)}{nearest(level, LEVELS)}")
     try:
         import pytest  # noqa: F401 - the suite needs it; it is no dependency of the engine
     except ModuleNotFoundError:

@@ -1,4 +1,5 @@
-"""The checks, in order. Check NAME is the file ``checks/test_NAME.py``."""
+"""The checks, in the order in which they run: the report's own is the last.
+Check NAME is the file ``checks/test_NAME.py``."""
 
 from __future__ import annotations
 
@@ -40,6 +41,7 @@ CHECKS = (
     Check(22, "faults", "runtime", "A worker that dies or hangs"),
     Check(23, "api", "runtime", "API smoke"),
     Check(24, "soak", "runtime", "Mixed load without losses or leaks"),
+    Check(26, "compile", "compile", "Kernels compile for the real targets, within their bars"),
     Check(25, "report", "contract", "The report itself"),
 )
 BY_NAME = {check.name: check for check in CHECKS}

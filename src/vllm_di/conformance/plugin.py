@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from vllm_di.conformance.catalog import BY_NAME, CHECKS
+from vllm_di.conformance.compiling import compile_cases
 from vllm_di.conformance.outcomes import NotDeclared, NotRun, Record
 from vllm_di.conformance.report import Case, CheckResult, Outcome, Waiver, together
 from vllm_di.conformance.subject import Subject
@@ -99,14 +100,16 @@ class Conformance:
             except VllmDiError:  # the manifest's own check says so
                 options = ()
             metafunc.parametrize("declared_quantization", options or ("none",))
+        if "compiled_part" in metafunc.fixturenames:
+            metafunc.parametrize(("target", "compiled_part"), compile_cases(self._subject))
 
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
-        number = {name: check.number for name, check in BY_NAME.items()}
+        place = {name: index for index, name in enumerate(BY_NAME)}
         kept = [i for i in items if _check_of(i) in self._checks and self._wanted(i)]
         config.hook.pytest_deselected(items=[i for i in items if i not in kept])
-        items[:] = sorted(kept, key=lambda item: number[_check_of(item)])
+        items[:] = sorted(kept, key=lambda item: place[_check_of(item)])
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:

@@ -21,7 +21,7 @@ that the level falls. There is no other: a crash is a fail."""
 Reached = manifest.Level | Literal["none"]
 """What one run shows; ``none`` when not even the first checks hold, or only some were run."""
 
-Required = Literal["declared", "contract", "runtime"]
+Required = Literal["declared", "contract", "compile", "runtime"]
 """The level from which on a check is asked for. ``declared`` are the checks 1 to 5."""
 
 WORST_FIRST: tuple[Outcome, ...] = ("fail", "not-run", "waived", "pass", "not-declared")
@@ -86,7 +86,7 @@ class Report(msgspec.Struct, kw_only=True):
     form: Literal["short", "full"]
     """Of the long checks (lifecycle, memory bound, soak, ...)."""
     simulated: bool
-    """Whether the device was a simulated one: at most contract-tested."""
+    """Whether the device was a simulated one: never runtime-tested."""
     started: datetime.datetime
     seconds: float
     overrides: list[str]
@@ -168,19 +168,25 @@ def together(outcomes: Iterable[Outcome]) -> Outcome:
 
 
 def level_of(checks: Sequence[CheckResult], *, partial: bool, simulated: bool) -> Reached:
-    """The highest level whose checks all hold. ``compile-checked`` and ``hardware-tested`` need
-    evidence beyond the suite, so that no run gives them."""
+    """The highest level whose checks all hold. ``compile-checked`` is given where the compile check
+    was run and passed: a platform that names no targets has nothing that compiles. No run gives
+    ``hardware-tested``, which needs evidence beyond the suite."""
     if partial:
         return "none"
+    if any(c.required == "compile" and c.outcome == "not-declared" for c in checks):
+        checks = [check for check in checks if check.required != "compile"]
     holds = {"pass", "waived", "not-declared"}
     reached: Reached = "none"
     steps: tuple[tuple[Required, manifest.Level], ...] = (
         ("declared", "declared"),
         ("contract", "contract-tested"),
+        ("compile", "compile-checked"),
         ("runtime", "runtime-tested"),
     )
     for required, level in steps:
         of_step = [check for check in checks if check.required == required]
+        if required == "compile" and not of_step:
+            continue  # it was not asked for
         if not of_step or not all(check.outcome in holds for check in of_step):
             break
         if simulated and level == "runtime-tested":

@@ -28,6 +28,7 @@ PACKAGES = ("torch", "transformers", "numpy", "safetensors", "hydra-core", "depe
 SEED = 20261124
 STEPS: dict[str, tuple[Required, ...]] = {
     "contract": ("declared", "contract"),
+    "compile": ("declared", "contract", "compile"),
     "runtime": ("declared", "contract", "runtime"),
 }
 """``--level`` to the checks that it runs."""

@@ -36,6 +36,15 @@ class Detect(msgspec.Struct, frozen=True, kw_only=True):
     """Globs that must match, such as ``/dev/davinci*``."""
 
 
+class CompileTargets(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``vllm-di conform --level compile`` compiles, without the device."""
+
+    by: str
+    """Dotted name of a ``components.compile_check.CompileCheck``."""
+    targets: tuple[str, ...]
+    """Which of its targets: those that the platform claims to run on."""
+
+
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What the platform can do. A capability that is not declared is not tested and not shown."""
 
@@ -83,6 +92,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     versions; the suite takes them away to see what the port says."""
     detect: Detect = Detect()
     capabilities: Capabilities = Capabilities()
+    compile: CompileTargets | None = None
+    """null: nothing is compiled ahead, and the platform is never compile-checked."""
 
     @property
     def packages(self) -> list[str]:

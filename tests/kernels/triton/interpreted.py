@@ -30,8 +30,10 @@ class There:
     """Runs the ops of a library where its kernels run, on host tensors: they go there with their
     strides, and what was changed in place comes back."""
 
-    def __init__(self, programs: int) -> None:
+    def __init__(self, programs: int, architecture: str | None = None) -> None:
         self._ops = TritonOps(programs=programs, num_stages=2)
+        if architecture is not None:
+            self._ops.architecture = architecture
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         op: Callable[..., Any] = getattr(self._ops, name)
@@ -231,6 +233,12 @@ def test_attention_groups(heads: tuple[int, int]) -> None:
 def test_attention_head_and_block_sizes(size: int, block: int) -> None:
     attend(TRITON, [(1, 70), (4, 20)], heads=(2, 1), size=size, block=block)
     attend(SPLITTING, [(1, 300)], heads=(2, 1), size=size, block=block)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "gfx1100"])  # those with tiles of their own
+def test_attention_tiles_of_other_architectures(architecture: str) -> None:
+    ops = There(programs=1, architecture=architecture)
+    attend(ops, [(1, 70), (4, 20)], heads=(2, 1), size=80, block=64)
 
 
 def test_attention_cache_of_another_dtype() -> None:

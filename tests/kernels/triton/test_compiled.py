@@ -1,34 +1,42 @@
-"""Every Triton kernel, as the ops launch it, compiled for GPUs that are not here."""
+"""Triton kernels, as the ops launch them, compiled for GPUs that are not here.
+
+All of them on all targets are the conformance suite's compile check (``make test-compile``); here
+is one kernel for each target, and what only a test asks.
+"""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from vllm_di.components.ops import triton_compile
 from vllm_di.components.ops.triton import TritonOps
-from vllm_di.kernels.triton.compile import SHARED_MEMORY, TARGETS, Compiled, Compiler
+from vllm_di.components.ops.triton_compile import ATTENTION, TritonCompile
+from vllm_di.containers.assembly import assemble
+from vllm_di.errors import ConfigError
+from vllm_di.kernels.triton.compile import Compiled, Compiler
+from vllm_di.kernels.triton.targets import TARGETS
+from vllm_di.kernels.triton.tiles import SMALLEST, TILINGS, tiling_of
 
-STAGES = {"gfx942": 2}
-"""As conf/platform/rocm.yaml has it; the others take the default of conf/ops/triton.yaml."""
-SHAPES = {"decode": (1, 1), "chunk": (16, 1), "prefill": (4096, 2)}
-"""(tokens, sequences): one for each of attention's tiles."""
 every_target = pytest.mark.parametrize("target", TARGETS)
 
 
 def compiled(target: str, call: Callable[[TritonOps], object]) -> list[Compiled]:
     """What a call of an op compiles to. Nothing runs."""
-    ops = TritonOps(programs=528, num_stages=STAGES.get(target, 3))
-    ops.launch = compiler = Compiler(target)
+    ops = TritonOps(programs=528, num_stages=None)
+    ops.launch, ops.architecture = Compiler(target), target
     call(ops)
-    assert compiler.made
-    for made in compiler.made:
-        assert made.shared_bytes <= SHARED_MEMORY[target] * 1024, (made.kernel, made.shared_bytes)
+    assert ops.launch.made
+    for made in ops.launch.made:
+        assert made.usage.shared_bytes <= TARGETS[target].shared_bytes, made
         assert made.code.get("cubin") or made.code.get("hsaco")
-    return compiler.made
+    return ops.launch.made
 
 
 def attention(
@@ -41,7 +49,7 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> list[Compiled]:
-    tokens, seqs = SHAPES[shape]
+    tokens, seqs = ATTENTION[shape]
     cache = torch.empty(4, heads[1], 32, size, dtype=dtype)
     q = torch.empty(tokens, (heads[0] + 2 * heads[1]) * size, dtype=dtype)
     q = q[:, : heads[0] * size].unflatten(1, (heads[0], size))
@@ -55,46 +63,78 @@ def attention(
     )
 
 
-@every_target
-def test_norms_rotary_gates_and_cache_writes(target: str) -> None:
-    bf16 = torch.bfloat16
-    x, weight = torch.empty(2, 4096, dtype=bf16), torch.empty(4096, dtype=bf16)
-    qkv = torch.empty(2, 6144, dtype=bf16)
-    q, k, v = (
-        part.unflatten(1, (-1, 128)) for part in qkv.split([4096, 1024, 1024], -1)
-    )  # strided, as the model has them
-    cache = torch.empty(4, 8, 32, 128, dtype=bf16)
-    ids = torch.zeros(2, dtype=torch.int64)
-    calls: list[Callable[[TritonOps], object]] = [
-        lambda ops: ops.rms_norm(x, weight, 1e-5),
-        lambda ops: ops.rms_norm(q[:1].expand(64, -1, -1), weight[:128], 1e-5),
-        lambda ops: ops.add_rms_norm(x, x.clone(), weight, 1e-5),
-        lambda ops: ops.rotary_embedding(ids, q, k, torch.empty(9, 128), False),
-        lambda ops: ops.rotary_embedding(ids, q, k, torch.empty(9, 64), True),
-        lambda ops: ops.silu_and_mul(torch.empty(2, 28672, dtype=bf16)),
-        lambda ops: ops.gelu_tanh_and_mul(torch.empty(2, 28672, dtype=bf16)),
-        lambda ops: ops.write_kv(k, v, cache, cache, ids),
-        lambda ops: ops.rotary_write_kv(
-            ids, q, k, v, torch.empty(9, 128), False, cache, cache, ids
-        ),
-    ]
-    for call in calls:
-        compiled(target, call)
+def worker(*overrides: str) -> dict[str, Any]:
+    found: dict[str, Any] = assemble(["platform=cuda", "model=tiny", *overrides]).workers[0]
+    return found
 
 
 @every_target
-def test_sampling(target: str) -> None:
-    logits, reals = torch.empty(2, 128256), torch.empty(2)
-    compiled(target, lambda ops: ops.greedy_sample(logits))
-    ids = torch.zeros(2, dtype=torch.int64)
-    compiled(target, lambda ops: ops.top_k_top_p_sample(logits, ids, reals, reals, reals))
+def test_a_kernel_of_each_target_is_within_its_bars(target: str) -> None:
+    (made,) = TritonCompile(worker()).compile("add_rms_norm", target)
+    assert made.name == "add_rms_norm_kernel"
+    assert not made.beyond()
+    assert 0 < made.figures["registers"] <= 256
+    assert 0 < made.figures["code_bytes"] < 32768
 
 
-@every_target
-@pytest.mark.parametrize("shape", SHAPES)
-def test_attention(target: str, shape: str) -> None:
-    kernels = [made.kernel for made in attention(target, shape)]
-    assert kernels == ["attention_kernel"] + ["merge_kernel"] * (shape != "prefill")
+def test_the_figures_are_those_of_the_code() -> None:
+    """ptxas runs a second time for its figures: it must make the kernel that Triton made."""
+    (made, merge) = attention("sm_90", "decode")
+    assert made.usage.registers == registers_in_cubin(made.code["cubin"])
+    assert merge.usage.registers == registers_in_cubin(merge.code["cubin"])
+    assert made.usage.shared_bytes > 32768
+    (made, _) = attention("gfx942", "decode")
+    assert f".vgpr_count:     {made.usage.registers}" in made.code["amdgcn"]
+
+
+def registers_in_cubin(cubin: bytes) -> int:
+    """The attribute EIATTR_REGCOUNT (0x2f) of its one kernel: format, length, symbol, count."""
+    at = cubin.index(b"\x04\x2f\x08\x00")
+    return int.from_bytes(cubin[at + 8 : at + 12], "little")
+
+
+def test_a_bar_that_is_exceeded_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    tight = {**TARGETS, "gfx942": replace(TARGETS["gfx942"], shared_bytes=1024, code_bytes=1024)}
+    monkeypatch.setattr("vllm_di.kernels.triton.targets.TARGETS", tight)
+    made, _ = TritonCompile(worker()).compile("paged_attention decode", "gfx942")
+    shared, code = made.beyond()
+    assert re.fullmatch(r"attention_kernel takes 32,768 shared_bytes, and the bar is 1,024", shared)
+    assert "code_bytes" in code
+    assert "ops.library.num_stages" in made.advice
+    assert "gfx942" in made.advice
+
+
+def test_the_users_own_choice_is_what_is_compiled() -> None:
+    two = TritonCompile(worker("ops.library.num_stages=2"))
+    (made, _) = two.compile("paged_attention decode", "sm_90")
+    assert made.figures["num_stages"] == 2
+    with pytest.raises(ConfigError, match="kernels of ops=triton"):
+        TritonCompile(worker("ops=torch", "attention=sdpa"))
+
+
+def test_every_op_of_the_library_is_compiled() -> None:
+    from vllm_di.components.ops.triton import OPS
+
+    parts = {part.split()[0] for part in triton_compile.LAUNCHES}
+    assert parts == OPS - {"linear"}, "products are the vendor's"
+
+
+def test_tiles_follow_the_architecture() -> None:
+    assert set(TILINGS) == set(TARGETS)
+    rows = {
+        name: tiling_of(name)[0] for name in ("sm_89", "sm_121", "gfx90a", "gfx1101", "gfx1200")
+    }
+    assert rows == {
+        "sm_89": "sm_80",
+        "sm_121": "sm_120",
+        "gfx90a": "gfx942",
+        "gfx1101": "gfx1100",
+        "gfx1200": "gfx1201",
+    }
+    assert tiling_of("xe3") == ("smallest", SMALLEST)
+    decode = {name: row.tile(128, 4, 4, 2) for name, row in TILINGS.items()}
+    assert decode["gfx942"].columns == 64
+    assert decode["gfx1100"].columns == 32
 
 
 def test_decode_has_128_bit_loads_and_matrix_products() -> None:
@@ -107,7 +147,7 @@ def test_decode_has_128_bit_loads_and_matrix_products() -> None:
 
 @pytest.mark.slow
 @every_target
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ATTENTION)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_attention_of_every_head_size(target: str, shape: str, dtype: torch.dtype) -> None:
     for size, heads in itertools.product([64, 80, 96, 256], [(32, 8), (14, 2), (8, 8)]):
@@ -117,7 +157,7 @@ def test_attention_of_every_head_size(target: str, shape: str, dtype: torch.dtyp
 
 @pytest.mark.slow
 @every_target
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ATTENTION)
 def test_attention_with_windows_and_soft_caps(target: str, shape: str) -> None:
     attention(target, shape, window=4096)
     attention(target, shape, soft_cap=50.0)

@@ -4,6 +4,7 @@ the vendor's library (cuBLAS, hipBLASLt, oneDNN)."""
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 from collections.abc import Callable
 from functools import cached_property
@@ -18,9 +19,10 @@ from vllm_di.components.interfaces import OpLibrary
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.errors import ConfigError, PortError
 
+log = logging.getLogger(__name__)
 Launch = Callable[..., None]
 """(kernel, grid, arguments, constants, num_warps, num_stages)"""
-KERNELS = ("attention", "elementwise", "norms", "sampling", "runtime")
+KERNELS = ("attention", "elementwise", "norms", "sampling", "tiles", "runtime")
 OPS = frozenset(
     {
         "rms_norm",
@@ -47,7 +49,8 @@ class TritonOps(OpLibrary):
 
     ``programs`` is how many programs of a kernel keep the device busy; null: four for each of its
     multiprocessors. Attention cuts long contexts until it has that many. ``num_stages`` is how many
-    of attention's loads are in flight; each takes shared memory.
+    of attention's loads are in flight; null: what ``kernels.triton.tiles`` has for the device's
+    architecture, which also cuts attention's tiles.
     """
 
     implements = OPS
@@ -63,7 +66,7 @@ class TritonOps(OpLibrary):
         self,
         *,
         programs: Annotated[int, msgspec.Meta(ge=1)] | None,
-        num_stages: Annotated[int, msgspec.Meta(ge=1, le=8)],
+        num_stages: Annotated[int, msgspec.Meta(ge=1, le=8)] | None,
     ) -> None:
         try:
             found = [importlib.import_module(f"vllm_di.kernels.triton.{name}") for name in KERNELS]
@@ -73,11 +76,13 @@ class TritonOps(OpLibrary):
             raise PortError(
                 "ops=triton: the package triton is not installed; pip install 'vllm-di[cuda]'"
             ) from error
-        self._attention, self._elementwise, self._norms, self._sampling, runtime = found
+        self._attention, self._elementwise, self._norms, self._sampling, tiles, runtime = found
         self.launch = runtime.launch
         self._power: Callable[[int], int] = runtime.power_of_2
         self._interpreted: bool = runtime.is_interpreted()
         self._num_multiprocessors: Callable[[], int] = runtime.num_multiprocessors
+        self._tiling_of: Callable[[str], tuple[str, Any]] = tiles.tiling_of
+        self._architecture_of_device: Callable[[], str] = runtime.architecture
         self._programs, self._num_stages = programs, num_stages
         self._reference = TorchOps()
         self._where = f"triton ({runtime.VERSION})"
@@ -274,7 +279,7 @@ class TritonOps(OpLibrary):
             return out
         group = heads // num_kv_heads
         rows = -(-tokens // num_seqs) * group
-        tile = self._attention.choose_tile(head_size, group, rows, q.itemsize)
+        tile = self._tiling.tile(head_size, group, rows, q.itemsize)
         blocks = tokens // (tile.rows // group) + num_seqs
         at_work = min(blocks, tokens) * num_kv_heads  # the rest find nothing to do
         splits = self._splits(at_work, block_table.shape[1] * block_size)
@@ -305,7 +310,7 @@ class TritonOps(OpLibrary):
                 "UPCAST": q.dtype == torch.float32 or self._interpreted,
             },
             num_warps=tile.num_warps,
-            num_stages=self._num_stages,
+            num_stages=self._num_stages or self._tiling.num_stages,
         )
         if splits > 1:
             self.launch(
@@ -322,6 +327,18 @@ class TritonOps(OpLibrary):
         return self._power(max(1, wanted))
 
     @cached_property
+    def architecture(self) -> str:
+        """Of the device: ``sm_90``, ``gfx942``. A compiler for another one puts its name here."""
+        return self._architecture_of_device()
+
+    @cached_property
+    def _tiling(self) -> Any:
+        row, tiling = self._tiling_of(self.architecture)
+        if row != self.architecture:
+            log.info("attention has no tiles for %s; it takes those of %s", self.architecture, row)
+        return tiling
+
+    @cached_property
     def _wanted_programs(self) -> int:
         return self._programs or 4 * self._num_multiprocessors()
 
@@ -335,7 +352,7 @@ class TritonOps(OpLibrary):
                 self._sampling.greedy_kernel,
                 (rows,),
                 (out, logits, logits.stride(0), vocab),
-                {"BLOCK": self._sampling_block(vocab)},
+                {"BLOCK": min(8192, self._power(vocab))},
                 num_warps=8,
             )
         return out
@@ -350,13 +367,10 @@ class TritonOps(OpLibrary):
                 self._sampling.top_k_top_p_kernel,
                 (rows,),
                 (out, logits, top_k, top_p, min_p, uniform, logits.stride(0), vocab),
-                {"BLOCK": self._sampling_block(vocab)},
+                {"BLOCK": min(4096, self._power(vocab))},  # twice that spills registers on sm_*
                 num_warps=16,
             )
         return out
-
-    def _sampling_block(self, vocab: int) -> int:
-        return min(8192, self._power(vocab))
 
 
 def _warps(elements: int) -> int:

@@ -9,36 +9,8 @@ bisection. Scores are kept in base 2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How the attention kernel is cut."""
-
-    rows: int
-    """Queries times heads of a group."""
-    columns: int
-    """Keys of one pass of the loop."""
-    num_warps: int
-
-
-def choose_tile(head_size: int, group: int, rows: int, itemsize: int) -> Tile:
-    """``rows`` is what an average sequence of the batch has: queries times heads of a group;
-    ``itemsize`` is in bytes. With two stages a program stays within 64 KiB of shared memory, which
-    is what the smallest device has."""
-    row_bytes = triton.next_power_of_2(head_size) * itemsize
-    columns = min(64, max(16, 16384 // row_bytes))
-    least = max(16, triton.next_power_of_2(group))
-    most = 32 if itemsize > 2 else 128 if row_bytes <= 256 else 64
-    if rows <= least or most <= least:
-        return Tile(least, columns, 4)
-    if rows <= 64 or most <= 64:
-        return Tile(min(64, most), columns, 4)
-    return Tile(128, columns, 8)
 
 
 @triton.jit

@@ -13,17 +13,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-SHARED_MEMORY = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-"""KiB that one program may have."""
+from vllm_di.kernels.triton.code_objects import Usage, usage
+from vllm_di.kernels.triton.targets import TARGETS
+
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -39,7 +33,9 @@ class Compiled:
 
     kernel: str
     target: str
-    shared_bytes: int
+    num_warps: int
+    num_stages: int
+    usage: Usage
     code: dict[str, Any]
     """Stage (``ptx``, ``cubin``, ``amdgcn``, ``hsaco`` ...) to its text or bytes."""
 
@@ -71,13 +67,15 @@ class Compiler:
             signature[name] = _type(value)
             if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
                 attrs[(place,)] = [["tt.divisibility", 16]]
+        gpu = TARGETS[self.target].gpu
         built = triton.compile(
             ASTSource(kernel, signature, values, attrs),
-            target=TARGETS[self.target],
+            target=gpu,
             options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
         )
-        made = Compiled(kernel.__name__, self.target, built.metadata.shared, dict(built.asm))
-        self.made.append(made)
+        code = dict(built.asm)
+        taken = usage(code, gpu.arch, built.metadata.shared)
+        self.made.append(Compiled(kernel.__name__, self.target, num_warps, num_stages, taken, code))
 
 
 def _type(value: Any) -> str:

@@ -35,6 +35,15 @@ def num_multiprocessors() -> int:
     return int(driver.active.utils.get_device_properties(device)["multiprocessor_count"])
 
 
+def architecture() -> str:
+    """Of the current device, as its vendor names it: ``sm_90``, ``gfx942``. Interpreted kernels are
+    cut as for sm_90."""
+    if is_interpreted():
+        return "sm_90"
+    target = driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter on the host, which has no products of bf16."""
     return bool(knobs.runtime.interpret)
