@@ -15,7 +15,10 @@ from vllm_di.components.ops.torch import TorchOps
 from vllm_di.conformance.checks.test_ops import compare
 from vllm_di.conformance.interface_record import Change, changes, record
 from vllm_di.conformance.op_cases import cases
-from vllm_di.errors import UnsupportedModelError
+from vllm_di.containers.assembly import assemble
+from vllm_di.containers.fill import Launcher, opened
+from vllm_di.containers.slots import EngineContainer
+from vllm_di.errors import ConfigError, RequestError, UnsupportedModelError
 from vllm_di.models import hf_config, hf_settings
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +91,41 @@ def test_the_family_is_read_and_its_variant_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(hf_settings, "FAMILY_USED", {})
     with pytest.raises(UnsupportedModelError, match="use_parallel_residual"):
         hf_config.model_fields(config | {"use_parallel_residual": True})
+
+
+@pytest.mark.parametrize("executor", ["inline", "multiprocess"])
+def test_a_port_adds_a_call_to_its_worker(
+    executor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider, use = blocks("add-a-worker-call.md", "python")
+    (option,) = blocks("add-a-worker-call.md", "yaml")
+    for file, text in {
+        "acme/__init__.py": "",
+        "acme/provider.py": provider,
+        "conf/worker/acme.yaml": option,
+    }.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ranks = 1 if executor == "inline" else 2
+    overrides = ["platform=cpu", "model=tiny", "worker=acme", "trust=[acme]"]
+    overrides += [f"executor={executor}"]
+    overrides += [f"executor.tensor_parallel_size={ranks}"] if ranks > 1 else []
+    assembly = assemble(overrides, [tmp_path / "conf"])
+    launcher = Launcher(assembly)
+    with opened(EngineContainer, assembly, only=["executor"], launcher=launcher) as container:
+        running = container.executor()
+        running.start()
+        powers = module(use, executor=running)["powers"]
+        assert [(p.rank, p.watts) for p in powers] == [(rank, 75.0) for rank in range(ranks)]
+        with pytest.raises(ConfigError, match=r"no method 'limit_powr'.*did you mean"):
+            running.collective("limit_powr", 75)
+        with pytest.raises(RequestError, match=r"limit_power\.seconds: Expected `int`, got `str`"):
+            running.collective("limit_power", 75, "long")
+        with pytest.raises(RequestError, match="a device needs 50 watts, not 10"):
+            running.collective("limit_power", 10)
+        assert running.collective("limit_power", 80, 5)[0].watts == 80
 
 
 @pytest.mark.parametrize("page", sorted(p.name for p in HOWTO.glob("*.md")))

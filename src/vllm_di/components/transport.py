@@ -64,10 +64,14 @@ class Connection(Generic[T]):
     def receive(self) -> T:
         """The next message. Raises EngineDeadError when the peer closed, TimeoutError on a
         timeout."""
+        return self._codec.decode(self.receive_payload())
+
+    def receive_payload(self) -> bytes:
+        """The next message, not decoded. Raises as ``receive``."""
         size = _LENGTH.unpack(self._exactly(_LENGTH.size))[0]
         if size > MAX_FRAME:
             raise EngineDeadError(f"the peer announced a message of {size} bytes")
-        return self._codec.decode(self._exactly(size))
+        return self._exactly(size)
 
     def _exactly(self, size: int) -> bytes:
         parts = bytearray()

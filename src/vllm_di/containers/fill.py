@@ -18,7 +18,7 @@ from dependency_injector.providers import Object, Provider, Singleton
 
 from vllm_di.components.interfaces import Engine, OpLibrary, Placement, Worker, WorkerLauncher
 from vllm_di.containers.assembly import Assembly
-from vllm_di.containers.schema import Part, check
+from vllm_di.containers.schema import Part, check, class_of
 from vllm_di.containers.slots import DERIVED, EngineContainer, WorkerContainer
 from vllm_di.containers.trial import try_out
 from vllm_di.errors import ConfigError, PortError, VllmDiError, nearest, one_line
@@ -129,6 +129,11 @@ class Launcher(WorkerLauncher):
     def open(self, placement: Placement) -> AbstractContextManager[Worker]:
         self._check(placement)
         return open_worker(self._assembly, placement, **self._objects)
+
+    def worker_class(self, stage: int) -> type[Worker]:
+        if (worker := self._objects.get("worker")) is not None:
+            return type(worker)
+        return class_of(WorkerContainer, self._assembly, "worker", stage)
 
     def place(self, stage: int, key: str) -> str:
         slot, _, rest = key.partition(".")

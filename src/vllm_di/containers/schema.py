@@ -95,6 +95,14 @@ def check(
     return Plan(parts, order)
 
 
+def class_of(
+    container: type[DeclarativeContainer], assembly: Assembly, slot: str, stage: int = 0
+) -> type:
+    """The class that fills a slot, checked against the slot's interface. Raises ConfigError."""
+    path, node = assembly.path(container, slot, stage), assembly.nodes(container, stage)[slot]
+    return _Inspector(container, assembly).part(path, node, slots(container)[slot]).cls
+
+
 def find_class(target: str, packages: list[str], place: str, slot: str) -> type:
     """Import the class that a ``_target_`` names. Nothing outside ``packages`` is imported. Raises
     ConfigError."""

@@ -2,7 +2,7 @@
 SOCKET``.
 
 The placement is JSON, the assembly comes on standard input. Two connections go to the Unix socket:
-the first for the heartbeat, the second for commands. The process ends when they do.
+the first for the heartbeat, the second for calls. The process ends when they do.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import os
 import signal
 import sys
 from contextlib import ExitStack
+from typing import Any
 
 import msgspec
 
 from vllm_di.components.executor import rpc
 from vllm_di.components.heartbeat import Heart
 from vllm_di.components.interfaces import Placement, Worker
-from vllm_di.components.transport import Codec, Connection, Failure, connect
+from vllm_di.components.remote import RemoteMethods
+from vllm_di.components.transport import Connection, Failure, connect
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.fill import open_worker
+from vllm_di.errors import RequestError
 from vllm_di.progress import print_line, shown
 
 
@@ -30,14 +33,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Heart(sys.argv[2])
     assembly = Assembly.decode(sys.stdin.buffer.read())
-    codec: Codec[rpc.Command] = Codec(rpc.Command)
-    connection = Connection(connect(sys.argv[2]), codec)
+    connection = Connection(connect(sys.argv[2]), rpc.GREETING)
     try:
         with ExitStack() as stack:
             with shown(print_line):
                 worker = stack.enter_context(open_worker(assembly, placement))
-            connection.send(rpc.Hello(placement.rank, placement.stage))
-            serve(worker, connection)
+            serve(worker, placement, connection)
     except Exception as error:
         with contextlib.suppress(OSError):  # the executor may be gone
             connection.send(Failure.of(error))
@@ -47,21 +48,34 @@ def main() -> None:
         connection.close()
 
 
-def serve(worker: Worker, connection: Connection[rpc.Command]) -> None:
-    """Answer commands until Close."""
+def serve(worker: Worker, placement: Placement, connection: Connection[Any]) -> None:
+    """Say hello, then answer calls until Close. A wrong call is refused; an error of the worker
+    itself is raised."""
+    methods = RemoteMethods(type(worker))
+    codec = rpc.commands(methods)
+    called = {m.command: (m, getattr(worker, m.name)) for m in methods}
+    connection.send(rpc.Hello(placement.rank, placement.stage))
     while True:
-        command = connection.receive()
-        if isinstance(command, rpc.Execute):
-            connection.send(rpc.Result(worker.execute(command.step)))
-        elif isinstance(command, rpc.Load):
-            connection.send(rpc.Report(worker.load()))
-        elif isinstance(command, rpc.Prepare):
-            connection.send(rpc.Size(worker.prepare(command.groups)))
-        elif isinstance(command, rpc.Allocate):
-            worker.allocate(command.num_blocks)
-            connection.send(rpc.Done())
-        else:
+        try:
+            command = codec.decode(connection.receive_payload())
+        except msgspec.ValidationError as error:
+            connection.send(_refused(RequestError(f"a worker cannot read a call: {error}")))
+            continue
+        if isinstance(command, rpc.Close):
             return
+        method, function = called[type(command)]
+        try:
+            answer = method.done(function(*msgspec.structs.astuple(command)))
+        except RequestError as error:
+            answer = _refused(error)
+        try:
+            connection.send(answer)
+        except (TypeError, OverflowError) as error:  # no plain data
+            connection.send(_refused(method.broken(error)))
+
+
+def _refused(error: Exception) -> rpc.Refused:
+    return rpc.Refused(Failure.of(error))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,18 @@ import pytest
 from tests.components.scheduler.fakes import report
 
 from vllm_di.components.executor.multiprocess import MultiprocessExecutor
-from vllm_di.components.interfaces import Placement, WorkerLauncher
-from vllm_di.components.messages import CacheSize, SampledTokens, StepInput, StepPlan, StepResult
-from vllm_di.errors import ConfigError, EngineDeadError
+from vllm_di.components.interfaces import Placement, Worker, WorkerLauncher
+from vllm_di.components.messages import (
+    CacheSize,
+    KvGroup,
+    SampledTokens,
+    StepInput,
+    StepPlan,
+    StepResult,
+    WorkerReport,
+)
+from vllm_di.components.remote import remote
+from vllm_di.errors import ConfigError, EngineDeadError, RequestError
 
 WORKER = """
 import os, sys, time
@@ -23,7 +32,8 @@ sys.path.insert(0, {root!r})
 from tests.components.executor.test_multiprocess import FakeWorker
 from vllm_di.components.executor import rpc
 from vllm_di.components.heartbeat import Heart
-from vllm_di.components.transport import Codec, Connection, Failure, connect
+from vllm_di.components.interfaces import Placement
+from vllm_di.components.transport import Connection, Failure, connect
 from vllm_di.containers.worker_process import serve
 from vllm_di.errors import ConfigError
 
@@ -31,29 +41,34 @@ rank, address, how = int(sys.argv[1]), sys.argv[2], sys.stdin.read()
 if how == "no start" and rank == 1:
     sys.exit(7)
 Heart(address)
-link = Connection(connect(address), Codec(rpc.Command))
+link = Connection(connect(address), rpc.GREETING)
 if how == "bad config" and rank == 1:
     link.send(Failure.of(ConfigError("conf/x.yaml:3: no")))
     sys.exit(1)
-link.send(rpc.Hello(rank))
-serve(FakeWorker(rank, how), link)
+serve(FakeWorker(rank, how), Placement(rank), link)
 """
 
 
-class FakeWorker:
+class FakeWorker(Worker):
     """Rank 1 has fewer blocks, and the troubles."""
 
     def __init__(self, rank: int, how: str) -> None:
         self.rank, self.how = rank, how
 
-    def load(self) -> Any:
+    def load(self) -> WorkerReport:
         return report()
 
-    def prepare(self, groups: Any) -> CacheSize:
+    def prepare(self, groups: list[KvGroup]) -> CacheSize:
         return CacheSize(20 - self.rank, 8)
 
     def allocate(self, num_blocks: int) -> None:
         assert num_blocks == 19
+
+    @remote
+    def temperature(self, unit: str) -> float:
+        if unit == "furlong":
+            raise RequestError("no such unit")
+        return 20.5 + self.rank if unit == "C" else "warm"  # type: ignore[return-value]
 
     def execute(self, step: StepInput) -> StepResult:
         if self.rank == 1 and self.how == "dies":
@@ -88,6 +103,9 @@ class Script(WorkerLauncher):
     def open(self, placement: Placement) -> Any:
         raise AssertionError("not in this process")
 
+    def worker_class(self, stage: int) -> type[Worker]:
+        return FakeWorker
+
     def command(self, placement: Placement, address: str) -> tuple[list[str], bytes]:
         return [sys.executable, str(self.path), str(placement.rank), address], self.how.encode()
 
@@ -108,7 +126,7 @@ def test_steps_run_in_order_and_nobody_is_left(tmp_path: Path) -> None:
     futures = [running.submit(StepPlan(n, [], [], [])) for n in range(5)]
     assert [f.result(20).tokens[0].token_ids[0] for f in futures] == list(range(5))
     assert [s.num_blocks for s in running.collective("prepare", [])] == [20, 19]
-    with pytest.raises(ConfigError, match="no method 'system'"):
+    with pytest.raises(ConfigError, match="no method 'system'; it has load, prepare"):
         running.collective("system", "true")
     running.check_alive()
     assert len(children()) == 2

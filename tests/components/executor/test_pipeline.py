@@ -151,7 +151,9 @@ def test_steps_pass_through_the_stages_in_order() -> None:
     futures = [running.submit(StepPlan(n, [], [], [])) for n in range(5)]
     assert [f.result(20).tokens[0].token_ids[0] for f in futures] == [100 * n + 1 for n in range(5)]
     assert [s.num_blocks for s in running.collective("prepare", [])] == [20, 19]
-    with pytest.raises(ConfigError, match="no method 'system'"):
+    with pytest.raises(
+        ConfigError, match="stage 0: Worker declares no method 'system'; it has load, prepare"
+    ):
         running.collective("system", "true")
     running.check_alive()
     threads = [worker.threads for worker in launcher.workers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import Annotated, Any
@@ -11,12 +12,14 @@ import msgspec
 from vllm_di.components.interfaces import Executor, Placement, Worker, WorkerLauncher
 from vllm_di.components.kv_groups import group_layers, sized
 from vllm_di.components.messages import StepInput, StepPlan, StepResult, WorkerReport
+from vllm_di.components.remote import RemoteMethod, RemoteMethods
 
 
 class InlineExecutor(Executor):
     """Calls the worker directly: no copy, no process, no wait."""
 
     _worker: Worker
+    _methods: RemoteMethods
 
     def __init__(
         self,
@@ -29,13 +32,14 @@ class InlineExecutor(Executor):
 
     def start(self) -> WorkerReport:
         self._worker = self._stack.enter_context(self._launcher.open(Placement()))
+        self._methods = RemoteMethods(type(self._worker))
         return start_alone(self._worker)
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         return Done(self._worker.execute(StepInput(plan)))
 
     def collective(self, method: str, *args: Any) -> list[Any]:
-        return [getattr(self._worker, method)(*args)]
+        return [call_here(self._worker, self._methods[method], args)]
 
     def close(self) -> None:
         self._stack.close()
@@ -60,6 +64,14 @@ class Done(Future[StepResult]):
         super().__init__()
         self.set_result(self._there)
         return getattr(self, name)
+
+
+def call_here(worker: Worker, method: RemoteMethod, args: Sequence[Any]) -> Any:
+    """Call a declared method of a worker in this process, with the checks of a call that crosses
+    processes. Raises RequestError, PortError and what the method raises."""
+    command = method.checked(args)
+    result = getattr(worker, method.name)(*msgspec.structs.astuple(command))
+    return method.checked_result(result)
 
 
 def start_alone(worker: Worker) -> WorkerReport:

@@ -1,4 +1,4 @@
-"""One process for each rank; commands go to all, answers are awaited in rank order."""
+"""One process for each rank: a call goes to all, their results come in rank order."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Annotated, Any
 
 import msgspec
 
-from vllm_di.components.executor import rpc
+from vllm_di.components.executor.methods import StageMethods
 from vllm_di.components.executor.processes import (
     CLOSE_SECONDS,
-    CODEC,
     GRACE_SECONDS,
     WorkerProcess,
     answers,
     connect,
-    value,
 )
+from vllm_di.components.executor.rpc import Call, result
 from vllm_di.components.heartbeat import Listener
 from vllm_di.components.interfaces import Executor, Placement, WorkerLauncher
 from vllm_di.components.kv_groups import group_layers, sized
@@ -31,16 +30,9 @@ from vllm_di.components.messages import (
     WorkerReport,
 )
 from vllm_di.components.transport import GroupStore
-from vllm_di.errors import ConfigError
+from vllm_di.errors import EngineDeadError
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
-CALLABLE = {
-    "load": rpc.Load,
-    "prepare": rpc.Prepare,
-    "allocate": rpc.Allocate,
-    "execute": rpc.Execute,
-}
-"""The worker's methods that may be called from here: nothing else crosses."""
 
 
 class MultiprocessExecutor(Executor):
@@ -56,39 +48,44 @@ class MultiprocessExecutor(Executor):
     ) -> None:
         self._launcher, self._world = launcher, tensor_parallel_size
         self._start_timeout, self._step_timeout = start_timeout, step_timeout
+        self._methods = StageMethods(launcher)
+        self._execute = self._methods.call("execute")
         self._store: GroupStore | None = None
         self._listener = Listener()
         self.patience = step_timeout + GRACE_SECONDS
         self._workers: list[WorkerProcess] = []
-        self._plans: queue.SimpleQueue[tuple[StepPlan, Future[StepResult]] | None]
-        self._plans = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Call, bytes | StepPlan, Future[Any]] | None]
+        self._calls = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(self) -> WorkerReport:
         try:
             self._spawn()
-            reports: list[WorkerReport] = self._call(rpc.Load(), self._start_timeout)
+            reports: list[WorkerReport] = self._start_call("load")
             groups = group_layers([reports[0].kv_specs])
-            sizes: list[CacheSize] = self._call(rpc.Prepare(groups), self._start_timeout)
+            sizes: list[CacheSize] = self._start_call("prepare", groups)
             fewest = min(sizes, key=lambda size: size.num_blocks)  # ranks hold like shares
             report = sized(_agreed(reports), groups, [fewest])
-            self._call(rpc.Allocate(report.num_blocks), self._start_timeout)
+            self._start_call("allocate", report.num_blocks)
         except BaseException:
             self.close()
             raise
-        self._thread = threading.Thread(target=self._run_steps, name="executor", daemon=True)
+        self._thread = threading.Thread(target=self._run_calls, name="executor", daemon=True)
         self._thread.start()
         return report
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         future: Future[StepResult] = Future()
-        self._plans.put((plan, future))
+        self._calls.put((self._execute, plan, future))
         return future
 
     def collective(self, method: str, *args: Any) -> list[Any]:
-        if method not in CALLABLE:
-            raise ConfigError(f"workers have no method {method!r}; they have {', '.join(CALLABLE)}")
-        return self._call(CALLABLE[method](*args), self._step_timeout)
+        call = self._methods.call(method)
+        if self._thread is None:
+            raise EngineDeadError("the workers are not running")
+        future: Future[list[Any]] = Future()
+        self._calls.put((call, call.checked_frame(args), future))
+        return future.result()
 
     def check_alive(self) -> None:
         for worker in self._workers:
@@ -99,9 +96,12 @@ class MultiprocessExecutor(Executor):
 
     def close(self) -> None:
         if self._thread is not None:
-            self._plans.put(None)
+            self._calls.put(None)
             self._thread.join(CLOSE_SECONDS)
             self._thread = None
+            while not self._calls.empty():  # of other threads, which must not wait for ever
+                if (item := self._calls.get()) is not None:
+                    item[2].set_exception(EngineDeadError("the workers are closed"))
         for worker in self._workers:
             worker.hang_up()
         for worker in self._workers:
@@ -123,26 +123,32 @@ class MultiprocessExecutor(Executor):
                 self._launcher,
                 placement,
                 f"worker {rank}",
-                start_timeout=self._start_timeout,
-                step_timeout=self._step_timeout,
                 listener=self._listener,
             )
             self._workers.append(worker)
         connect(self._workers, self._start_timeout)
 
-    def _call(self, command: rpc.Command, timeout: float) -> list[Any]:
-        """One command to every rank, the answers in rank order. Raises a rank's failure."""
-        frame = CODEC.frame(command)
+    def _start_call(self, method: str, *args: Any) -> list[Any]:
+        """Before the thread runs."""
+        call = self._methods.call(method)
+        return self._send(call, call.frame(*args), self._start_timeout)
+
+    def _send(self, call: Call, frame: bytes, timeout: float) -> list[Any]:
+        """A call to every rank -> results in rank order. Raises a rank's failure."""
         for worker in self._workers:
             worker.send(frame)
-        return [value(answer) for answer in answers(self._workers, timeout)]
+        return [result(answer) for answer in answers(self._workers, call, timeout)]
 
-    def _run_steps(self) -> None:
-        """The thread that talks to the workers, one step after the other."""
-        while (item := self._plans.get()) is not None:
-            plan, future = item
+    def _run_calls(self) -> None:
+        """The thread that talks to the workers, one call after the other."""
+        while (item := self._calls.get()) is not None:
+            call, payload, future = item
             try:
-                future.set_result(self._call(rpc.Execute(StepInput(plan)), self._step_timeout)[0])
+                if isinstance(payload, bytes):
+                    future.set_result(self._send(call, payload, self._step_timeout))
+                else:
+                    frame = call.frame(StepInput(payload))
+                    future.set_result(self._send(call, frame, self._step_timeout)[0])
             except BaseException as error:
                 future.set_exception(error)
 

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import msgspec
 
 from vllm_di.components.device.sizes import show_size
+from vllm_di.components.executor.inline import call_here
+from vllm_di.components.executor.methods import StageMethods
 from vllm_di.components.executor.processes import GRACE_SECONDS, WorkerProcess, connect
 from vllm_di.components.heartbeat import Listener
 from vllm_di.components.interfaces import Executor, Placement, Worker, WorkerLauncher
@@ -26,11 +28,9 @@ from vllm_di.components.messages import (
     StepResult,
     WorkerReport,
 )
-from vllm_di.errors import ConfigError, EngineDeadError
+from vllm_di.errors import ConfigError, EngineDeadError, RequestError
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
-CALLABLE = ("load", "prepare", "allocate", "execute")
-"""The worker's methods that may be called from here."""
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +58,13 @@ class PipelineExecutor(Executor):
     def start(self) -> WorkerReport:
         try:
             self._open()
-            reports: list[WorkerReport] = self.collective("load")
+            reports: list[WorkerReport] = self._call("load", timeout=self._start_timeout)
             report = agreed(reports, self._launcher)
             groups = group_layers([r.kv_specs for r in reports])
-            sizes: list[CacheSize] = self.collective("prepare", groups)
+            sizes: list[CacheSize] = self._call("prepare", groups, timeout=self._start_timeout)
             report = sized(report, groups, sizes)
             check_fit(reports, sizes, self._launcher)
-            self.collective("allocate", report.num_blocks)
+            self._call("allocate", report.num_blocks, timeout=self._start_timeout)
         except BaseException:
             self.close()
             raise
@@ -73,10 +73,11 @@ class PipelineExecutor(Executor):
     def _open(self) -> None:
         count = self._launcher.num_stages
         places = [Placement(stage=index, num_stages=count) for index in range(count)]
-        self._stages = [_Stage(index) for index in range(count)]
+        stages = [_Stage(index, StageMethods(self._launcher, index)) for index in range(count)]
+        self._stages = stages
         if not self._processes:
-            for stage, place in zip(self._stages, places, strict=True):
-                stage.call(stage.open, self._launcher.open(place))
+            for stage, place in zip(stages, places, strict=True):
+                stage.run(stage.open, self._launcher.open(place))
             return
         workers = []
         for stage, place in zip(self._stages, places, strict=True):
@@ -84,8 +85,6 @@ class PipelineExecutor(Executor):
                 self._launcher,
                 place,
                 stage.name,
-                start_timeout=self._start_timeout,
-                step_timeout=self._step_timeout,
                 listener=self._listener,
             )
             stage.open(closing(worker))
@@ -103,7 +102,7 @@ class PipelineExecutor(Executor):
         """One stage's part of a step, on its thread; then the next one's turn."""
         stage = self._stages[index]
         try:
-            result = stage.worker.execute(StepInput(plan, hidden))
+            result = stage.execute(StepInput(plan, hidden), self._step_timeout)
             if index + 1 == len(self._stages):
                 future.set_result(result)
             else:
@@ -113,9 +112,13 @@ class PipelineExecutor(Executor):
             future.set_exception(stage.dead(error))
 
     def collective(self, method: str, *args: Any) -> list[Any]:
-        if method not in CALLABLE:
-            raise ConfigError(f"workers have no method {method!r}; they have {', '.join(CALLABLE)}")
-        return [stage.call(getattr(stage.worker, method), *args) for stage in self._stages]
+        return self._call(method, *args, timeout=self._step_timeout)
+
+    def _call(self, method: str, *args: Any, timeout: float) -> list[Any]:
+        """A call to every stage, which no stage sees unless it is right for all."""
+        for stage in self._stages:
+            stage.check(method, args)
+        return [stage.run(stage.call, method, args, timeout) for stage in self._stages]
 
     def check_alive(self) -> None:
         for stage in self._stages:
@@ -137,18 +140,42 @@ class PipelineExecutor(Executor):
 class _Stage:
     """A worker, and the thread on which everything is asked of it."""
 
-    worker: Worker
+    worker: Worker | WorkerProcess
 
-    def __init__(self, index: int) -> None:
-        self.name = f"stage {index}"
+    def __init__(self, index: int, methods: StageMethods) -> None:
+        self.name, self._methods = f"stage {index}", methods
+        self._execute = methods.call("execute")
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=self.name)
         self._stack = ExitStack()
 
-    def open(self, worker: AbstractContextManager[Worker]) -> None:
+    def open(self, worker: AbstractContextManager[Worker | WorkerProcess]) -> None:
         self.worker = self._stack.enter_context(worker)
 
-    def call(self, method: Callable[..., Any], *args: Any) -> Any:
-        return self.thread.submit(method, *args).result()
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self.thread.submit(function, *args).result()
+
+    def check(self, method: str, args: Sequence[Any]) -> None:
+        """Raises ConfigError or RequestError, with the stage."""
+        try:
+            self._methods[method].checked(args)
+        except RequestError as error:
+            raise RequestError(f"{self.name}: {error}", param=error.param) from None
+        except ConfigError as error:
+            raise type(error)(f"{self.name}: {error}") from None
+
+    def call(self, method: str, args: Sequence[Any], timeout: float) -> Any:
+        """On this stage's thread, after ``check``."""
+        if isinstance(self.worker, WorkerProcess):
+            call = self._methods.call(method)
+            return self.worker.call(call, call.frame(*args), timeout)
+        return call_here(self.worker, self._methods[method], args)
+
+    def execute(self, step: StepInput, timeout: float) -> StepResult:
+        """On this stage's thread."""
+        if isinstance(self.worker, Worker):
+            return self.worker.execute(step)
+        result: StepResult = self.worker.call(self._execute, self._execute.frame(step), timeout)
+        return result
 
     def dead(self, error: BaseException) -> EngineDeadError:
         """What ends the engine: the stage's name, and what happened to it."""
@@ -160,7 +187,7 @@ class _Stage:
 
     def close(self) -> None:
         try:
-            self.call(self._stack.close)
+            self.run(self._stack.close)
         finally:
             self.thread.shutdown()
 

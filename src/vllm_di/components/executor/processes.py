@@ -11,31 +11,25 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from vllm_di.components.executor import rpc
+from vllm_di.components.executor.rpc import GREETING, Call, Close, Hello, result
 from vllm_di.components.heartbeat import Listener, Silence, put_down
-from vllm_di.components.interfaces import Placement, Worker, WorkerLauncher
-from vllm_di.components.messages import (
-    CacheSize,
-    KvGroup,
-    Peer,
-    StepInput,
-    StepResult,
-    WorkerReport,
-)
+from vllm_di.components.interfaces import Placement, WorkerLauncher
+from vllm_di.components.messages import Peer
 from vllm_di.components.transport import Codec, Connection, Failure, Rendezvous
 from vllm_di.errors import EngineDeadError
 
 CLOSE_SECONDS = 5.0
 GRACE_SECONDS = 5.0
 """Beyond a step's timeout, for the error to arrive that names the process that is hung."""
+GREETING_SECONDS = 5.0
+"""For the rest of a hello whose first byte is there."""
 BLAME_SECONDS = 1.0
 """For the end of a process to show, when another has failed because of it."""
-CODEC: Codec[rpc.Answer] = Codec(rpc.Answer)
 
 log = logging.getLogger(__name__)
 
 
-class WorkerProcess(Worker):
+class WorkerProcess:
     """A worker elsewhere: spawned by the constructor, ready after ``connect``.
 
     ``name`` is what errors call it: ``worker 1``, ``stage 0``. ``listener`` hears its heartbeat.
@@ -47,13 +41,11 @@ class WorkerProcess(Worker):
         placement: Placement,
         name: str,
         *,
-        start_timeout: float,
-        step_timeout: float,
         listener: Listener,
     ) -> None:
-        self.name, self._start_timeout, self._step_timeout = name, start_timeout, step_timeout
+        self.name = name
         self._listener, self._silence = listener, Silence()
-        self._connection: Connection[rpc.Answer] | None = None
+        self._connection: Connection[Hello | Failure] | None = None
         self._has_heart = False
         self._rendezvous = Rendezvous()
         try:
@@ -65,21 +57,6 @@ class WorkerProcess(Worker):
         assert self._process.stdin is not None
         self._process.stdin.write(assembly)
         self._process.stdin.close()
-
-    def load(self) -> WorkerReport:
-        report: WorkerReport = self.call(rpc.Load(), self._start_timeout)
-        return report
-
-    def prepare(self, groups: list[KvGroup]) -> CacheSize:
-        size: CacheSize = self.call(rpc.Prepare(groups), self._start_timeout)
-        return size
-
-    def allocate(self, num_blocks: int) -> None:
-        self.call(rpc.Allocate(num_blocks), self._start_timeout)
-
-    def execute(self, step: StepInput) -> StepResult:
-        result: StepResult = self.call(rpc.Execute(step), self._step_timeout)
-        return result
 
     def close(self) -> None:
         self.hang_up()
@@ -93,45 +70,49 @@ class WorkerProcess(Worker):
         return self._connection.socket if self._connection else self._rendezvous.socket
 
     def greet(self) -> bool:
-        """Take its two calls, then its hello: True after that. Raises what it says went wrong."""
+        """Accept its two connections, then take its hello: True after that. Raises what it says
+        went wrong."""
         if self._connection is None:
             sock, _ = self._rendezvous.socket.accept()
-            if not self._has_heart:  # the first call of the two
+            if not self._has_heart:  # the first connection of the two
                 self._has_heart = True
                 self._silence = self._listener.watch(sock)
                 return False
             self._rendezvous.close()
-            self._connection = Connection(sock, CODEC)
+            self._connection = Connection(sock, GREETING)
             return False
-        value(self.answer(self._start_timeout))
+        greeting = self.answer(GREETING, GREETING_SECONDS)
+        if isinstance(greeting, Failure):
+            raise greeting.error()
         return True
 
     # -- talking ------------------------------------------------------------------------------
 
     def send(self, frame: bytes) -> None:
-        """A command as ``CODEC.frame`` made it. Raises EngineDeadError."""
+        """A call's frame. Raises EngineDeadError."""
         assert self._connection is not None
         try:
             self._connection.send_frame(frame)
         except OSError as error:
             raise self._lost(str(error)) from None
 
-    def answer(self, timeout: float) -> rpc.Answer:
-        """The answer to the oldest command. When none comes in time, the process is put down.
-        Raises EngineDeadError."""
+    def answer(self, call: Call | Codec[Any], timeout: float) -> Any:
+        """The answer to the oldest call, which was this one. When none comes in time, the process
+        is put down. Raises EngineDeadError."""
         assert self._connection is not None
         self._connection.socket.settimeout(timeout)
         try:
-            return self._connection.receive()
+            payload = self._connection.receive_payload()
         except TimeoutError:
             raise hung([self], timeout) from None
         except (EngineDeadError, OSError) as error:
             raise self._lost(str(error)) from None
+        return call.decode(payload)
 
-    def call(self, command: rpc.Command, timeout: float) -> Any:
-        """One command and the value of its answer; raises the worker's own failure."""
-        self.send(CODEC.frame(command))
-        return value(self.answer(timeout))
+    def call(self, call: Call, frame: bytes, timeout: float) -> Any:
+        """Send a call's frame and wait for its result; raises the worker's own failure."""
+        self.send(frame)
+        return result(self.answer(call, timeout))
 
     def check_alive(self) -> None:
         """Raises EngineDeadError when it is gone."""
@@ -151,7 +132,7 @@ class WorkerProcess(Worker):
         if self._connection is None:
             return
         try:
-            self._connection.send(rpc.Close())
+            self._connection.send(Close())
         except OSError:
             pass  # it is gone already
         finally:
@@ -198,33 +179,33 @@ def connect(workers: Sequence[WorkerProcess], timeout: float) -> None:
             raise EngineDeadError(f"{late.name} did not start within {timeout:.0f} s")
 
 
-def answers(workers: Sequence[WorkerProcess], timeout: float) -> list[rpc.Answer]:
-    """The answers of all to the same command, in their order.
+def answers(workers: Sequence[WorkerProcess], call: Call, timeout: float) -> list[Any]:
+    """The answers of all to the same call, in their order.
 
     Raises EngineDeadError as soon as one is gone, and in its name: the others may be waiting for it
     and fail in their turn. Raises what one says went wrong. Those that have not answered in time
     are put down.
     """
-    found: dict[str, rpc.Answer] = {}
+    found: dict[str, Any] = {}
     waiting = {worker.socket: worker for worker in workers}
     end = time.monotonic() + timeout
-    failed: rpc.Answer | None = None
+    failed: Failure | None = None
     while waiting:
         left = end - time.monotonic()
         if left <= 0 and failed is None:
             raise hung(list(waiting.values()), timeout)
         for sock in select.select(list(waiting), [], [], max(0.0, left))[0]:
             worker = waiting.pop(sock)
-            found[worker.name] = worker.answer(max(left, 1.0))
-            if isinstance(found[worker.name], Failure) and failed is None:
-                failed = found[worker.name]
+            found[worker.name] = answer = worker.answer(call, max(left, 1.0))
+            if isinstance(answer, Failure) and failed is None:
+                failed = answer
                 end = min(end, time.monotonic() + BLAME_SECONDS)
         if failed is not None and time.monotonic() >= end:
             if silent := [worker for worker in waiting.values() if worker.peer().silent]:
                 raise hung(silent, timeout)
             break
     if failed is not None:
-        value(failed)
+        raise failed.error()
     return [found[worker.name] for worker in workers]
 
 
@@ -238,16 +219,3 @@ def hung(workers: Sequence[WorkerProcess], seconds: float) -> EngineDeadError:
     with ThreadPoolExecutor(len(workers)) as pool:
         list(pool.map(lambda worker: put_down(worker.signal), workers))
     return EngineDeadError(f"{names} gave no answer{why} for {seconds:g} s: killed")
-
-
-def value(answer: rpc.Answer) -> Any:
-    """What an answer carries. Raises the failure that it tells of."""
-    if isinstance(answer, Failure):
-        raise answer.error()
-    if isinstance(answer, rpc.Report):
-        return answer.report
-    if isinstance(answer, rpc.Size):
-        return answer.size
-    if isinstance(answer, rpc.Result):
-        return answer.result
-    return answer.value if isinstance(answer, rpc.Done) else None

@@ -40,6 +40,12 @@ class WorkerLauncher(ABC):
         """Argument list of a worker process that connects to the Unix socket ``address``, and the
         bytes to write to its standard input (the assembly)."""
 
+    def worker_class(self, stage: int) -> type[Worker]:
+        """The class of a stage's worker, for the methods that it declares beside those of
+        ``Worker``. Asked when the first of them is called. Raises ConfigError where it cannot be
+        imported here."""
+        return Worker
+
     def place(self, stage: int, key: str) -> str:
         """Where a stage's dotted key was set and how it is called there, for messages."""
         return f"stages.{stage}.{key}"
@@ -64,7 +70,11 @@ class Executor(ABC):
 
     @abstractmethod
     def collective(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every rank's Worker with plain-data arguments; results in rank order."""
+        """Call a method that the Worker of every rank or stage declares (``@remote``), after the
+        steps submitted before; results in the order of ranks or stages. The executor's
+        ``step_timeout`` bounds it. Raises ConfigError for a method that one of them does not
+        declare, RequestError for a wrong argument or what a worker refuses, PortError for a result
+        of another type than declared."""
 
     def check_alive(self) -> None:
         """Raise EngineDeadError when a worker is gone."""

@@ -17,6 +17,7 @@ from vllm_di.components.messages import (
     StepResult,
     WorkerReport,
 )
+from vllm_di.components.remote import remote
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,22 +108,30 @@ class ModelRunner(ABC):
 
 class Worker(ABC):
     """One rank: loads the weights, compiles, allocates the cache, executes steps. Calls come in
-    this order: the cache is sized when nothing else will take memory."""
+    this order: the cache is sized when nothing else will take memory.
 
+    An executor calls what is declared ``@remote`` and nothing else. A subclass may declare methods
+    of its own, which ``Executor.collective`` calls. RequestError refuses a call and leaves the
+    worker as it is; any other error ends a worker that has a process of its own."""
+
+    @remote
     @abstractmethod
     def load(self) -> WorkerReport:
         """Load the weights. The number of blocks is not known yet: 0."""
 
+    @remote
     @abstractmethod
     def prepare(self, groups: list[KvGroup]) -> CacheSize:
         """Compile for these groups, which are those of all stages, and for the shapes of steps ->
         how many blocks fit then."""
 
+    @remote
     @abstractmethod
     def allocate(self, num_blocks: int) -> None:
         """Allocate the agreed number of blocks (the minimum over ranks) and warm up. Raises
         ConfigError where the warm-up took memory that the cache was promised."""
 
+    @remote
     @abstractmethod
     def execute(self, step: StepInput) -> StepResult:
         """One step, as ``ModelRunner.execute``."""
