@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-compile test-families test-mutants sanitize check format venv interfaces matrix bench bench-gpu bench-peers clean help
+.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-compile test-families test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -83,8 +83,11 @@ bench-peers: venv  ## beside vLLM, llama.cpp, OpenVINO and transformers (install
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
-bench-gpu: venv  ## on a machine with an NVIDIA GPU: its tests, then shares of what it can do
+bench-gpu: venv  ## on a machine with an NVIDIA GPU: tests, conformance, shares of what it can do
 	$(BIN)/python -m benchmarks.gpu --json gpu.json $(ARGS)
+
+gpu-bundle: venv  ## a folder for such a machine that has no network: wheels, the project, run.sh
+	$(BIN)/python -m benchmarks.gpu.bundle $(ARGS)
 
 venv: .venv/.done  ## set up .venv alone
 
@@ -99,4 +102,4 @@ venv: .venv/.done  ## set up .venv alone
 	touch $@
 
 clean:  ## remove .venv and caches
-	rm -rf .venv .vendor .peers .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf .venv .vendor .peers gpu-bundle gpu-logs gpu.json .mypy_cache .ruff_cache .pytest_cache build dist

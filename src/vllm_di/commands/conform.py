@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ LEVELS = ("contract", "compile", "runtime")
 
 
 def run(arguments: Arguments) -> int:
-    """Exit status 1 when a check failed."""
+    """Exit status 1 when a check failed, 130 when the run was interrupted: its report is written
+    all the same."""
     no_words(arguments)
     if "--list" in arguments.switches:
         from vllm_di.conformance.catalog import CHECKS
@@ -48,14 +50,20 @@ def run(arguments: Arguments) -> int:
         seed=arguments.number("--seed", suite.SEED),
         config_dirs=arguments.config_dirs,
     )
+    interrupted = False
     try:
         report = suite.run(subject, level=level, only=only, waivers=waivers)
+    except suite.Interrupted as stopped:
+        report, interrupted = stopped.report, True
     finally:
         subject.close()
     for option, write in (("--json", report.write), ("--junit", report.write_junit)):
         if path := arguments.options.get(option):
             write(Path(path))
     _print(report)
+    if interrupted:
+        print("interrupted: the report holds the cases until then", file=sys.stderr)
+        return 130
     return 1 if report.failed else 0
 
 

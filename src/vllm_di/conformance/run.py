@@ -34,6 +34,14 @@ STEPS: dict[str, tuple[Required, ...]] = {
 """``--level`` to the checks that it runs."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Somebody ended the run; ``report`` holds what was found until then, and gives no level."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self.report = report
+
+
 def run(
     subject: Subject,
     *,
@@ -43,7 +51,7 @@ def run(
     quiet: bool = False,
 ) -> Report:
     """Run the checks up to a level, or ``only`` some checks or cases. Raises ConfigError for a
-    name that is none, ReportError when the suite itself cannot run."""
+    name that is none, ReportError when the suite itself cannot run, Interrupted."""
     checks = [check.name for check in CHECKS if check.required in STEPS[level]]
     for name in only:
         if name.split("/")[0] not in BY_NAME:
@@ -63,9 +71,10 @@ def run(
         pytest.ExitCode.NO_TESTS_COLLECTED,
     ):
         raise ReportError("\n".join(plugin.errors) or f"the checks did not run: {status.name}")
+    seconds = time.monotonic() - begin
     if status == pytest.ExitCode.INTERRUPTED:
-        raise KeyboardInterrupt
-    return report(subject, plugin, started, time.monotonic() - begin, partial=bool(only))
+        raise Interrupted(report(subject, plugin, started, seconds, partial=True))
+    return report(subject, plugin, started, seconds, partial=bool(only))
 
 
 def report(

@@ -107,6 +107,8 @@ def test_memory_counts_what_torch_only_caches_as_free(module: Accelerator) -> No
 def test_a_budget_bounds_the_memory(module: Accelerator) -> None:
     limited = device(memory_budget="4GiB")
     assert ("fraction", 0.25, 0) in module.calls
+    limited.close()  # the process's, and the next device here has its own
+    assert module.calls[-1] == ("fraction", 1.0, 0)
     assert (limited.memory().free, limited.memory().total) == (2 * GIB, 4 * GIB)
     module.allocated = 5 * GIB
     assert limited.memory().free == 0

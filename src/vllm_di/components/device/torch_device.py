@@ -94,8 +94,11 @@ class TorchDevice(Device):
         return super().dtype(name)
 
     def close(self) -> None:
-        """Hand cached memory back to the driver."""
+        """Hand cached memory back to the driver, and the budget: it is the process's, and the next
+        device here has its own."""
         self._module.empty_cache()
+        if self._budget is not None:
+            self._module.set_per_process_memory_fraction(1.0, self._index)
 
     def _choose(self, placement: Placement, index: int | None, backend: str) -> int:
         count: int = self._module.device_count()
