@@ -162,7 +162,7 @@ def test_a_long_step_beats_on() -> None:
     async def play() -> None:
         async with started() as (client, _, web):
             heard: list[object] = []
-            client._hear = heard.append  # type: ignore[assignment,method-assign]
+            client._on_silence = heard.append  # type: ignore[assignment,method-assign]
             assert (await ask(web, LONG)).status_code == 200
             assert heard == []
 

@@ -1,4 +1,4 @@
-"""Who may come in: the bounded queue, and the gate that closes when the server stops."""
+"""Admission control: the bounded queue, which takes nothing more once the server stops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_di.server.errors import unavailable
 
 
 class Admission:
-    """Counts the texts that the engine works on, and can interrupt all answers."""
+    """Counts the choices that the engine works on, and can interrupt all requests."""
 
     def __init__(self, engine: EngineClient, max_queue: int) -> None:
         self._engine = engine
@@ -24,7 +24,7 @@ class Admission:
         self.draining = False
 
     def check_open(self) -> None:
-        """Raise what a new request must be told when it cannot be served: 503."""
+        """Raise the 503 that a new request gets while none can be served."""
         if self._engine.state == "dead":
             raise EngineDeadError(self._engine.failure or "no reason is known")
         if self.draining:
@@ -36,18 +36,18 @@ class Admission:
     def enter(
         self, count: int, interrupt: Callable[[Exception], None]
     ) -> Iterator[Callable[[], None]]:
-        """Room for ``count`` texts. Each call of what is yielded gives back one place, when the
-        engine is done with that text; the end of the block gives back those that are left. Raises
-        QueueFullError (429)."""
+        """Take ``count`` places in the queue, one for each choice. Yields a function that gives
+        back one of them, for when the engine is done with a choice; the end of the block gives back
+        the rest. ``interrupt`` is called by ``interrupt_all``. Raises QueueFullError (429)."""
         self.check_open()
         if count > self._max_queue:
             raise RequestError(
-                f"one request may ask for {self._max_queue} texts (prompts times n), got {count}",
+                f"one request may ask for {self._max_queue} choices (prompts times n), got {count}",
                 param="n",
             )
         if self.in_flight + count > self._max_queue:
             raise QueueFullError(
-                f"the queue is full: {self.in_flight} texts of {self._max_queue} are in flight"
+                f"the queue is full: {self.in_flight} choices of {self._max_queue} are in flight"
             )
         self.in_flight += count
         self._interrupts.add(interrupt)
@@ -70,7 +70,7 @@ class Admission:
                 self._idle.set()
 
     async def wait_idle(self) -> None:
-        """Return when every answer has been sent."""
+        """Return once every response has been sent."""
         await self._idle.wait()
 
     def interrupt_all(self, error: Exception) -> None:

@@ -23,21 +23,21 @@ from vllm_di.server.auth import ApiKeys
 from vllm_di.server.config import ServerConfig
 from vllm_di.server.cors import Cors
 from vllm_di.server.errors import unavailable
-from vllm_di.server.gate import Gate
 from vllm_di.server.hosts import Hosts
 from vllm_di.server.listen import Listener, quiet_accepts, signals
+from vllm_di.server.middleware import RequestMiddleware
 from vllm_di.server.routes import on_http_exception, routes
 from vllm_di.server.service import Service
 from vllm_di.server.sockets import listen
 
 _LAST_WORDS_SECONDS = 2.0
-"""For interrupted streams to send their error event."""
+"""Time for interrupted streams to send their error event."""
 
 log = logging.getLogger(__name__)
 
 
 class OpenAiServer(Server):
-    """Text in, text out, over HTTP. ``app`` is the ASGI application; ``run`` listens."""
+    """The OpenAI API over HTTP. ``app`` is the ASGI application; ``run`` listens."""
 
     def __init__(
         self,
@@ -67,13 +67,15 @@ class OpenAiServer(Server):
             engine_client,
             config,
         )
-        pages = routes(self._service)
-        templates: dict[object, str] = {page.endpoint: page.path for page in pages}
+        endpoints = routes(self._service)
+        templates: dict[object, str] = {page.endpoint: page.path for page in endpoints}
         self.app = Starlette(
-            routes=pages,
+            routes=endpoints,
             middleware=[
                 *([Middleware(Cors, origins=config.cors_origins)] if config.cors_origins else []),
-                Middleware(Gate, keys=keys, hosts=hosts, metrics=metrics, handlers=templates),
+                Middleware(
+                    RequestMiddleware, keys=keys, hosts=hosts, metrics=metrics, handlers=templates
+                ),
             ],
             exception_handlers={HTTPException: on_http_exception},
         )
@@ -84,16 +86,16 @@ class OpenAiServer(Server):
         self._stop_now = asyncio.Event()
 
     def stop(self) -> None:
-        """Begin to drain; a second call ends at once. SIGTERM and SIGINT call it. Only from the
-        event loop's thread."""
+        """Start to drain; a second call ends all requests at once. SIGTERM and SIGINT call it. Call
+        it from the event loop's thread only."""
         if self._stop.is_set():
             self._stop_now.set()
         self._stop.set()
 
     async def run(self) -> None:
-        """Listen at once, while the engine still starts; return after a drain. Raises ConfigError
-        when the address cannot be had, EngineDeadError when the engine does not start, or
-        died and is not replaced."""
+        """Listen at once, while the engine still starts; return after the drain. Raises ConfigError
+        when the address is taken or cannot be bound, EngineDeadError when the engine does not
+        start, or died and is not restarted."""
         config = self._config
         listener = Listener(self.app, config)
         listening = listen(config.host, config.port, config.unix_socket)
@@ -105,7 +107,7 @@ class OpenAiServer(Server):
             log.info("listening on %s", self.address)
             try:
                 await _first_to_end(stopping, serving, or_to_fail=starting)
-                failed = [starting] if starting.done() else []  # not while it drains
+                failed = [starting] if starting.done() else []  # during the drain: no failure
                 await self._drain()
             finally:
                 listener.should_exit = True
@@ -118,16 +120,16 @@ class OpenAiServer(Server):
 
     async def _start_engine(self) -> None:
         await self._engine.wait_ready()
-        _ = self._service.processor  # tells the metrics about the engine
+        _ = self._service.processor  # records the engine's info metric
         log.info("ready: %s on %s", self._config.name, self.address)
         await self._engine.wait_dead()
 
     async def _drain(self) -> None:
-        """Refuse what is new, let what runs end, then end it."""
+        """Refuse new requests, give those in flight ``drain_seconds``, then interrupt them."""
         admission = self._service.admission
         admission.draining = True
         self._engine.restarts = 0
-        log.info("stopping: %d texts in flight", admission.in_flight)
+        log.info("stopping: %d choices in flight", admission.in_flight)
         idle = asyncio.create_task(admission.wait_idle())
         hurry = asyncio.create_task(self._stop_now.wait())
         await asyncio.wait(
@@ -136,10 +138,10 @@ class OpenAiServer(Server):
             return_when=asyncio.FIRST_COMPLETED,
         )
         if not idle.done():
-            log.warning("aborting %d texts that are still running", admission.in_flight)
+            log.warning("aborting %d choices that are still running", admission.in_flight)
             admission.interrupt_all(
                 unavailable(
-                    "the server was stopped before the answer was complete", "shutting_down"
+                    "the server was stopped before the response was complete", "shutting_down"
                 )
             )
             await asyncio.wait((idle,), timeout=_LAST_WORDS_SECONDS)

@@ -1,4 +1,4 @@
-"""API keys. Only hashes are kept, and all of them are compared in constant time."""
+"""API keys. Only their hashes are kept; each is compared in constant time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from vllm_di.errors import ConfigError
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/ping"})
-"""Paths that need no key. Every other one does, whether it exists or not."""
+"""Paths that need no key. All others do, even those that do not exist."""
 
 
 class ApiKeys:
-    """The keys that the server takes; without any, it is open."""
+    """The keys that the server accepts. Without keys, every request passes."""
 
     def __init__(self, *, file: str | None = None, env: str | None = None) -> None:
         keys = (_from_file(file) if file else []) + (_from_env(env) if env else [])
@@ -24,12 +24,12 @@ class ApiKeys:
         return bool(self._hashes)
 
     def allow(self, path: str, authorization: bytes | None) -> bool:
-        """Whether a request may pass. ``path`` is the very path that routing sees."""
+        """Whether a request may pass. ``path`` must be the one that routing sees."""
         if not self._hashes or path in OPEN_PATHS:
             return True
         scheme, _, key = (authorization or b"").partition(b" ")
-        given = _hash(key.strip())
-        matches = [hmac.compare_digest(given, known) for known in self._hashes]
+        digest = _hash(key.strip())
+        matches = [hmac.compare_digest(digest, known) for known in self._hashes]
         return any(matches) and scheme.lower() == b"bearer"
 
 
@@ -41,15 +41,19 @@ def _from_file(path: str) -> list[str]:
     try:
         lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"server.api_key_file={path}: it cannot be read: {error}") from None
+        raise ConfigError(f"server.api_key_file={path}: the file cannot be read: {error}") from None
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
-        raise ConfigError(f"server.api_key_file={path}: there is no key in it, one a line")
+        raise ConfigError(
+            f"server.api_key_file={path}: there is no key in it; expected one key on each line"
+        )
     return keys
 
 
 def _from_env(name: str) -> list[str]:
     key = os.environ.get(name, "").strip()
     if not key:
-        raise ConfigError(f"server.api_key_env={name}: this environment variable is empty")
+        raise ConfigError(
+            f"server.api_key_env={name}: this environment variable is empty or not set"
+        )
     return [key]

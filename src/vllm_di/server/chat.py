@@ -48,7 +48,7 @@ async def start_chat(service: Service, request: ChatRequest) -> tuple[list[Gener
         prompt,
         params,
         request,
-        add_special_tokens=bool(request.add_special_tokens),  # the template writes them
+        add_special_tokens=bool(request.add_special_tokens),  # the template writes those it wants
     )
     parser_request = ParserRequest(fields, prompt)
     answer = ChatAnswer(
@@ -172,7 +172,7 @@ class _Choice:
         reason = update.finish_reason
         delta = self._parser.feed(update.text, is_last=reason is not None)
         if reason is not None:
-            # Text that was cut off may end inside a call, and the client must see that.
+            # A choice that was cut off may end inside a call: its own reason must stay visible.
             called = reason == "stop" and self._parser.num_calls > 0
             self.finish_reason = "tool_calls" if called else reason
             self.stop_reason = update.stop_reason

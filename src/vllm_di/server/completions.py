@@ -29,7 +29,7 @@ async def start_completion(
     most = service.config.max_queue
     if len(prompts) * max(request.n or 1, 1) > most:
         raise RequestError(
-            f"one request may ask for {most} texts (prompts times n), got {len(prompts)} prompts "
+            f"one request may ask for {most} choices (prompts times n), got {len(prompts)} prompts "
             f"and n={request.n or 1}",
             param="prompt",
         )
@@ -58,7 +58,7 @@ async def start_completion(
         if request.echo:
             text = prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt)
             echoed.append(text)
-        await asyncio.sleep(0)  # many prompts take long; let streams go on
+        await asyncio.sleep(0)  # many prompts take long: let other requests run
     answer = CompletionAnswer(
         request,
         num_each=len(generations[0].requests),
@@ -74,12 +74,12 @@ async def start_completion(
 
 
 def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
-    """A text, texts, token ids, or lists of token ids -> a list of prompts."""
+    """``prompt`` is one prompt or a list of them, each as text or as token ids."""
     if isinstance(prompt, str):
         return [prompt]
     kinds = {type(item) for item in prompt}
     if len(kinds) != 1:
-        what = "must not be empty" if not kinds else "must not mix texts and token ids"
+        what = "must not be empty" if not kinds else "must not mix text and token ids"
         raise RequestError(f"prompt {what}", param="prompt")
     return [prompt] if kinds == {int} else prompt
 

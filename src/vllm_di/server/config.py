@@ -1,4 +1,4 @@
-"""What can be set about the HTTP server. The keys of ``conf/server/openai.yaml``."""
+"""The settings of the HTTP server: the keys of ``conf/server/openai.yaml``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ Interval = Annotated[float, msgspec.Meta(gt=0.0, le=86_400.0)]
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The texts of the keys are in the YAML file. The defaults are those of the file, for use from
-    Python."""
+    """The YAML file documents the keys. The defaults are the same, for use from Python."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65_535)] = 8000
@@ -54,18 +53,18 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.served_model_name or self.model_name or "model"
 
     def checks_hosts(self, *, has_keys: bool) -> bool:
-        """Whether a web page under a foreign name could reach the server and needs no key, or
-        names were given."""
+        """Whether to check the Host header: where ``allowed_hosts`` is set, and on loopback without
+        API keys, where any web page could reach the server."""
         if self.unix_socket:
             return False
         return bool(self.allowed_hosts) or (is_loopback(self.host) and not has_keys)
 
     def check_exposure(self, *, has_keys: bool) -> None:
-        """Raise ConfigError for an open address without a key."""
+        """Raise ConfigError when other machines can reach the server and it needs no API key."""
         if self.unix_socket or has_keys or self.insecure or is_loopback(self.host):
             return
         raise ConfigError(
             f"server.host={self.host} can be reached from other machines, and there is no API key: "
             "set server.api_key_file or server.api_key_env, or server.insecure=true if that is "
-            "meant"
+            "intended"
         )

@@ -1,4 +1,4 @@
-"""One client's connection: uvicorn's, with deadlines, and with errors in OpenAI's form."""
+"""A client's connection: uvicorn's, with deadlines, limits, and errors in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from vllm_di.server.errors import error_body, retry_after
 from vllm_di.server.rarely import Rarely
 
 HIGH_WATER = 32 * 1024
-"""Bytes that wait in a transport before its writer does."""
+"""Bytes that a transport buffers before its writer has to wait."""
 _LINGER_SECONDS = 1.0
-"""A refused client may still be sending; a connection closed at once would lose it the answer."""
+"""A refused client may still be sending: closing at once would reset the connection and lose the
+response."""
 _MAX_REFUSALS = 64
-"""Connections beyond the cap that are told so; further ones are closed without a word."""
+"""Connections beyond the limit that get a 503; further ones are closed without a response."""
 ACCEPTED_AT_ONCE = 32
-"""Connections that asyncio accepts in one turn of its loop; one beyond the cap is closed four turns
-later."""
+"""Connections accepted in one iteration of its loop. One beyond the limit is closed four
+iterations later."""
 _OWN_FILES = 64
 """Open files that the API process needs for itself."""
 RESERVED_FILES = 4 * ACCEPTED_AT_ONCE + _MAX_REFUSALS + _OWN_FILES
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Limits:
-    """What one client may take; seconds, but ``connections``."""
+    """``connections`` is a count, the others are seconds."""
 
     connections: int
     header_timeout: float
@@ -48,7 +49,7 @@ class Limits:
 
     @classmethod
     def of(cls, config: ServerConfig) -> Limits:
-        """Raises ConfigError when the limit of open files is too low for the connections."""
+        """Raises ConfigError when the process may not open enough files for the connections."""
         return cls(
             connections=_max_connections(config.max_connections),
             header_timeout=config.header_timeout_seconds,
@@ -56,23 +57,24 @@ class Limits:
         )
 
 
-def _max_connections(asked: int | None) -> int:
+def _max_connections(configured: int | None) -> int:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     room = _MOST_CONNECTIONS + RESERVED_FILES if files == resource.RLIM_INFINITY else files
     room -= RESERVED_FILES
-    if room < (asked or 1):
+    if room < (configured or 1):
+        value = "null" if configured is None else configured
         raise ConfigError(
-            f"server.max_connections={'null' if asked is None else asked}: this process may open "
-            f"{files} files and keeps {RESERVED_FILES} for itself; "
-            + (f"take {room} at most, or " if room > 0 else "")
-            + f"raise the limit: ulimit -n {(asked or _MOST_CONNECTIONS) + RESERVED_FILES}"
+            f"server.max_connections={value}: this process may open {files} files "
+            f"and reserves {RESERVED_FILES}; "
+            + (f"set {room} at most, or " if room > 0 else "")
+            + f"raise the limit: ulimit -n {(configured or _MOST_CONNECTIONS) + RESERVED_FILES}"
         )
-    return min(room, _MOST_CONNECTIONS) if asked is None else asked
+    return min(room, _MOST_CONNECTIONS) if configured is None else configured
 
 
 class Connection(H11Protocol):
-    """The listener calls ``check`` now and then; all deadlines are kept there, but that of an idle
-    connection, which uvicorn keeps."""
+    """The listener calls ``check`` regularly; it enforces every deadline but that of an idle
+    connection, which is uvicorn's."""
 
     def __init__(
         self,
@@ -87,10 +89,10 @@ class Connection(H11Protocol):
         self._limits = limits
         self._has_room = True
         self._head_since: float | None = None
-        """When the head of a request, or the rest of one that has its answer, began to arrive."""
+        """When the head of a request began to arrive, or the rest of an answered request."""
         self._lingers_since: float | None = None
         self._sent_at = 0.0
-        """When something was last seen to go out, or nothing had to."""
+        """When bytes last went out, or none had to."""
         self._num_unsent = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -102,7 +104,7 @@ class Connection(H11Protocol):
             return
         self._has_room = False
         self._limits.refusals.warning(
-            "there are %d connections (server.max_connections): further ones get 503",
+            "all %d connections are in use (server.max_connections): further ones get 503",
             self._limits.connections,
         )
         if beyond > _MAX_REFUSALS:
@@ -127,12 +129,12 @@ class Connection(H11Protocol):
         self._head_since = self.loop.time() if is_waiting else None
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn calls this where it handles h11's error, which tells more than ``msg``."""
+        """uvicorn calls this while it handles h11's error, which says more than ``msg``."""
         error = sys.exc_info()[1]
         status = getattr(error, "error_status_hint", 400)
-        told = f"this is not a valid HTTP request: {error or msg}"[:200]
+        message = f"this is not a valid HTTP request: {error or msg}"[:200]
         code = "head_too_large" if status == 431 else "invalid_http"
-        self._refuse(RequestError(told, code=code, status=status))
+        self._refuse(RequestError(message, code=code, status=status))
 
     def shutdown(self) -> None:
         if self._lingers_since is None and self._has_room:
@@ -141,7 +143,7 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def check(self, now: float) -> None:
-        """End what takes too long; ``now`` is the loop's time."""
+        """Close the connection if it missed a deadline. ``now``: the loop's time."""
         num_unsent = self.transport.get_write_buffer_size()
         is_fed = self._is_answering and not self.flow.write_paused
         if not num_unsent or num_unsent < self._num_unsent or is_fed:
@@ -162,17 +164,17 @@ class Connection(H11Protocol):
             self._refuse(_too_many(self._limits.connections))
         elif seconds > self._limits.header_timeout:
             has_begun = bool(self.conn.trailing_data[0])
-            late = RequestError("the request came too slowly", code="timeout", status=408)
+            late = RequestError("the request arrived too slowly", code="timeout", status=408)
             self._refuse(late if has_begun else None)
 
     @property
     def _is_answering(self) -> bool:
-        """Whether the application has a request of this connection."""
+        """Whether the application is working on a request of this connection."""
         is_refused = self._lingers_since is not None
         return not is_refused and self.cycle is not None and not self.cycle.response_complete
 
     def _refuse(self, error: RequestError | None) -> None:
-        """Answer in the application's place, if an answer is still possible, and end the
+        """Send an error instead of the application, if a response is still possible, and close the
         connection."""
         if self._is_answering:
             self.cycle.disconnected = True
@@ -199,5 +201,7 @@ class Connection(H11Protocol):
 
 def _too_many(limit: int) -> RequestError:
     return RequestError(
-        f"this server has its {limit} connections", code="too_many_connections", status=503
+        f"all {limit} connections of this server are in use",
+        code="too_many_connections",
+        status=503,
     )

@@ -1,4 +1,4 @@
-"""Leave for web pages of other origins."""
+"""CORS: which other origins web pages may call this server from."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vllm_di.server.errors import error_body
 
 
 class Cors(CORSMiddleware):
-    """Starlette's, with refusals in OpenAI's form. It stands before the check of keys, because
-    browsers send none with a preflight. Keys come in the Authorization header, so there are no
-    credentials in the sense of CORS."""
+    """Starlette's middleware, with refusals in OpenAI's form. It runs before the check of API keys,
+    because browsers send none with a preflight. Keys are sent in the Authorization header, so CORS
+    credentials (cookies) are not needed."""
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
         super().__init__(
@@ -31,8 +31,8 @@ class Cors(CORSMiddleware):
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
-        told = RequestError(
+        error = RequestError(
             f"{bytes(response.body).decode()} (server.cors_origins)", code="cors_refused"
         )
         headers = {"vary": response.headers["vary"], "content-type": "application/json"}
-        return Response(error_body(told), response.status_code, headers=headers)
+        return Response(error_body(error), response.status_code, headers=headers)

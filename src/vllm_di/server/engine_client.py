@@ -1,4 +1,4 @@
-"""The API process's line to the engine process. No torch on this side."""
+"""The API process's connection to the engine process. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_di.server.engine_watch import EngineProcess
 from vllm_di.server.sharing import Lender
 
 RESTART_SECONDS = 600.0
-"""Restarts are counted within this time."""
+"""The limit of restarts counts those within this time."""
 ENGINE = (sys.executable, "-m", "vllm_di.containers.engine_process")
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class ProcessEngineClient(EngineClient):
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, assembly: bytes, command: Sequence[str] = ENGINE) -> None:
-        """Start the process and send it the assembly."""
+        """Start the engine process and send it the assembly."""
         self._engine = await EngineProcess.spawn(command, assembly)
         self._task = asyncio.create_task(self._run(command, assembly))
 
@@ -91,7 +91,7 @@ class ProcessEngineClient(EngineClient):
             if not finished:
                 self._send(wire.Abort(request_id))
             unused = list(lender.end(request_id))
-            if lender is self._lender:  # else it was lent to an engine that is gone
+            if lender is self._lender:  # else the engine that had it is gone
                 for message in unused:
                     self._send(message)
 
@@ -109,7 +109,7 @@ class ProcessEngineClient(EngineClient):
         self._engine.send(self._codec.frame(message))
 
     async def _run(self, command: Sequence[str], assembly: bytes) -> None:
-        """One engine after the other, until there is to be no more."""
+        """Run the engine, and a new one after each death, until no restart is left."""
         while True:
             assert self._engine is not None
             error = await self._serve(self._engine)
@@ -120,12 +120,12 @@ class ProcessEngineClient(EngineClient):
             self._engine = await EngineProcess.spawn(command, assembly)
 
     async def _serve(self, engine: EngineProcess) -> VllmDiError:
-        """Take messages until the process ends; returns why it did."""
+        """Handle messages until the process ends; return why it did."""
         watching: asyncio.Task[None] | None = None
-        self._lender = Lender()  # this engine has nothing yet
+        self._lender = Lender()  # a new engine has nothing stored
         try:
             await engine.accept()
-            watching = asyncio.create_task(engine.watch(self._hear))
+            watching = asyncio.create_task(engine.watch(self._on_silence))
             while True:
                 self._take(self._codec.decode(await engine.receive()), engine)
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -133,7 +133,7 @@ class ProcessEngineClient(EngineClient):
         except VllmDiError as failure:
             error = failure
         except Exception as failure:
-            log.error("the engine said what nobody understands", exc_info=failure)
+            log.error("a message of the engine could not be handled", exc_info=failure)
             error = EngineDeadError(f"{type(failure).__name__}: {failure}")
         finally:
             if watching is not None:
@@ -159,16 +159,16 @@ class ProcessEngineClient(EngineClient):
             error = message.error()
             raise error if isinstance(error, VllmDiError) else EngineDeadError(str(error))
 
-    def _hear(self, silent: Sequence[str]) -> None:
-        """Which processes give no sign of life, after a change."""
+    def _on_silence(self, silent: Sequence[str]) -> None:
+        """``silent``: the processes without a heartbeat, after a change."""
         if silent:
-            log.warning("no sign of life from %s", ", ".join(silent))
+            log.warning("no heartbeat from %s", ", ".join(silent))
         elif self.silent:
-            log.warning("%s answered again", ", ".join(self.silent))
+            log.warning("heartbeat again from %s", ", ".join(self.silent))
         self.silent = silent
 
     def _may_restart(self, error: VllmDiError) -> bool:
-        """End what is in flight, and decide: an engine that never was ready is not tried again."""
+        """Fail all requests in flight. Whether to restart: not if the engine was never ready."""
         was_ready, num_open = self.state == "ready", len(self._inboxes)
         now = time.monotonic()
         self._deaths = [t for t in self._deaths if now - t < RESTART_SECONDS]

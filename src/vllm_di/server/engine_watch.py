@@ -1,4 +1,4 @@
-"""The engine process as its parent sees it: started, watched, ended."""
+"""Starts, watches and ends the engine process."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from vllm_di.errors import EngineDeadError
 
 CLOSE_SECONDS = 10.0
 END_SECONDS = 2.0
-"""For a process to end that has closed its connection."""
+"""Time for a process to end after it closed its connection."""
 ENGINE = "engine"
-"""What messages call the process."""
+"""Its name in messages."""
 
 
 class EngineProcess:
-    """One life of an engine. ``accept``, then ``receive`` and ``watch``, then ``close``."""
+    """One engine process. Call ``accept``, then ``receive`` and ``watch``, then ``close``."""
 
     def __init__(self, process: asyncio.subprocess.Process, rendezvous: Rendezvous) -> None:
         self._process, self._rendezvous = process, rendezvous
         self._heart: asyncio.StreamReader | None = None
         self._writers: list[asyncio.StreamWriter] = []
         self._peers: dict[int, int] = {}
-        """Process id to descriptor, of what the engine has started. A descriptor stands for that
-        process alone, also when the id is given to another."""
+        """Process id to pidfd, for the processes that the engine started. A pidfd stays with its
+        process even if the id is used again."""
         self.patience: float | None = None
-        """Seconds without a sign of life, or within one step, that end it; None: for ever."""
+        """Seconds without a heartbeat, or within a step, after which it is killed; None: never."""
         self._silence, self._beat = Silence(), Beat()
-        self._put_down: str | None = None
+        self._kill_reason: str | None = None
 
     @classmethod
     async def spawn(cls, command: Sequence[str], assembly: bytes) -> EngineProcess:
@@ -56,10 +56,10 @@ class EngineProcess:
         return self._process.pid
 
     async def accept(self) -> None:
-        """Take the process's two calls. Raises EngineDeadError where it ends before."""
+        """Accept the two connections of the process. Raises EngineDeadError if it ends before."""
         try:
-            self._heart = await self._call()
-            self._reader = await self._call()
+            self._heart = await self._accept_one()
+            self._reader = await self._accept_one()
         finally:
             self._rendezvous.close()
 
@@ -68,28 +68,28 @@ class EngineProcess:
         return await read_frame(self._reader)
 
     def send(self, frame: bytes) -> None:
-        """Lost where the process is gone: ``receive`` tells."""
+        """Drops the frame if the process is gone; ``receive`` raises then."""
         if len(self._writers) == 2 and not self._writers[1].is_closing():
             self._writers[1].write(frame)
 
-    async def watch(self, hear: Callable[[Sequence[str]], None]) -> None:
-        """Follow the heartbeat until cancelled: tell ``hear`` who is silent, after each change, and
-        put the process down when a step, or the silence, takes longer than
-        ``patience``."""
+    async def watch(self, on_silence: Callable[[Sequence[str]], None]) -> None:
+        """Follow the heartbeat until cancelled. Calls ``on_silence`` with the names of the silent
+        processes after each change. Kills the process when a step, or the silence, takes longer
+        than ``patience``."""
         following = asyncio.create_task(self._follow())
-        told: tuple[str, ...] = ()
+        reported: tuple[str, ...] = ()
         try:
-            while self._put_down is None:
+            while self._kill_reason is None:
                 await asyncio.wait((following,), timeout=heartbeat.INTERVAL)
                 if following.done():
-                    return  # the process is gone, which ``receive`` tells
+                    return  # the process is gone: ``receive`` raises
                 self._silence.tick()
                 silent = tuple(p.name for p in self._beat.peers if p.silent)
                 if self._silence.is_long:
                     silent = (ENGINE,)
-                if silent != told:
-                    told = silent
-                    hear(told)
+                if silent != reported:
+                    reported = silent
+                    on_silence(reported)
                 await self._check(self.patience)
         finally:
             following.cancel()
@@ -99,8 +99,8 @@ class EngineProcess:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), END_SECONDS)
         code = self._process.returncode
-        if self._put_down is not None:
-            how = f"{self._put_down} and was killed"
+        if self._kill_reason is not None:
+            how = f"{self._kill_reason} and was killed"
         elif code is None:
             how = "closed its connection"
         else:
@@ -108,8 +108,8 @@ class EngineProcess:
         return EngineDeadError(f"the engine process {how}")
 
     async def close(self) -> None:
-        """End the process: closing the socket asks it to, a signal tells it, another makes it. What
-        it had started and left is killed."""
+        """End the process: close its socket, then SIGTERM, then SIGKILL. Processes that it started
+        and left are killed."""
         self._rendezvous.close()
         for writer in self._writers:
             writer.close()
@@ -130,7 +130,7 @@ class EngineProcess:
 
     # -- inside -------------------------------------------------------------------------------
 
-    async def _call(self) -> asyncio.StreamReader:
+    async def _accept_one(self) -> asyncio.StreamReader:
         loop = asyncio.get_running_loop()
         self._rendezvous.socket.setblocking(False)
         accepting = asyncio.ensure_future(loop.sock_accept(self._rendezvous.socket))
@@ -151,7 +151,7 @@ class EngineProcess:
         return reader
 
     async def _follow(self) -> None:
-        """Take beats until the process is gone."""
+        """Handle heartbeats until the process is gone."""
         assert self._heart is not None
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
@@ -166,9 +166,9 @@ class EngineProcess:
         if limit is None:
             return
         if self._silence.seconds > limit:
-            self._put_down = f"gave no sign of life for {limit:g} s"
+            self._kill_reason = f"gave no sign of life for {limit:g} s"
         elif self._beat.busy > limit:
-            self._put_down = f"took more than {limit:g} s for a step"
+            self._kill_reason = f"took more than {limit:g} s for a step"
         else:
             return
         await asyncio.to_thread(heartbeat.put_down, self._process.send_signal)

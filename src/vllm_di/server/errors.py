@@ -14,16 +14,16 @@ _TYPES = {
 
 
 class ClientGone(Exception):
-    """The client closed the connection: nobody waits for the answer."""
+    """The client closed the connection: nobody is left to answer."""
 
 
 def unavailable(message: str, code: str) -> RequestError:
-    """The server cannot answer now, but may soon."""
+    """A 503 that may pass soon."""
     return RequestError(message, code=code, status=503)
 
 
 def as_request_error(error: Exception) -> RequestError:
-    """What a client is told about an error. Details of an unexpected one stay in the log."""
+    """The error that the client sees. Details of an unexpected one are only logged."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, EngineDeadError):
@@ -47,7 +47,7 @@ def error_body(error: RequestError) -> bytes:
 
 
 def retry_after(error: RequestError) -> int | None:
-    """Seconds for the Retry-After header; None where trying again does not help."""
+    """Seconds for the Retry-After header; None where a retry does not help."""
     if isinstance(error, QueueFullError):
         return error.retry_after
     return 1 if error.status == 503 and error.code != "engine_dead" else None

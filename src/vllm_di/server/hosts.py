@@ -1,7 +1,8 @@
-"""Which names clients may call the server by.
+"""Which host names the server accepts.
 
-A web page may give its own name the address of this machine (DNS rebinding) and then read answers
-of a server that trusts whoever reaches it. Its requests still carry the page's name.
+DNS rebinding: a web page's own name may resolve to this machine, and the page then reads responses
+of a server that trusts everyone who reaches it. Its requests still carry the page's name in their
+Host header.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from vllm_di.errors import RequestError
 
 
 class Hosts:
-    """Checks the Host header. Names of the loopback interface always pass, and so do ``names``."""
+    """Checks the Host header. ``names`` and the loopback interface's names always pass."""
 
     def __init__(self, names: Sequence[str], *, is_open: bool) -> None:
         self._names = {name.lower() for name in names}
         self._is_open = is_open
 
     def check(self, host: bytes | None) -> None:
-        """Raise RequestError (421) for a foreign name. A client that sends none is no browser."""
+        """Raise RequestError (421) for another name. No header passes: browsers always send one."""
         if self._is_open or host is None:
             return
         name = _name(host)
@@ -31,7 +32,7 @@ class Hosts:
             return
         shown = name[:100]
         raise RequestError(
-            f"this server does not go by the name {shown!r}; call it localhost, or start it with "
+            f"this server does not accept the host name {shown!r}; use localhost, or start it with "
             f"server.allowed_hosts=[{shown}]",
             code="host_not_allowed",
             status=421,
@@ -57,8 +58,8 @@ def _name(host: bytes) -> str:
 
 
 def to_origin_form(scope: Scope) -> None:
-    """Rewrite a target such as ``http://host/path``, which proxies get and servers must take, to
-    its path. Its host stands in place of the Host header."""
+    """Rewrite an absolute target, such as ``http://host/path``, to its path, and the Host header to
+    its host. Proxies get such targets; HTTP requires servers to accept them."""
     raw: bytes = scope["raw_path"]
     scheme, _, rest = raw.partition(b"://")
     if scheme.lower() not in (b"http", b"https") or not rest:

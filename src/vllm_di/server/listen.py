@@ -17,12 +17,12 @@ from starlette.types import ASGIApp
 
 from vllm_di.server.config import ServerConfig
 from vllm_di.server.connection import ACCEPTED_AT_ONCE, Connection, Limits
-from vllm_di.server.gate import MAX_HEAD_BYTES
+from vllm_di.server.middleware import MAX_HEAD_BYTES
 from vllm_di.server.rarely import Rarely
 from vllm_di.server.sockets import BACKLOG
 
 _CLOSING_SECONDS = 5
-"""For connections to take their last bytes."""
+"""Time for clients to read their last bytes."""
 _TICKS_BETWEEN_CHECKS = 5
 """uvicorn ticks ten times a second."""
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Listener(uvicorn.Server):
-    """uvicorn with our connections, whose deadlines it checks twice a second."""
+    """uvicorn with ``Connection``; checks the deadlines of all connections twice a second."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         limits = Limits.of(config)
@@ -41,7 +41,7 @@ class Listener(uvicorn.Server):
                 app,
                 http=connection,
                 log_config=None,
-                log_level="error",  # warnings are about what clients sent
+                log_level="error",  # its warnings are about what clients send
                 access_log=False,
                 ws="none",
                 lifespan="off",
@@ -56,12 +56,13 @@ class Listener(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn would take SIGTERM and raise it again at the end."""
+        """Do nothing: ``signals`` handles them. uvicorn would raise SIGTERM again at the end."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        for listening in sockets or ():  # asyncio takes one number for both of its backlogs
+        # asyncio uses one number for the kernel's backlog and for how many it accepts at once
+        for listening in sockets or ():
             listening.listen(BACKLOG)
 
     async def on_tick(self, counter: int) -> bool:
@@ -75,15 +76,15 @@ class Listener(uvicorn.Server):
 
 @contextmanager
 def quiet_accepts() -> Iterator[None]:
-    """asyncio logs a traceback for each connection that it cannot accept for want of open files;
-    here that is one line a minute."""
+    """Log one line a minute while connections cannot be accepted because too many files are open;
+    asyncio would log a traceback for each."""
     loop = asyncio.get_running_loop()
     line = Rarely(log)
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in _OUT_OF_RESOURCES:
-            line.warning("connections have to wait: %s", error.strerror)
+            line.warning("new connections wait: %s", error.strerror)
         else:
             loop.default_exception_handler(context)
 
@@ -97,16 +98,16 @@ def quiet_accepts() -> Iterator[None]:
 
 @contextmanager
 def signals(on_signal: Callable[[], None]) -> Iterator[None]:
-    """Call ``on_signal`` for each SIGTERM or SIGINT. Outside the main thread, where no signals
-    arrive, do nothing."""
+    """Call ``on_signal`` for each SIGTERM or SIGINT. Does nothing outside the main thread, where
+    Python delivers no signals."""
     loop = asyncio.get_running_loop()
-    taken: list[signal.Signals] = []
+    handled: list[signal.Signals] = []
     with suppress(ValueError, RuntimeError):
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
-            taken.append(number)
+            handled.append(number)
     try:
         yield
     finally:
-        for number in taken:
+        for number in handled:
             loop.remove_signal_handler(number)

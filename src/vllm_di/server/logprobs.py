@@ -1,4 +1,4 @@
-"""Log-probabilities in the shapes of the two APIs."""
+"""Logprobs in the formats of chat and of plain completions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_di.frontend.offsets import TextOffsets, prompt_offsets
 from vllm_di.frontend.outputs import position_logprobs, token_string
 
 _LOWEST = -9999.0
-"""Stands for minus infinity, which JSON lacks (OpenAI's value)."""
+"""OpenAI's value for minus infinity, which JSON cannot express."""
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
@@ -30,9 +30,9 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dic
 
 
 class LegacyLogprobs:
-    """``choices[].logprobs`` of plain completions, for one text in pieces. Offsets count
-    characters from the text's start, that of an echoed prompt included; ``prompt_token_ids`` are
-    what the text goes on from."""
+    """``choices[].logprobs`` of plain completions, for one choice, piece by piece. Offsets count
+    characters from the start of the text, including an echoed prompt. ``prompt_token_ids`` are the
+    context in which the first token is decoded."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class LegacyLogprobs:
     def prompt(
         self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs] | None, text: str
     ) -> dict[str, Any]:
-        """The echoed prompt; nothing can be said of its first token."""
+        """The echoed prompt. Its first token has no logprob."""
         self._start = len(text)
         tokens, logprobs, tops = self._values(entries or ())
         first = token_string(self._tokenizer, token_ids[0])
@@ -86,20 +86,22 @@ class LegacyLogprobs:
             logprobs.append(values[0])
             top: dict[str, float] = {}
             for text, value in zip(texts, values, strict=True):
-                top.setdefault(text, value)  # halves of characters read alike: the likeliest stays
+                # partial characters have equal texts: the most likely one stays
+                top.setdefault(text, value)
             tops.append(top)
         return tokens, logprobs, tops
 
 
 def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Two pieces of one text."""
+    """Two pieces as one."""
     return {k: None if first[k] is None else first[k] + second[k] for k in first}
 
 
 def prompt_logprobs(
     tokenizer: Tokenizer, entries: Sequence[TokenLogprobs] | None
 ) -> list[dict[str, Any] | None] | None:
-    """vLLM's ``prompt_logprobs``: for each prompt token, id to log-probability, rank and text."""
+    """vLLM's ``prompt_logprobs``: for each prompt token a map from token id to logprob, rank and
+    text."""
     if entries is None:
         return None
     result: list[dict[str, Any] | None] = [None]

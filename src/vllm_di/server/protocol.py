@@ -1,7 +1,7 @@
 """The requests that clients send: OpenAI's fields and vLLM's extensions, decoded strictly.
 
-A field that we know and cannot honour is refused. Fields that nobody knows are counted, or refused
-where the config says so.
+A known field that this server does not support is refused. Unknown fields are counted, or refused
+with ``server.unknown_fields=refuse``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from vllm_di.errors import RequestError, nearest
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Prompt = Annotated[list[Int], msgspec.Meta(max_length=2**20)]
-"""As long as the longest contexts there are."""
+"""The longest contexts have that many tokens."""
 VocabularyIds = Annotated[list[Int], msgspec.Meta(max_length=2**18)]
-"""As many as the largest vocabularies have."""
+"""The largest vocabularies have that many tokens."""
 FewTokenIds = Annotated[list[Int], msgspec.Meta(max_length=1024)]
 ShortText = Annotated[str, msgspec.Meta(max_length=1024)]
 Stops = Annotated[list[ShortText], msgspec.Meta(max_length=16)]
@@ -29,7 +29,7 @@ BadWords = Annotated[
 ]
 LogitBias = Annotated[dict[Int, float], msgspec.Meta(max_length=4096)]
 Object = dict[str, Any]
-"""JSON that goes on as it came. The body's length and depth bound it."""
+"""JSON that is passed on unchanged. The limits on the body's length and depth hold for it."""
 Messages = Annotated[list[Object], msgspec.Meta(max_length=16_384)]
 Tools = Annotated[list[Object], msgspec.Meta(max_length=1024)]
 
@@ -40,7 +40,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 
 
 class GenerateRequest(msgspec.Struct, kw_only=True):
-    """What chat and plain completions have in common. None means not given, as null does."""
+    """What chat and plain completions have in common. None, like null, means not set."""
 
     model: str | None = None
     stream: bool | None = None
@@ -66,7 +66,7 @@ class GenerateRequest(msgspec.Struct, kw_only=True):
     allowed_token_ids: VocabularyIds | None = None
     bad_words: BadWords | None = None
     skip_special_tokens: bool | None = None
-    # structured output, for the engine to take or to refuse
+    # structured output: the engine accepts or refuses it
     response_format: Object | None = None
     structured_outputs: Object | None = None
     guided_json: Any = None
@@ -162,7 +162,7 @@ IGNORED = frozenset(
         "include_reasoning",
     ]
 )
-"""Known fields that change nothing here, so that leaving them out is honest."""
+"""Known fields that cannot change an answer of this server, so ignoring them is correct."""
 
 _REFUSED = [
     "use_beam_search",
@@ -225,8 +225,8 @@ def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]
 
 
 def _decode(body: bytes, kind: type[T]) -> T:
-    """Strictly, but a float without a fraction may stand for an integer: JSON knows no other
-    numbers, and some clients write 5.0."""
+    """Strict, except that 5.0 is accepted as an integer: JSON has one type of number, and some
+    clients write integers so."""
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
@@ -273,8 +273,8 @@ def sampling_params(
     max_tokens: int | None,
     defaults: Mapping[str, int | float],
 ) -> SamplingParams:
-    """Checked sampling parameters; ``defaults`` hold for what a request does not set. Raises
-    RequestError for what cannot be honoured."""
+    """Checked sampling parameters; ``defaults`` apply to what the request does not set. Raises
+    RequestError for what this server does not support."""
     _check_supported(request)
     given: dict[str, Any] = dict(defaults)
     given |= {n: v for n in _SAMPLING if (v := getattr(request, n)) is not None}
@@ -289,9 +289,8 @@ def sampling_params(
 def _check_supported(request: GenerateRequest) -> None:
     for name in _REFUSED:
         value = getattr(request, name, None)
-        if not (
-            value is None or value is False or value == ""
-        ):  # 0 == False, and asks for something
+        # `in` would take 0, which is a value, for False
+        if not (value is None or value is False or value == ""):
             raise _unsupported(name)
     if request.best_of not in (None, request.n or 1):
         raise _unsupported("best_of")
@@ -335,11 +334,12 @@ _PIECE = 1 << 16
 
 
 def _check_depth(body: bytes, limit: int) -> None:
-    """Refuse deep nesting before any parser recurses into it. One pass in pieces, without a loop
-    in Python over their bytes; where a string ends is seen by its quotes alone."""
+    """Refuse deep nesting before a parser recurses into it. One pass over pieces of the body, with
+    no Python loop over bytes: splitting at quotes gives what is outside and inside strings in
+    turn."""
     if body.count(b"[") + body.count(b"{") <= limit:
         return
-    # in pairs from the left: a quote behind an odd number of backslashes ends no string
+    # Escaped backslashes first: a quote after an odd number of backslashes does not end a string.
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     depth = is_inside = 0
     for start in range(0, len(plain), _PIECE):

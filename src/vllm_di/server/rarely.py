@@ -1,4 +1,4 @@
-"""Log lines that clients can cause."""
+"""A rate limit for log lines that clients can cause."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SECONDS = 60.0
 
 
 class Rarely:
-    """A line of the log that appears at most once a minute and says how many were left out."""
+    """A log line that appears at most once a minute and says how many were left out."""
 
     def __init__(
         self,

@@ -87,14 +87,14 @@ async def read_request(request: Request, service: Service, kind: type[T]) -> T:
 
 async def _read_body(request: Request, limit: int, timeout: float) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # what a form on a hostile web page cannot send
+    if kind != "application/json":  # a form on a hostile web page cannot send this type
         raise RequestError(
             "the body must be JSON, with the header Content-Type: application/json", status=415
         )
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise RequestError(
-            f"a body with Content-Encoding: {encoding[:50]} is not taken; send it plain",
+            f"Content-Encoding: {encoding[:50]} is not supported; send the body uncompressed",
             code="unsupported_encoding",
             status=415,
         )
@@ -112,24 +112,24 @@ async def _read_body(request: Request, limit: int, timeout: float) -> bytes:
                 if len(body) > limit:
                     raise too_long
     except TimeoutError:
-        raise RequestError("the body came too slowly", code="timeout", status=408) from None
+        raise RequestError("the body arrived too slowly", code="timeout", status=408) from None
     except ClientDisconnect:
         raise ClientGone from None
     return bytes(body)
 
 
-class Pages:
-    """The small endpoints."""
+class Endpoints:
+    """Those that generate nothing."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     async def health(self, request: Request) -> Response:
-        """200 while requests can be answered."""
+        """200 while requests can be served, else 503."""
         return self._state(ready_only=True)
 
     async def live(self, request: Request) -> Response:
-        """503 only where a restart is the remedy: the engine is dead."""
+        """503 only if the engine is dead, so that a restart helps."""
         return self._state(ready_only=False)
 
     async def models(self, request: Request) -> Response:
@@ -140,7 +140,6 @@ class Pages:
         return _json(self._model())
 
     async def version(self, request: Request) -> Response:
-        # The package's root names the LLM class, so importing it by statement would look up.
         config = self._service.config
         return _json(
             {
@@ -154,37 +153,37 @@ class Pages:
 
     async def metrics(self, request: Request) -> Response:
         if self._service.engine.state == "ready" and not self._service.admission.draining:
-            _ = self._service.processor  # tells the metrics about the engine
+            _ = self._service.processor  # records the engine's info metric
         body, kind = self._service.metrics.render()
         return Response(body, headers={"content-type": kind})
 
     async def tokenize(self, request: Request) -> Response:
         service = self._service
-        asked = await read_request(request, service, TokenizeRequest)
-        service.check_model(asked.model)
-        if (asked.prompt is None) == (asked.messages is None):
+        body = await read_request(request, service, TokenizeRequest)
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
-        special = asked.add_special_tokens
-        if asked.chat_template is not None:
+        special = body.add_special_tokens
+        if body.chat_template is not None:
             raise RequestError(
                 "chat_template is not supported by this server",
                 param="chat_template",
                 code="unsupported_parameter",
             )
-        if asked.messages is not None:
+        if body.messages is not None:
             text = await service.render(
-                asked.messages,
-                tools=asked.tools,
-                add_generation_prompt=asked.add_generation_prompt,
-                continue_final_message=asked.continue_final_message,
-                kwargs=asked.chat_template_kwargs,
+                body.messages,
+                tools=body.tools,
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                kwargs=body.chat_template_kwargs,
             )
         else:
-            text = asked.prompt or ""
-        with_special = special if special is not None else asked.messages is None
+            text = body.prompt or ""
+        with_special = special if special is not None else body.messages is None
         tokenizer = service.tokenizer
         ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=with_special)
-        strings = [tokenizer.token_text(i) for i in ids] if asked.return_token_strs else None
+        strings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
         return _json(
             {
                 "count": len(ids),
@@ -196,10 +195,10 @@ class Pages:
 
     async def detokenize(self, request: Request) -> Response:
         service = self._service
-        asked = await read_request(request, service, DetokenizeRequest)
-        service.check_model(asked.model)
-        check_token_ids(asked.tokens, service.processor.vocab_size, "tokens")
-        text = service.tokenizer.decode(asked.tokens, skip_special_tokens=False)
+        body = await read_request(request, service, DetokenizeRequest)
+        service.check_model(body.model)
+        check_token_ids(body.tokens, service.processor.vocab_size, "tokens")
+        text = service.tokenizer.decode(body.tokens, skip_special_tokens=False)
         return _json({"prompt": text})
 
     def _model(self) -> dict[str, Any]:
@@ -234,23 +233,23 @@ class Pages:
 
 
 def routes(service: Service) -> list[Route]:
-    """Every path that the server knows."""
-    pages = Pages(service)
+    """All routes of the server."""
+    other = Endpoints(service)
     chat = GenerateEndpoint(service, ChatRequest, start_chat)
     completions = GenerateEndpoint(service, CompletionRequest, start_completion)
     return [
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
-        Route("/v1/models", pages.models),
-        Route("/v1/models/{model:path}", pages.model),
-        Route("/tokenize", pages.tokenize, methods=["POST"]),
-        Route("/detokenize", pages.detokenize, methods=["POST"]),
-        Route("/health", pages.health),
-        Route("/ping", pages.health),
-        Route("/readyz", pages.health),
-        Route("/livez", pages.live),
-        Route("/version", pages.version),
-        Route("/metrics", pages.metrics),
+        Route("/v1/models", other.models),
+        Route("/v1/models/{model:path}", other.model),
+        Route("/tokenize", other.tokenize, methods=["POST"]),
+        Route("/detokenize", other.detokenize, methods=["POST"]),
+        Route("/health", other.health),
+        Route("/ping", other.health),
+        Route("/readyz", other.health),
+        Route("/livez", other.live),
+        Route("/version", other.version),
+        Route("/metrics", other.metrics),
     ]
 
 
@@ -258,12 +257,14 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own 404 and 405, in OpenAI's form."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        message = f"{request.method[:20]} is not allowed here"
-        told = RequestError(message, code="method_not_allowed", status=405)
+        message = f"{request.method[:20]} is not allowed on this path"
+        refusal = RequestError(message, code="method_not_allowed", status=405)
     else:
-        told = RequestError("there is no such path", code="unknown_path", status=error.status_code)
+        refusal = RequestError(
+            "there is no such path", code="unknown_path", status=error.status_code
+        )
     headers = {**(error.headers or {}), "content-type": "application/json"}
-    return Response(error_body(told), error.status_code, headers=headers)
+    return Response(error_body(refusal), error.status_code, headers=headers)
 
 
 def _json(value: Any, status: int = 200) -> Response:

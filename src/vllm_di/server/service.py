@@ -1,4 +1,4 @@
-"""What all endpoints share."""
+"""The components of the API process, shared by all endpoints."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from vllm_di.server.config import ServerConfig
 from vllm_di.server.protocol import GenerateRequest
 
 _LONG_TEXT = 4_000
-"""Characters from which a text is tokenised in a thread, so that other streams go on."""
+"""Prompts longer than this, in characters, are tokenised in a thread, so that streams go on."""
 
 _RENDER_THREADS = 8
-"""They wait for the processes that render. Apart from asyncio's own threads, so that slow prompts
-leave those to the tokenizer."""
+"""They wait for the processes that render. Not asyncio's default threads: the tokenizer needs those
+while slow prompts render."""
 
 
 class Service:
-    """The components of the API process, and the processor that comes with a ready engine."""
+    """Holds the components, and the request processor once the engine is ready."""
 
     def __init__(
         self,
@@ -62,18 +62,20 @@ class Service:
 
     @property
     def default_max_tokens(self) -> int | None:
-        """Of requests that do not set it; None for the rest of the context."""
+        """For requests that do not set it. None: as many as fit into the context."""
         value = self.config.sampling.get("max_tokens")
         return None if value is None else int(value)
 
     @property
     def processor(self) -> RequestProcessor:
-        """Raises 503 while there is no engine to answer. The first call after the engine is ready
-        tells the metrics what it is."""
+        """Raises RequestError (503) while the engine cannot answer. The first call after the engine
+        is ready records its info metric."""
         self.admission.check_open()
         report = self.engine.report
         assert report is not None, "a ready engine has reported"
-        if self._processor is None or report is not self._report:  # each engine has its own
+        if (
+            self._processor is None or report is not self._report
+        ):  # a restarted engine has a new one
             self._report = report
             self._processor = RequestProcessor(
                 self.tokenizer, report.max_model_len, report.vocab_size
@@ -92,8 +94,7 @@ class Service:
         """Raise 404 for a model that is not the one served."""
         if name is not None and name != self.config.name:
             raise RequestError(
-                f"the model {name[:100]!r} does not exist here; this server has "
-                f"{self.config.name!r}",
+                f"the model {name[:100]!r} does not exist; this server serves {self.config.name!r}",
                 param="model",
                 code="model_not_found",
                 status=404,
@@ -108,8 +109,8 @@ class Service:
         continue_final_message: bool | None,
         kwargs: Mapping[str, Any] | None,
     ) -> str:
-        """The prompt of a conversation. Without a word on it, a generation prompt is added unless
-        the last message is continued. Raises RequestError."""
+        """The prompt of a conversation. ``add_generation_prompt`` defaults to True, unless the last
+        message is continued. Raises RequestError."""
         continues = bool(continue_final_message)
         begins = not continues if add_generation_prompt is None else add_generation_prompt
         render = partial(
@@ -151,5 +152,5 @@ class Service:
 
 
 def new_id(prefix: str) -> str:
-    """Ids are always the server's own: a client's could collide with another client's."""
+    """The server makes all ids: those of two clients could be equal."""
     return f"{prefix}-{uuid.uuid4().hex}"

@@ -1,5 +1,5 @@
-"""What the texts of one request have in common crosses to the engine process once: a long prompt,
-and lists such as ``allowed_token_ids``. The engine then holds one object for all of them."""
+"""Sends a long prompt, and lists such as ``allowed_token_ids``, to the engine process once for all
+choices of a request. The engine process then holds one object for all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_di.frontend.requests import changed
 from vllm_di.server import wire
 
 LONG_PROMPT = 256
-"""Tokens from which a prompt is shared; a shorter one goes with its request."""
+"""Prompts of at least this many tokens are shared; shorter ones are sent with each choice."""
 _LISTS = tuple(name for name in wire.Lists.__struct_fields__ if name != "bad_words_token_ids")
 """Fields of the sampling parameters."""
 
@@ -23,13 +23,13 @@ _LISTS = tuple(name for name in wire.Lists.__struct_fields__ if name != "bad_wor
 class _Loan:
     key: int
     parts: tuple[object, ...]
-    """Held, so that their identities stay theirs."""
+    """Referenced here, so that no other object gets their ``id()``."""
     num_users: int = 0
 
 
 class Lender:
-    """The API process's side. Equal means the same object: the texts of a request have the same
-    lists."""
+    """The API process's side. Lists are compared by identity: the choices of a request refer to the
+    same objects."""
 
     def __init__(self) -> None:
         self._loans: dict[tuple[int, ...], _Loan] = {}
@@ -37,7 +37,7 @@ class Lender:
         self._num_loans = 0
 
     def messages(self, request: EngineRequest) -> Iterator[wire.ToEngine]:
-        """What adds a request: the lists that the engine does not have yet, then the rest."""
+        """The messages that add a request, after those that send what the engine lacks."""
         prompt_key = lists_key = 0
         light, lists = _split(request)
         if lists is not None:
@@ -53,7 +53,7 @@ class Lender:
         yield wire.Add(light, prompt_key, lists_key)
 
     def end(self, request_id: str) -> Iterator[wire.ToEngine]:
-        """After a request's end: what nobody uses any longer."""
+        """The message that drops what no request uses any longer, if there is any."""
         unused = []
         for loan in self._of.pop(request_id, ()):
             loan.num_users -= 1
@@ -64,7 +64,7 @@ class Lender:
             yield wire.Drop(unused)
 
     def _lend(self, request_id: str, parts: tuple[object, ...]) -> tuple[int, bool]:
-        """-> the key, and whether it is new."""
+        """The key, and whether it is new."""
         identity = tuple(map(id, parts))
         loan = self._loans.get(identity)
         is_new = loan is None
@@ -90,7 +90,7 @@ class Borrower:
             self._kept.pop(key, None)
 
     def request(self, message: wire.Add) -> EngineRequest:
-        """The whole request, with the kept objects themselves."""
+        """The complete request. It refers to the stored objects, not to copies."""
         request = message.request
         changes: dict[str, Any] = {}
         if message.prompt:
@@ -106,7 +106,7 @@ class Borrower:
 
 
 def _split(request: EngineRequest) -> tuple[EngineRequest, wire.Lists | None]:
-    """The request without its lists, and these."""
+    """The request without its lists, and the lists."""
     params = request.params
     values = {name: value for name in _LISTS if (value := getattr(params, name))}
     if not values:

@@ -15,14 +15,14 @@ from pathlib import Path
 from vllm_di.errors import ConfigError
 
 BACKLOG = 1024
-"""Connections that the kernel keeps until they are accepted."""
+"""Connections that the kernel queues until they are accepted."""
 
 _LOCK_SECONDS = 5.0
 _PORTS_TO_TRY = 20
 
 
 class Listening:
-    """A socket that already listens, so that nobody else can take its address."""
+    """A socket that listens already, so that no other process can take its address."""
 
     def __init__(self, bound: socket.socket, address: str, path: str | None = None) -> None:
         self.socket = bound
@@ -32,7 +32,7 @@ class Listening:
         self._file = _identity(path) if path else None
 
     def close(self) -> None:
-        """Remove the socket's file if it is still the one that was made here, and close it."""
+        """Close the socket, and remove its file if it is still the one that was created here."""
         if self._path is not None:
             with suppress(OSError, ConfigError), _folder_locked(self._path):
                 if _identity(self._path) == self._file:
@@ -41,7 +41,7 @@ class Listening:
 
 
 def listen(host: str, port: int, unix_socket: str | None) -> Listening:
-    """Take the address. Raises ConfigError that names the key and a remedy."""
+    """Bind the address and listen. Raises ConfigError with the key and what to set instead."""
     if unix_socket:
         return Listening(_listen_unix(unix_socket), f"unix:{unix_socket}", unix_socket)
     bound = _listen_tcp(host, port)
@@ -50,7 +50,7 @@ def listen(host: str, port: int, unix_socket: str | None) -> Listening:
 
 
 def check_address(host: str, port: int, unix_socket: str | None) -> None:
-    """Raise the ConfigError of ``listen`` for an address that is taken, and leave it free."""
+    """Raise the ConfigError that ``listen`` would raise, without keeping the address."""
     if unix_socket is None:
         _listen_tcp(host, port).close()
         return
@@ -79,7 +79,7 @@ def _open(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-        bound.listen(BACKLOG)  # two sockets may be bound to a port while neither listens
+        bound.listen(BACKLOG)  # binding alone does not reserve the port
     except BaseException:
         bound.close()
         raise
@@ -91,17 +91,17 @@ def _refusal(host: str, port: int, error: OSError) -> str:
         free = next((p for p in range(port + 1, port + _PORTS_TO_TRY) if _is_free(host, p)), 0)
         nearest = f"server.port={free} is free, " if free else ""
         return (
-            f"server.port={port}: something listens on {host}:{port} already; {nearest}"
-            "server.port=0 takes any"
+            f"server.port={port}: another process listens on {host}:{port} already; {nearest}"
+            "server.port=0 picks a free one"
         )
     if error.errno == errno.EACCES:
         return (
             f"server.port={port}: this user may not listen there: ports below 1024 need a "
-            "privilege; take server.port=8080, say"
+            "privilege; use, for example, server.port=8080"
         )
     if error.errno == errno.EADDRNOTAVAIL:
         return (
-            f"server.host={host}: this machine has no such address; take 127.0.0.1 for this "
+            f"server.host={host}: this machine has no such address; use 127.0.0.1 for this "
             "machine alone, 0.0.0.0 for all its addresses"
         )
     return f"server.host={host}, server.port={port}: cannot listen there: {error.strerror or error}"
@@ -119,7 +119,7 @@ def _is_free(host: str, port: int) -> bool:
 
 
 def _listen_unix(path: str) -> socket.socket:
-    """Only this user may connect."""
+    """A socket to which only this user may connect."""
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)
     try:
@@ -139,7 +139,8 @@ def _listen_unix(path: str) -> socket.socket:
 
 
 def _check_unix(path: str) -> bool:
-    """Whether a socket without a server lies there. Raises ConfigError for anything else."""
+    """Whether the path is a socket that no server listens on. Raises ConfigError if it is in
+    use, or something else."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -147,9 +148,9 @@ def _check_unix(path: str) -> bool:
     except OSError as error:
         raise ConfigError(_cannot(path, error)) from None
     if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"server.unix_socket={path}: something that is no socket is there")
+        raise ConfigError(f"server.unix_socket={path}: this path exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.setblocking(False)  # a server whose backlog is full is living too
+        client.setblocking(False)  # if the backlog is full, the server runs too
         try:
             client.connect(path)
         except (ConnectionRefusedError, FileNotFoundError):
@@ -169,8 +170,8 @@ def _cannot(path: str, error: OSError) -> str:
 
 @contextmanager
 def _folder_locked(path: str) -> Iterator[None]:
-    """Two servers that find the same dead socket must not both replace it. The lock is on the
-    folder, so that no file is left behind."""
+    """Hold a lock, so that two servers do not both replace the same unused socket. It is on the
+    folder: a lock file would be left behind."""
     try:
         folder = os.open(Path(path).absolute().parent, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
@@ -194,7 +195,7 @@ def _folder_locked(path: str) -> Iterator[None]:
 
 
 def _identity(path: str) -> tuple[int, int] | None:
-    """Tells a file from another of the same name."""
+    """Device and inode: equal for the same file, not for a new one of the same name."""
     try:
         status = os.lstat(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""What the API process and the engine process say to each other."""
+"""The messages between the API process and the engine process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_di.components.transport import Failure
 
 
 class Lists(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What may be long in the sampling parameters, and is the same for all texts of a request."""
+    """Sampling parameters that may be long; all choices of a request share them."""
 
     logit_bias: dict[int, float] | None = None
     stop: list[str] = []
@@ -23,7 +23,7 @@ class Lists(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Keep(msgspec.Struct, tag=True, frozen=True):
-    """Keep a prompt or lists under a key, for requests to come."""
+    """Store a prompt or lists under a key, for the requests that follow."""
 
     key: int
     prompt: list[int] | None = None
@@ -31,18 +31,18 @@ class Keep(msgspec.Struct, tag=True, frozen=True):
 
 
 class Drop(msgspec.Struct, tag=True, frozen=True):
-    """No request to come will name these keys."""
+    """Forget these keys: no later request uses them."""
 
     keys: list[int]
 
 
 class Add(msgspec.Struct, tag=True, frozen=True):
     request: EngineRequest
-    """Without what is kept."""
+    """Without what was sent as ``Keep``."""
     prompt: int = 0
-    """Key of its prompt; 0 where the request has it."""
+    """Key of its prompt; 0: the request contains it."""
     lists: int = 0
-    """Key of its lists; 0 where it has none."""
+    """Key of its lists; 0: it has none."""
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -50,11 +50,11 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
 
 
 class ResetPrefixCache(msgspec.Struct, tag=True, frozen=True):
-    """Forget cached blocks that nobody holds."""
+    """Drop the cached blocks that no sequence uses."""
 
 
 class Stage(msgspec.Struct, tag=True, frozen=True):
-    """What a starting engine is doing."""
+    """What the starting engine does at the moment."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""The outermost layer: every request comes in and every error goes out through it."""
+"""The middleware around all endpoints."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 MAX_HEAD_BYTES = 32 * 1024
 _PART_BYTES = 32 * 1024
 _CLIENT_GONE = 499
-"""nginx's status for a closed connection; only metrics see it."""
+"""nginx's status for a connection that the client closed; only metrics see it."""
 
 log = logging.getLogger(__name__)
 
 
-class Gate:
-    """Checks host and key, gives the request an id, counts it, and turns what is raised into an
-    answer in OpenAI's form."""
+class RequestMiddleware:
+    """Checks host and key, gives the request an id, counts it, and turns exceptions into error
+    responses in OpenAI's form."""
 
     def __init__(
         self,
@@ -48,19 +48,19 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return  # no WebSockets; uvicorn is told so too
+            return  # no WebSockets: the listener turns them off in uvicorn as well
         started = time.monotonic()
         to_origin_form(scope)
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        given_id = headers.get(b"x-request-id", b"")
-        own_id = given_id if _SAFE_ID.fullmatch(given_id) else new_id("req").encode()
+        client_id = headers.get(b"x-request-id", b"")
+        request_id = client_id if _SAFE_ID.fullmatch(client_id) else new_id("req").encode()
         status = 0
 
-        async def labelled(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", own_id)]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
             for part in _parts(message):
                 await send(part)
 
@@ -74,24 +74,29 @@ class Gate:
                     code="invalid_api_key",
                     status=401,
                 )
-            await self._app(scope, receive, labelled)
+            await self._app(scope, receive, send_with_id)
         except (ClientGone, asyncio.CancelledError) as error:
             status = status or _CLIENT_GONE
             if isinstance(error, asyncio.CancelledError):
                 raise
         except Exception as error:
-            told = as_request_error(error)
-            if told.code == "internal_error":
-                log.error("request %s failed", own_id.decode(), exc_info=error)
+            refusal = as_request_error(error)
+            if refusal.code == "internal_error":
+                log.error("request %s failed", request_id.decode(), exc_info=error)
             if status == 0:
-                await send_json(labelled, error_body(told), told.status, _error_headers(told))
+                await send_json(
+                    send_with_id,
+                    error_body(refusal),
+                    refusal.status,
+                    _error_headers(refusal),
+                )
         finally:
             handler = self._handlers.get(scope.get("endpoint"), "other")
             self._metrics.http(handler, status or 500, time.monotonic() - started)
 
 
 def _check_head(scope: Scope) -> None:
-    """What h11 lets pass: other versions, and a head of any length that comes in one piece."""
+    """h11 accepts other HTTP versions, and a head of any length if it comes in one piece."""
     if scope["http_version"] not in ("1.0", "1.1"):
         raise RequestError("this server speaks HTTP/1.0 and 1.1", code="http_version", status=505)
     size = len(scope["raw_path"]) + len(scope["query_string"])
@@ -105,7 +110,7 @@ def _check_head(scope: Scope) -> None:
 
 
 def _parts(message: Message) -> Iterator[Message]:
-    """A long body in parts, because a writer waits for its reader only between two of them."""
+    """Split a long body: a writer waits for its reader only between two messages."""
     body: bytes = message.get("body", b"")
     if len(body) <= _PART_BYTES:
         yield message
@@ -117,8 +122,8 @@ def _parts(message: Message) -> Iterator[Message]:
 
 
 def _check_length(headers: Mapping[bytes, bytes]) -> None:
-    """Refuse a body with two lengths: a proxy in front may read the other one, and find a second
-    request where this server sees none (RFC 9112, 6.1)."""
+    """Refuse a body with two lengths. A proxy may trust the other one and see a second request in
+    the body: request smuggling (RFC 9112, 6.1)."""
     if b"transfer-encoding" in headers and b"content-length" in headers:
         raise RequestError(
             "the request has both Content-Length and Transfer-Encoding", code="invalid_http"
