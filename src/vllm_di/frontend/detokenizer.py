@@ -1,7 +1,7 @@
-"""Token ids to text while they arrive, and the search for stop strings.
+"""Incremental detokenisation, and the search for stop strings.
 
-What ``Detokenizer`` and ``StopStrings`` hand out, put together, is exactly the whole text: nothing
-is shown that a later token could still change.
+The pieces that ``Detokenizer`` and ``StopStrings`` return, joined, are exactly the whole text: text
+that a later token could still change is held back.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from vllm_di.components.interfaces import Tokenizer
 
 _BROKEN = "\ufffd"
 _PROMPT_TAIL = 6
-"""Prompt tokens that are decoded along with the first output, which may depend on them (a leading
-space)."""
+"""Prompt tokens that are decoded together with the first output, whose text may depend on them (a
+leading space)."""
 
 
 class Detokenizer:
-    """Incremental decoding of one sequence; the cost of a token does not grow with the text.
+    """Incremental decoding of one sequence. The cost of a token does not grow with the text.
 
-    It keeps a window of tokens: those whose text was shown last, which give the decoder its
-    context, and behind them those that are still held back. Where the bytes end inside a character,
-    that character is held back. Byte tokens such as ``<0xE2>`` are held back until their run ends,
-    because decoders judge a run as a whole.
+    It keeps a window of tokens: those whose text was returned last, as context for the decoder,
+    then those still held back. An incomplete character is held back. Byte tokens such as ``<0xE2>``
+    are held back until another token follows, because a run of them is decoded as a whole.
 
-    Of a byte-level tokenizer there is no window: each token's bytes go through a UTF-8 decoder.
+    For a byte-level tokenizer there is no window: the bytes of each token go through a UTF-8 decoder.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Detokenizer:
         self._shown_length = len(context)  # characters of the window's text
 
     def add(self, token_id: int) -> str:
-        """Take one token; return the text that is now settled, often just this token's."""
+        """Take one token; return the text that can no longer change, often just this token's."""
         if self._utf8 is not None:
             if self._skip and self._tokenizer.is_special(token_id):
                 return ""
@@ -64,13 +63,13 @@ class Detokenizer:
         return self._show(text)
 
     def flush(self) -> str:
-        """The end of the text: what was held back, broken characters included."""
+        """End the text: return what was held back, incomplete characters included."""
         if self._utf8 is not None:
             return self._utf8.decode(b"", final=True)
         return self._show(self._decode())
 
     def drops(self, token_id: int) -> bool:
-        """Whether a token has no text, which would only make the window longer."""
+        """Whether a token has no text: it would only make the window longer."""
         if self._skip and self._tokenizer.is_special(token_id):
             return True
         return not self._tokenizer.token_text(token_id)
@@ -91,9 +90,8 @@ class Detokenizer:
         return new
 
     def _show_all_but_last(self, text: str, num_open: int) -> str:
-        """The last character is open; it began at most ``num_open`` tokens ago. What is before it
-        is settled, and need not stay in the window: a lead byte starts anew whatever precedes
-        it."""
+        """The last character is incomplete; it began at most ``num_open`` tokens ago. Text before
+        it is final and leaves the window: the lead byte of a character needs no context."""
         new = text[self._shown_length : -1]
         del self._window[:-num_open]
         self._num_shown = 0
@@ -104,16 +102,16 @@ class Detokenizer:
         return self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
 
     def _num_open_bytes(self) -> int:
-        """Bytes at the window's end that could become a character with the next token; 0 when its
-        U+FFFD is there to stay."""
+        """Bytes at the end of the window that the next token may complete to a character; 0 when
+        the U+FFFD there is final."""
         decoder = _utf8_decoder()
         decoder.decode(b"".join(map(self._tokenizer.token_bytes, self._window)))
         return len(decoder.getstate()[0])
 
 
 class StopStrings:
-    """Finds the first stop string to be complete in a text that arrives in pieces, and holds back
-    an end that could become one. Linear in the text (Knuth, Morris, Pratt)."""
+    """Finds the first complete stop string in text that arrives in pieces. Holds back text that
+    could be the start of one. Linear in the text (Knuth, Morris, Pratt)."""
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = list(stops)
@@ -123,7 +121,7 @@ class StopStrings:
         self._held = ""
 
     def add(self, text: str) -> tuple[str, str | None]:
-        """Take a piece; return what may be shown, and the stop string that ended the text, if
+        """Take a piece; return the text that may be shown, and the stop string that ended it, if
         any."""
         if not self._stops:
             return text, None
@@ -138,13 +136,14 @@ class StopStrings:
         return shown, None
 
     def flush(self) -> str:
-        """What is still held back; the search starts anew behind it."""
+        """Return what is held back. The search starts anew after it."""
         held, self._held = self._held, ""
         self._matched = [0] * len(self._stops)
         return held
 
     def _advance(self, char: str) -> str | None:
-        """One character on; the first stop string in the list's order that ends with it."""
+        """Advance by one character. The first stop string, in the order of the list, that ends
+        here."""
         found = None
         for i, stop in enumerate(self._stops):
             length = self._matched[i]

@@ -1,4 +1,4 @@
-"""Where each token's text begins in the text of its sequence."""
+"""Text offsets: where the text of each token begins."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from vllm_di.frontend.detokenizer import Detokenizer
 
 
 class TextOffsets:
-    """Counts characters while tokens arrive; the cost of a token does not grow with the text.
+    """Counts characters while tokens arrive. The cost of a token does not grow with the text.
 
-    A token that continues a character has the offset of that character. One without text, such as a
-    special token that is skipped, has that of what follows.
+    A token that continues a character has the offset of that character. A token without text, such
+    as a skipped special token, has the offset of the next one.
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class TextOffsets:
         self._length = 0
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = 0
-        """Whole characters of a run of byte tokens, which the detokenizer holds back."""
+        """Complete characters in a run of byte tokens, which the detokenizer holds back."""
 
     def add(self, token_id: int) -> int:
-        """Take one token; return where its text begins."""
+        """Take one token; return its offset."""
         offset = self._length + self._held
         if self._detokenizer.drops(token_id):
             return offset
@@ -47,8 +47,8 @@ class TextOffsets:
 
 
 def prompt_offsets(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) -> list[int]:
-    """Offsets of a prompt's tokens into its text. The text holds the special tokens that were
-    written in it, but not the mark that the tokenizer put before it."""
+    """Offsets of a prompt's tokens. ``text`` contains special tokens that the client wrote, but not
+    a BOS token that the tokenizer added."""
     marks = 0
     is_skipping = False
     if tokenizer.decode(token_ids, skip_special_tokens=False) != text:

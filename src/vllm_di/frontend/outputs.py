@@ -1,4 +1,4 @@
-"""Results as users of vLLM's ``LLM`` class know them."""
+"""The results of the ``LLM`` class, in vLLM's form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm_di.components.messages import FinishReason, TokenLogprobs
 
 @dataclass(slots=True)
 class Logprob:
-    """One alternative at one position. ``rank`` is 1 for the most likely token of the
+    """One candidate token at one position. ``rank`` is 1 for the most likely token of the
     vocabulary."""
 
     logprob: float
@@ -19,12 +19,12 @@ class Logprob:
 
 
 LogprobsOfPosition = dict[int, Logprob]
-"""Token id to Logprob: the token that stands there first, then the most likely ones."""
+"""Token id to Logprob: the chosen token first, then the most likely ones."""
 
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One of the ``n`` texts of a request."""
+    """One of the ``n`` choices of a request."""
 
     index: int
     text: str
@@ -33,7 +33,7 @@ class CompletionOutput:
     logprobs: list[LogprobsOfPosition] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    """The stop string or stop token id that ended the text; None for the model's own end."""
+    """The stop string or stop token id that ended the text; None for the EOS token."""
 
     @property
     def finished(self) -> bool:
@@ -42,7 +42,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Seconds since the epoch, but ``time_in_queue``, which is a length."""
+    """Seconds since the epoch; ``time_in_queue`` is a duration in seconds."""
 
     arrival_time: float
     first_token_time: float | None = None
@@ -53,28 +53,28 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request and all its texts."""
+    """A request with all its choices."""
 
     request_id: str
     prompt: str | None
-    """None when the request came as token ids."""
+    """None when the prompt was given as token ids."""
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
     prompt_logprobs: list[LogprobsOfPosition | None] | None = None
-    """Entry 0 is None: nothing comes before the first token."""
+    """Entry 0 is None: the first token has no logprob."""
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
 
 
 def token_string(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token on its own as text; half a character reads U+FFFD."""
+    """The text of a single token; a partial character is U+FFFD."""
     return tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
 
 
 def position_logprobs(tokenizer: Tokenizer, entry: TokenLogprobs) -> LogprobsOfPosition:
-    """From the engine's compact form. Entry 0 is the token that stands there, the others follow by
+    """Convert from the engine's compact form. Entry 0 is the chosen token, the others follow by
     rank."""
     result: LogprobsOfPosition = {}
     for i, (token_id, logprob) in enumerate(zip(entry.token_ids, entry.logprobs, strict=True)):

@@ -1,13 +1,13 @@
-"""One request from prompt to text, as a state machine with no I/O. The server and the ``LLM``
-class both run it:
+"""One request from prompt to text, as a state machine without I/O. The server and the ``LLM``
+class both use it:
 
     processor = RequestProcessor(tokenizer, report.max_model_len, report.vocab_size)
     generation = processor.start("r1", "Once upon", SamplingParams(n=2))
     for request in generation.requests:
         engine.add(request)
     ...
-    update = generation.feed(output)      # one TokenOutput of one of its requests
-    if update.abort:                      # a stop string ended that text
+    update = generation.feed(output)      # a TokenOutput of one of its requests
+    if update.abort:                      # a stop string ended this choice
         engine.abort(update.request_id)
     if generation.finished:
         print(generation.result().outputs[0].text)
@@ -47,14 +47,14 @@ from vllm_di.frontend.requests import (
 
 
 class Update(msgspec.Struct, kw_only=True):
-    """What one output of the engine added to one text."""
+    """What one output of the engine added to one choice."""
 
     request_id: str
     """The engine request's id."""
     index: int
     text: str = ""
-    """New text. It may lag behind the tokens: half a character, or what may be a stop string, is
-    held back."""
+    """New text. It may lag behind the tokens: an incomplete character, or text that may become a
+    stop string, is held back."""
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
@@ -63,11 +63,11 @@ class Update(msgspec.Struct, kw_only=True):
     """With the first update, where the request asks for them."""
     num_cached_tokens: int = 0
     abort: bool = False
-    """A stop string ended the text: the caller must abort the request in the engine."""
+    """A stop string ended the choice: the caller must abort the request in the engine."""
 
 
 class RequestProcessor:
-    """Starts generations; holds what all requests of one engine share."""
+    """Starts generations. Holds the tokenizer and the limits of one engine."""
 
     def __init__(
         self,
@@ -97,11 +97,11 @@ class RequestProcessor:
         cache_salt: str | None = None,
         default_max_tokens: int | None = None,
     ) -> Generation:
-        """Check a request and make its engine requests. Raises RequestError; nothing has happened
-        then. Needs no event loop: a long prompt may be started in a thread.
+        """Check a request and create its engine requests. Raises RequestError, without side
+        effects. May be called in a thread, for a long prompt.
 
-        ``default_max_tokens`` is used where ``params`` set no maximum, and is cut to what the
-        context has left."""
+        ``default_max_tokens`` is used where ``params`` set no maximum, and is limited to the room
+        that the context has left."""
         started = self._clock()
         ids = encode_prompt(self.tokenizer, prompt, add_special_tokens=add_special_tokens)
         if isinstance(params, SamplingParams):
@@ -123,7 +123,7 @@ class RequestProcessor:
 
 
 class Generation:
-    """One request on its way. ``feed`` it the engine's outputs until ``finished``."""
+    """One request while it runs. ``feed`` it the engine's outputs until ``finished``."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Generation:
         self.prompt_token_ids = requests[0].prompt_token_ids
         self.params = params
         self.requests = requests
-        """Hand these to the engine."""
+        """To be added to the engine."""
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.num_cached_tokens = 0
         self._processor = processor
@@ -158,13 +158,13 @@ class Generation:
 
     @property
     def num_generated_tokens(self) -> int:
-        """Over all texts."""
+        """Of all choices."""
         return sum(len(s.token_ids) for s in self._sequences.values())
 
     def feed(self, output: TokenOutput) -> Update:
-        """Take one output. Outputs that arrive after a text's end give an empty update.
+        """Take one output. An output after the end of its choice gives an empty update.
 
-        Raises RequestError when the engine failed this request; the caller must then abort the
+        Raises RequestError when the engine failed on this request; the caller must then abort the
         others of ``requests``.
         """
         sequence = self._sequences[output.request_id]
@@ -188,7 +188,7 @@ class Generation:
         return update
 
     def result(self) -> RequestOutput:
-        """Everything so far, in the form of the ``LLM`` class."""
+        """The result so far, in the form of the ``LLM`` class."""
         tokenizer = self._processor.tokenizer
         first = next(iter(self._sequences.values()))
         ends = [s.last_token_at for s in self._sequences.values() if s.last_token_at is not None]
@@ -218,8 +218,8 @@ class Generation:
         )
 
     def intervals(self, request_id: str) -> tuple[float | None, float | None]:
-        """Of the last ``feed`` of one request: seconds from the start to its first token, or since
-        its output before; None where it does not apply."""
+        """For the last ``feed`` of one request, in seconds: the time to its first token, and the
+        time since its previous output. The one that does not apply is None."""
         sequence = self._sequences[request_id]
         if sequence.last_interval is not None:
             return None, sequence.last_interval
@@ -227,7 +227,7 @@ class Generation:
         return (None if first is None else first - self._started), None
 
     def times(self, request_id: str) -> RequestTimes:
-        """Lengths and durations of one finished text, for metrics."""
+        """Token counts and durations of one finished choice, for metrics."""
         sequence = self._sequences[request_id]
         now = self._clock()
         first = now if sequence.first_token_at is None else sequence.first_token_at
@@ -246,7 +246,7 @@ class Generation:
 
 
 class _Sequence:
-    """One text of a generation."""
+    """One choice of a generation."""
 
     def __init__(self, tokenizer: Tokenizer, request: EngineRequest, index: int) -> None:
         params = request.params
@@ -271,7 +271,7 @@ class _Sequence:
     def feed(self, output: TokenOutput, now: float) -> Update:
         self.queue_time = self.queue_time or output.queue_time
         if output.token_ids:
-            self._note_time(now)
+            self._record_time(now)
         reason, stopped, shown, count = output.finish_reason, None, "", 0
         silent_end = reason == "stop" and not self._include_stop
         for count, token_id in enumerate(output.token_ids, 1):
@@ -320,12 +320,12 @@ class _Sequence:
         )
 
     def _search(self, new: str, num_tokens: int) -> tuple[str, str | None]:
-        """Stop strings count only in text after the first ``min_tokens`` tokens."""
+        """Stop strings are searched only in text after the first ``min_tokens`` tokens."""
         if num_tokens <= self._min_tokens:
             return self._stops.flush() + new, None
         return self._stops.add(new)
 
-    def _note_time(self, now: float) -> None:
+    def _record_time(self, now: float) -> None:
         if self.last_token_at is None:
             self.first_token_at = now
         else:

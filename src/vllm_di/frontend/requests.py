@@ -1,5 +1,5 @@
-"""From what a user asks for to what the engine runs: prompts become token ids, one request with
-``n`` becomes n engine requests, and everything that can be refused is refused here."""
+"""From a user's request to engine requests: prompts become token ids, a request with ``n`` becomes
+n engine requests, and invalid requests are refused."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vllm_di.errors import RequestError
 def encode_prompt(
     tokenizer: Tokenizer, prompt: str | Sequence[int], *, add_special_tokens: bool = True
 ) -> list[int]:
-    """Token ids of a prompt that is text or token ids already. Raises RequestError when it is
-    empty."""
+    """The token ids of a prompt, which is text or a list of token ids. Raises RequestError when it
+    is empty."""
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
     else:
@@ -44,9 +44,9 @@ def fitted(
     max_model_len: int,
     default_max_tokens: int | None = None,
 ) -> SamplingParams:
-    """``params`` with ``max_tokens`` set; by default what there is room for, up to
+    """``params`` with ``max_tokens`` set: by default the room that is left, at most
     ``default_max_tokens``. Raises RequestError (``context_length_exceeded``) when prompt and output
-    do not fit."""
+    do not fit into the context."""
     room = max_model_len - num_prompt
     wanted = params.max_tokens or max(params.min_tokens, 1)
     if wanted > room:
@@ -66,8 +66,7 @@ def fitted(
 
 
 def bad_words_token_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
-    """Each word as it reads at the start of a text and after a space, which are different
-    tokens."""
+    """The token ids of each word, at the start of a text and after a space: these differ."""
     found: dict[tuple[int, ...], None] = {}
     for word in words:
         for text in (word.lstrip(), " " + word.lstrip()):
@@ -78,14 +77,14 @@ def bad_words_token_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[list
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """Sampling parameters that were checked against a model, once for all prompts of a request."""
+    """Sampling parameters that are checked for one model, once for all prompts of a request."""
 
     params: SamplingParams
     bad_words_token_ids: list[list[int]]
 
 
 def prepared(tokenizer: Tokenizer, params: SamplingParams, vocab_size: int) -> Prepared:
-    """Raises RequestError for ids outside the vocabulary."""
+    """Check ``params``. Raises RequestError for token ids outside the vocabulary."""
     check_token_ids(params.stop_token_ids, vocab_size, "stop_token_ids")
     check_token_ids(params.logit_bias or (), vocab_size, "logit_bias")
     allowed = params.allowed_token_ids
@@ -107,8 +106,8 @@ def fan_out(
     cache_salt: str | None,
     arrival_time: float,
 ) -> list[EngineRequest]:
-    """One engine request for each of the ``n`` texts. Text i has the id ``<id>-<i>`` and the seed
-    + i."""
+    """One engine request for each of the ``n`` choices. Choice i has the id ``<id>-<i>`` and the
+    seed + i."""
     requests: list[EngineRequest] = []
     single = params if params.n == 1 else changed(params, n=1)
     for i in range(params.n):
@@ -130,13 +129,13 @@ def fan_out(
 
 
 def changed(params: SamplingParams, **values: Any) -> SamplingParams:
-    """A copy, not checked again; its lists are the same objects."""
-    found = copy.copy(params)
+    """A copy with other values, not checked again. It shares its lists with the original."""
+    copied = copy.copy(params)
     for name, value in values.items():
-        msgspec.structs.force_setattr(found, name, value)
-    return found
+        msgspec.structs.force_setattr(copied, name, value)
+    return copied
 
 
 def _wrapped(seed: int) -> int:
-    """Back into 64 signed bits."""
+    """Wrap around to a signed 64-bit integer."""
     return (seed + 2**63) % 2**64 - 2**63

@@ -30,7 +30,7 @@ _LONG_TEXT = 4_000
 """Prompts longer than this, in characters, are tokenised in a thread, so that streams go on."""
 
 _RENDER_THREADS = 8
-"""They wait for the processes that render. Not asyncio's default threads: the tokenizer needs those
+"""They wait for the render processes. Not asyncio's default threads: the tokenizer needs those
 while slow prompts render."""
 
 

@@ -1,8 +1,8 @@
-"""The process that renders: Jinja2 in the sandbox of Hugging Face's transformers, with bounds that
-the kernel keeps.
+"""The render process: Jinja2 in the same sandbox as in transformers, with limits on CPU time and
+memory that the operating system enforces.
 
-``python -m vllm_di.components.chat_template.child`` reads frames from its standard input, answers
-on its standard output, and ends with its input. It imports neither torch nor transformers.
+``python -m vllm_di.components.chat_template.child`` reads frames from standard input, answers on
+standard output, and exits at the end of its input. It imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from vllm_di.components.chat_template.frames import LENGTH, Answer, Job, Setup, 
 
 
 class Renderer:
-    """The compiled templates, without bounds on time and memory, which ``main`` sets. Raises
-    TemplateError for a source that does not compile."""
+    """The compiled templates. ``main`` limits time and memory. Raises TemplateError for a source
+    that does not compile."""
 
     def __init__(self, setup: Setup) -> None:
         self._now = 0.0
@@ -49,7 +49,7 @@ class Renderer:
         self._templates = {n: environment.from_string(s) for n, s in setup.sources.items()}
 
     def render(self, job: Job) -> Answer:
-        """Whatever a template does ends in an answer, unless it ends the process."""
+        """Render one prompt. Every exception becomes an answer."""
         self._now = job.now
         parts: list[str] = []
         num_chars = 0
@@ -60,11 +60,11 @@ class Renderer:
                     return Answer(error=f"the prompt is longer than {self._max_chars} characters")
                 parts.append(part)
             text = "".join(parts)
-            text.encode()  # the frame holds Unicode
+            text.encode()  # a lone surrogate cannot be framed
         except Refusal as error:
             return Answer(refusal=str(error.message))
         except MemoryError:
-            return Answer(error="the template takes more memory than it may")
+            return Answer(error="the template exceeds its memory limit")
         except Exception as error:
             return Answer(error=_first_line(error))
         return Answer(text=text)
@@ -78,8 +78,8 @@ class Refusal(TemplateError):
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's text for training; here it changes nothing. Like
-    transformers', its body is a scope of its own."""
+    """``{% generation %}`` marks the assistant's text for training; here it has no effect. As in
+    transformers, its body is a scope of its own."""
 
     tags = {"generation"}
 
@@ -93,7 +93,7 @@ class GenerationTag(jinja2.ext.Extension):
 
 
 class _Dict:
-    """``dict`` without the class's attributes."""
+    """``dict`` as a function, so that templates reach no attributes of the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -103,7 +103,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """As transformers', it refuses names that begin with an underscore."""
+    """As in transformers, names that begin with an underscore are refused."""
 
     # No named parameter: a template may call namespace(self=1).
     def __init__(*args: Any, **kwargs: Any) -> None:
@@ -120,7 +120,7 @@ class _Namespace(Namespace):
 
 def _check_attribute(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace takes no attribute with an underscore in front: {name!r}")
+        raise SecurityError(f"a namespace attribute must not begin with an underscore: {name!r}")
 
 
 def _refuse(message: str) -> NoReturn:
@@ -135,8 +135,10 @@ def _first_line(error: Exception) -> str:
 
 
 def main(source: BinaryIO, sink: BinaryIO) -> None:
-    """Compile what the Setup brings, then answer Jobs until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's: it drains
+    """Compile the templates of the Setup, then answer Jobs until the input ends."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # on Ctrl-C the server drains, and needs this process
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     body = _read(source)
@@ -151,7 +153,7 @@ def main(source: BinaryIO, sink: BinaryIO) -> None:
         renderer = Renderer(setup)
         reply = frame(Answer())
     except MemoryError:
-        reply = frame(Answer(error="compiling it takes more memory than it may"))
+        reply = frame(Answer(error="compiling the template exceeds its memory limit"))
     except Exception as error:
         reply = frame(Answer(error=_first_line(error)))
     while True:
@@ -169,12 +171,12 @@ def _reply(renderer: Renderer, body: bytes) -> bytes:
     try:
         return frame(renderer.render(msgspec.msgpack.decode(body, type=Job)))
     except MemoryError:
-        return frame(Answer(error="these messages take more memory than the template may"))
+        return frame(Answer(error="these messages exceed the memory limit of the template"))
 
 
 def _limit_time(cpu_seconds: float) -> None:
-    """The kernel ends the process (SIGPROF) once it used that much CPU time, whatever it runs; 0
-    takes the limit away."""
+    """Let the operating system end the process (SIGPROF) after that much CPU time; 0 removes the
+    limit."""
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
 
 
@@ -187,4 +189,4 @@ if __name__ == "__main__":
     try:
         main(sys.stdin.buffer, sys.stdout.buffer)
     except BrokenPipeError:  # the server is gone
-        os._exit(0)  # nothing is left to be flushed
+        os._exit(0)  # skip the flush at exit, which would fail

@@ -1,4 +1,5 @@
-"""Messages as clients send them, made into what templates read; checked on the way."""
+"""Converts messages from the form that clients send to the form that templates read, and checks
+them."""
 
 from __future__ import annotations
 
@@ -11,13 +12,12 @@ import msgspec
 from vllm_di.errors import RequestError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-"""The names under which clients send an earlier turn's reasoning; templates read the first, that
-of gpt-oss the second."""
+"""Keys under which clients send the reasoning of an earlier turn. Templates read the first, that of
+gpt-oss the second."""
 
 
 class Form(msgspec.Struct, frozen=True):
-    """What a template makes of contents: whether a string's text comes through, and a list of
-    parts' text."""
+    """Which forms of ``content`` a template supports: strings, lists of parts."""
 
     keeps_strings: bool = True
     keeps_parts: bool = False
@@ -28,12 +28,12 @@ class Form(msgspec.Struct, frozen=True):
 
 
 class Forms(msgspec.Struct, frozen=True):
-    """The form of each role whose messages the template was tried with."""
+    """The form of each role for which the template was tried."""
 
     of_role: Mapping[str, Form]
 
     def __getitem__(self, role: str) -> Form:
-        """Other roles follow the user's, with joined parts where strings do."""
+        """Other roles follow the user's; their parts are joined to a string where strings work."""
         if (known := self.of_role.get(role)) is not None:
             return known
         user = self.of_role.get("user", Form())
@@ -41,9 +41,9 @@ class Forms(msgspec.Struct, frozen=True):
 
 
 def prepared(messages: Sequence[Mapping[str, Any]], forms: Forms) -> list[dict[str, Any]]:
-    """The messages as transformers hands them to a template: nulls left out, reasoning under each
-    of its names, the arguments of tool calls decoded; contents in the form that the template keeps.
-    Raises RequestError."""
+    """The messages as transformers passes them to a template: without nulls, with reasoning under
+    all its keys, with decoded arguments of tool calls; ``content`` in a form that the template
+    supports. Raises RequestError."""
     if not messages:
         raise RequestError("messages must not be empty", param="messages")
     return [_prepared(message, f"messages[{i}]", forms) for i, message in enumerate(messages)]
@@ -81,7 +81,7 @@ def _part(part: Any, place: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind != "text":
         raise RequestError(
-            f"{place}: only parts of type 'text' are understood, got {str(kind)[:40]!r}",
+            f"{place}: only parts of type 'text' are supported, got {str(kind)[:40]!r}",
             param="messages",
             code="unsupported_parameter",
         )
@@ -91,8 +91,8 @@ def _part(part: Any, place: str) -> dict[str, Any]:
 
 
 def _decoded(call: Any, place: str) -> dict[str, Any]:
-    """Templates expect the arguments of an earlier tool call as an object; OpenAI sends JSON
-    text."""
+    """Templates expect the arguments of a tool call as an object; OpenAI's API has them as a JSON
+    string."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         raise RequestError(f"{place}.tool_calls: each needs a function", param="messages")
@@ -112,8 +112,8 @@ def _decoded(call: Any, place: str) -> dict[str, Any]:
 
 
 def lost_user_text(messages: Sequence[Mapping[str, Any]], prompt: str) -> int | None:
-    """The index of the last user message if a text of it is missing in the prompt. Templates may
-    trim it, or write it as JSON."""
+    """The index of the last user message if one of its texts is missing in the prompt; else None.
+    Templates may trim the text, or write it as JSON."""
     index = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "user"), None)
     if index is None:
         return None
@@ -137,12 +137,12 @@ def _is_in(text: str, prompt: str) -> bool:
 # -- continuing the last message -------------------------------------------------------------------
 
 _MARK = "CONTINUE-HERE-7c1f "
-"""Stands behind the last message while it is rendered. The space at its end shows whether the
-template trims."""
+"""Appended to the last message while it is rendered. The space at its end shows whether the
+template strips whitespace."""
 
 
 def open_ended(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the mark at the end of the last one's text. Raises RequestError."""
+    """The messages, with the mark appended to the last one. Raises RequestError."""
     *before, last = messages
     content = last.get("content")
     if isinstance(content, str):
@@ -158,9 +158,9 @@ def open_ended(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def up_to_mark(prompt: str, last: Mapping[str, Any]) -> str:
-    """The prompt without the mark and what follows, so that the model goes on writing the message;
-    without the message's trailing space where the template trims it. Raises RequestError when the
-    template changes the message."""
+    """The prompt up to the mark, so that the model continues the message; without the trailing
+    whitespace of the message if the template strips it. Raises RequestError when the template
+    changes the message."""
     place = prompt.rfind(_MARK.rstrip())
     final = next(reversed(list(_texts(last["content"]))))
     if place < 0 or final.strip() not in prompt:

@@ -1,5 +1,5 @@
-"""What goes through the pipes between the API process and the processes that render: msgpack with
-its length before it."""
+"""The messages between the API process and the render processes: MessagePack, each preceded by its
+length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LENGTH = struct.Struct(">I")
 
 
 class Setup(msgspec.Struct):
-    """The first frame to a new process."""
+    """The first message to a new process."""
 
     sources: dict[str, str]
     """Name to Jinja source."""
@@ -31,16 +31,16 @@ class Job(msgspec.Struct):
 
 
 class Answer(msgspec.Struct, omit_defaults=True):
-    """To a Setup or a Job: a text, or why there is none."""
+    """The answer to a Setup or a Job: the text, or why there is none."""
 
     text: str = ""
     refusal: str | None = None
-    """What the template itself raised (``raise_exception``)."""
+    """The message with which the template called ``raise_exception``."""
     error: str | None = None
 
 
 def frame(message: Setup | Job | Answer) -> bytes:
-    """Raises TypeError, OverflowError, UnicodeEncodeError or RecursionError for values that no
-    frame can hold."""
+    """Encode a message. Raises TypeError, OverflowError, UnicodeEncodeError or RecursionError for
+    values that MessagePack cannot encode."""
     body = msgspec.msgpack.encode(message)
     return LENGTH.pack(len(body)) + body

@@ -1,5 +1,5 @@
-"""Chat templates as transformers renders them: Jinja2's sandbox, in processes of its own with a
-bound on CPU time and memory."""
+"""Chat templates as transformers renders them: Jinja2's sandbox, in separate processes with limits
+on CPU time and memory."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class JinjaChatTemplate(RenderedTemplate):
-    """The template of the tokenizer's folder, of a file, or written in the config itself.
+    """The template comes from the tokenizer's folder, a file, or the config itself.
 
-    ``processes`` render side by side, so that a slow prompt delays no other; one that uses more
-    than ``cpu_seconds`` for a prompt, or dies, is replaced. Raises ConfigError where the template
+    ``processes`` render in parallel, so that a slow prompt delays no other. A process that dies, or
+    uses more than ``cpu_seconds`` for a prompt, is replaced. Raises ConfigError when the template
     does not compile, or loses the user's text (see ``RenderedTemplate``).
     """
 
@@ -43,8 +43,8 @@ class JinjaChatTemplate(RenderedTemplate):
     ) -> None:
         if fuel is not None:
             log.warning(
-                "chat_template.fuel counts minijinja's instructions and is not used here: "
-                "chat_template.cpu_seconds=%g bounds the work, or take chat_template=minijinja",
+                "chat_template.fuel counts minijinja's instructions and has no effect here: "
+                "chat_template.cpu_seconds=%g is the limit; chat_template=minijinja uses fuel",
                 cpu_seconds,
             )
         sources = find(tokenizer, tokenizer_path, template)

@@ -1,5 +1,5 @@
-"""Chat templates run by minijinja in this process: no access to Python objects, and a bound on the
-work (fuel). It takes most templates, and renders a few otherwise than Jinja2."""
+"""Chat templates rendered by minijinja in this process, without access to Python objects and with a
+limit on instructions (fuel). Most templates work; a few render differently than in Jinja2."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _GENERATION_BLOCK = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
 
 class MinijinjaChatTemplate(RenderedTemplate):
-    """The template of the tokenizer's folder, of a file, or written in the config itself. Raises
-    ConfigError where it does not compile, or loses the user's text (see ``RenderedTemplate``)."""
+    """The template comes from the tokenizer's folder, a file, or the config itself. Raises
+    ConfigError when it does not compile, or loses the user's text (see ``RenderedTemplate``)."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class MinijinjaChatTemplate(RenderedTemplate):
             return self._environment.render_template(name, **values)
         except RequestError:
             raise
-        except Exception as error:  # methods of values raise their own
+        except Exception as error:  # methods of values raise other types
             raise RequestError(
                 f"the chat template cannot render these messages: {_first_line(error)}",
                 param="messages",
@@ -64,7 +64,7 @@ class MinijinjaChatTemplate(RenderedTemplate):
 
 
 def _without_generation_blocks(source: str) -> str:
-    """``{% generation %}`` marks text for training masks; here it is a block that always runs."""
+    """Replace ``{% generation %}``, which marks text for training, by a block that always runs."""
 
     def plain(match: re.Match[str]) -> str:
         return f"{{%{match[1]} {'endif' if match[2] else 'if true'} {match[3]}%}}"

@@ -1,4 +1,4 @@
-"""No chat: completions alone."""
+"""No chat template: only completions are served."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm_di.errors import RequestError
 
 
 class NoChatTemplate(ChatTemplate):
-    """Refuses every conversation with 400; prompts are served."""
+    """Refuses every conversation with a RequestError (400)."""
 
     def render(
         self,
@@ -22,7 +22,7 @@ class NoChatTemplate(ChatTemplate):
         kwargs: Mapping[str, Any] | None = None,
     ) -> NoReturn:
         raise RequestError(
-            "this server serves no chat (chat_template=none); send a prompt to /v1/completions",
+            "this server has no chat template (chat_template=none); use /v1/completions instead",
             param="messages",
             code="chat_not_supported",
         )

@@ -1,4 +1,4 @@
-"""The processes that render, as the API process sees them."""
+"""Starts the render processes, and sends them jobs."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from vllm_di.errors import ConfigError, RequestError
 
 _CHILD = "vllm_di.components.chat_template.child"
 _SILENCE_SECONDS = 60.0
-"""After this a process that neither answers nor uses its CPU time (stopped, starved) is killed."""
+"""A process that neither answers nor reaches its CPU limit (stopped, starved) is killed then."""
 _CHUNK = 2**20
 
 log = logging.getLogger(__name__)
 
 
 class RenderPool:
-    """``count`` processes, started once; one that ends is replaced. Any thread may ask.
+    """``count`` processes; one that ends is replaced. Any thread may call ``render``.
 
-    Raises ConfigError where a template does not compile.
+    Raises ConfigError when a template does not compile.
     """
 
     def __init__(self, setup: Setup, count: int) -> None:
         self._setup = setup
         self._closed = False
         self._workers = [_Worker(setup) for _ in range(count)]
-        # last in, first out: one process stays warm
+        # last in, first out: one process stays warm in the caches
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -45,24 +45,24 @@ class RenderPool:
             answer = self._workers[0].compiled()
         except _Ended as error:
             self.close()
-            why = f"compiling it takes more than {setup.cpu_seconds:g} s of CPU time"
+            why = f"compiling the template takes more than {setup.cpu_seconds:g} s of CPU time"
             raise ConfigError(
-                why if error.is_out_of_time else f"the process that renders ended: {error}"
+                why if error.is_out_of_time else f"the render process ended: {error}"
             ) from None
         except OSError as error:
             self.close()
-            raise ConfigError(f"no process to render in: {error}") from None
+            raise ConfigError(f"no render process can be started: {error}") from None
         if answer.error is not None:
             self.close()
             raise ConfigError(answer.error)
 
     def render(self, job: Job) -> str:
-        """Blocks until a process is free and has answered. Raises RequestError."""
+        """Render in a free process; blocks until there is one. Raises RequestError."""
         try:
             request = frame(job)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise RequestError(
-                f"the chat template cannot be given these values: {error}", param="messages"
+                f"these values cannot be passed to the chat template: {error}", param="messages"
             ) from None
         worker = self._idle.get()
         try:
@@ -80,18 +80,18 @@ class RenderPool:
         return answer.text
 
     def close(self) -> None:
-        """End the processes; renders that run end with an error. May be called twice."""
+        """End the processes; a render in progress fails. May be called twice."""
         self._closed = True
         for worker in self._workers:
             worker.kill()
-        for _ in self._workers:  # a worker's pipes are closed once no thread waits on them
+        for _ in self._workers:  # close pipes only when no thread waits on them
             with contextlib.suppress(queue.Empty):
                 self._idle.get(timeout=5).end()
         for worker in self._workers:
             self._idle.put(worker)
 
     def _ask(self, worker: _Worker, request: bytes) -> Answer:
-        """Once more after a death that the request may have had no part in."""
+        """Ask; once more if the process dies, which need not be the fault of the request."""
         for is_last in (False, True):
             if self._closed:
                 raise RequestError("the server is stopping", code="shutting_down", status=503)
@@ -100,8 +100,8 @@ class RenderPool:
             except _Ended as error:
                 if self._closed:
                     continue
-                log.warning("a process that renders chat templates ended: %s; a new one", error)
-                with contextlib.suppress(OSError):  # tried again by the next request
+                log.warning("a render process ended: %s; starting a new one", error)
+                with contextlib.suppress(OSError):  # the next request tries again
                     worker.start()
                 if error.is_out_of_time:
                     raise RequestError(
@@ -111,18 +111,18 @@ class RenderPool:
                     ) from None
                 if is_last:
                     raise RequestError(
-                        f"the process that renders the chat template ended twice: {error}",
+                        f"the render process ended twice: {error}",
                         param="messages",
                     ) from None
             except OSError as error:
                 raise RequestError(
-                    f"no process to render the chat template: {error}", status=503
+                    f"no render process can be started: {error}", status=503
                 ) from None
         raise RequestError("the server is stopping", code="shutting_down", status=503)
 
 
 class _Ended(Exception):
-    """The process is gone. ``code``: as in ``Popen.returncode``."""
+    """The process ended. ``code``: its ``Popen.returncode``."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"signal {-code}" if code < 0 else f"exit code {code}")
@@ -130,7 +130,7 @@ class _Ended(Exception):
 
 
 class _Worker:
-    """One process. A single thread at a time uses it; ``kill`` alone may come from another."""
+    """One process. Not thread-safe, except for ``kill``."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = frame(setup)
@@ -139,7 +139,7 @@ class _Worker:
         self._compiled: Answer | None = None
 
     def start(self) -> None:
-        """Start a process and hand it the templates, without waiting for it. Raises OSError."""
+        """Start a process and send it the templates. Does not wait for it. Raises OSError."""
         self.end()
         command = [sys.executable, "-P", "-m", _CHILD]
         with self._lock:
@@ -149,7 +149,7 @@ class _Worker:
         self._compiled = None
         assert process.stdin is not None
         os.set_blocking(process.stdin.fileno(), False)
-        with contextlib.suppress(_Ended):  # `ask` finds out
+        with contextlib.suppress(_Ended):  # `ask` reports it
             self._write(process, self._setup)
 
     def compiled(self) -> Answer:

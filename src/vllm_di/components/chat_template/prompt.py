@@ -1,4 +1,4 @@
-"""From messages to a prompt, whichever engine renders."""
+"""From messages to a prompt: what all template engines share."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from vllm_di.components.interfaces import ChatTemplate
 from vllm_di.errors import ConfigError, RequestError
 
 _RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
-"""With the tokenizer's other special tokens: what chat_template_kwargs must not set."""
+"""chat_template_kwargs must not set these, nor any special token of the tokenizer."""
 _MARKER, _OTHER = "Zephyrquill", "Quillzephyr"
-"""Words that no template has: the text of a message, and the value of a key that only a template
-which writes out whole parts shows."""
+"""Words that no template contains: the text of a test message, and the value of an extra key, which
+shows up only if a template prints whole parts instead of their text."""
 
 _TOOL: dict[str, Any] = {
     "type": "function",
@@ -97,8 +97,8 @@ class RenderedTemplate(ChatTemplate):
         index = lost_user_text(conversation, text) if self._require_text else None
         if index is not None:
             raise RequestError(
-                f"messages[{index}]: its text does not stand in the prompt that the chat template "
-                f"makes ({self._place}); chat_template.require_text=false lets it pass",
+                f"messages[{index}]: its text is missing in the prompt of the chat template "
+                f"({self._place}); chat_template.require_text=false allows that",
                 param="messages",
             )
         return text
@@ -106,22 +106,22 @@ class RenderedTemplate(ChatTemplate):
     def _default_forms(self) -> Forms:
         user, why = self._form_of("default", "user")
         if user is not None:
-            return self._forms_round("default", user)
+            return self._forms_of_roles("default", user)
         message = (
-            f"{self._place}: {why}; chat_template.template takes another, chat_template=none "
-            "serves without chat"
+            f"{self._place}: {why}; set chat_template.template to another one, or use "
+            "chat_template=none to serve without chat"
         )
         if self._require_text:
-            raise ConfigError(f"{message}, chat_template.require_text=false takes it as it is")
+            raise ConfigError(f"{message}; chat_template.require_text=false accepts it as it is")
         log.warning("%s", message)
         return Forms({})
 
     def _named_forms(self, name: str) -> Forms:
-        """A template for tools may need tools: then the default's forms stand for its own."""
+        """A template for tools may need tools: then the forms of the default one are used."""
         user, _ = self._form_of(name, "user")
-        return self._forms["default"] if user is None else self._forms_round(name, user)
+        return self._forms["default"] if user is None else self._forms_of_roles(name, user)
 
-    def _forms_round(self, name: str, user: Form) -> Forms:
+    def _forms_of_roles(self, name: str, user: Form) -> Forms:
         forms = {"user": user}
         for role in ("system", "assistant"):
             form, _ = self._form_of(name, role, user)
@@ -130,8 +130,8 @@ class RenderedTemplate(ChatTemplate):
         return Forms(forms)
 
     def _form_of(self, name: str, role: str, user: Form | None = None) -> tuple[Form | None, str]:
-        """What becomes of the marker as a string and as parts in a message of the role; None, and
-        why, where it is lost in both. A template that cannot do without tools gets one."""
+        """Which forms of content keep the marker, in a message of this role; None and the reason if
+        neither does. A template that fails without tools is tried with one."""
         hello: Any = _as_parts("Hi") if user and user.wraps_strings else "Hi"
         before = [{"role": "user", "content": hello}] if role == "assistant" else []
         after = [{"role": "user", "content": hello}] if role != "user" else []
@@ -145,20 +145,22 @@ class RenderedTemplate(ChatTemplate):
                 except RequestError as error:
                     why, text = why or error.message, ""
                 else:
-                    why = why or "the text of a user message is lost in it"
+                    why = why or "it loses the text of user messages"
                 kept.append(_MARKER in text and _OTHER not in text)
             if any(kept):
                 return Form(*kept), ""
         return None, why
 
-    def _values(self, messages: Messages, tools: Any, begins: bool = True) -> dict[str, Any]:
-        """The names that every template may rely on."""
+    def _values(
+        self, messages: Messages, tools: Any, add_generation_prompt: bool = True
+    ) -> dict[str, Any]:
+        """The variables that every template gets."""
         return {
             "documents": None,
             **self._tokens,
             "messages": messages,
             "tools": tools or None,
-            "add_generation_prompt": begins,
+            "add_generation_prompt": add_generation_prompt,
         }
 
 

@@ -1,4 +1,4 @@
-"""Where templates and special tokens come from: the config, a file, or the tokenizer's folder."""
+"""Finds the templates and special tokens: in the config, a file, or the tokenizer's folder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vllm_di.errors import CheckpointError, ConfigError
 
 
 class Sources(msgspec.Struct, frozen=True):
-    """What a template engine is built from."""
+    """What a template engine needs."""
 
     templates: dict[str, str]
-    """Name to Jinja source: ``default``, and what else the tokenizer brings (``tool_use``). Empty
-    where there is none."""
+    """Name to Jinja source: ``default``, and further ones of the tokenizer (``tool_use``). Empty if
+    there is none."""
     place: str
-    """Where the default one was found, for messages."""
+    """Where the default template was found, for error messages."""
     tokens: dict[str, str]
-    """``bos_token`` and its kin, those that the tokenizer has."""
+    """The special tokens that the tokenizer has: ``bos_token`` and others."""
 
     def error(self, reason: object) -> ConfigError:
         """For a template that does not compile."""
@@ -29,7 +29,7 @@ class Sources(msgspec.Struct, frozen=True):
 
 
 def find(tokenizer: Tokenizer, tokenizer_path: str | None, template: str | None) -> Sources:
-    """``template`` wins over the folder. Raises ConfigError or CheckpointError."""
+    """``template`` has precedence over the folder. Raises ConfigError or CheckpointError."""
     folder = Path(tokenizer_path) if tokenizer_path else None
     config = _read_json(folder / "tokenizer_config.json") if folder else {}
     named = {k: _token(v) for k, v in config.items() if k.endswith("_token")}
@@ -40,7 +40,7 @@ def find(tokenizer: Tokenizer, tokenizer_path: str | None, template: str | None)
 
 
 def _given(template: str) -> tuple[dict[str, str], str]:
-    """``template`` is a file's path, or, where it holds Jinja marks, the template itself."""
+    """``template`` is a path, or, if it contains ``{%`` or ``{{``, the template itself."""
     if "{%" in template or "{{" in template:
         return {"default": template}, "chat_template.template"
     try:
@@ -52,8 +52,8 @@ def _given(template: str) -> tuple[dict[str, str], str]:
 
 
 def _of_folder(folder: Path | None, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
-    """``chat_template.jinja``, with named ones in ``additional_chat_templates``, wins over the key
-    in ``tokenizer_config.json``, which holds one template or several named ones."""
+    """``chat_template.jinja``, with named ones in ``additional_chat_templates``, has precedence
+    over the key in ``tokenizer_config.json``, which holds one template or several named ones."""
     if folder is None:
         return {}, ""
     file = folder / "chat_template.jinja"
@@ -101,8 +101,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _token(value: Any) -> str | None:
-    """A special token is written as a string or as ``{"content": ...}``; ``add_bos_token`` is
-    none."""
+    """A special token is a string or ``{"content": ...}``. None for other values, such as that of
+    ``add_bos_token``."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
