@@ -24,7 +24,7 @@ class Detokenizer:
     then those still held back. An incomplete character is held back. Byte tokens such as ``<0xE2>``
     are held back until another token follows, because a run of them is decoded as a whole.
 
-    For a byte-level tokenizer there is no window: the bytes of each token go through a UTF-8 decoder.
+    A byte-level tokenizer needs no window: the bytes of each token go through a UTF-8 decoder.
     """
 
     def __init__(
