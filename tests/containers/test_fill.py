@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -41,6 +43,18 @@ def test_all_are_closed_in_reverse_even_when_one_raises() -> None:
     ):
         pass
     assert CLOSED == ["shapes", "device"]
+
+
+def test_closing_lets_go_of_the_components_at_once() -> None:
+    nodes = assembly(device=node(fakes.FakeDevice), shapes=node(fakes.GoodShapes, size=2))
+    gc.disable()  # which would free them too, some time later
+    try:
+        with opened(WorkerContainer, nodes, **objects("shapes", "device")) as container:
+            held = [weakref.ref(container.shapes()), weakref.ref(container.device())]
+            assert all(ref() is not None for ref in held)
+        assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_failing_constructor_closes_what_was_built() -> None:

@@ -57,9 +57,17 @@ def opened(
             if slot not in objects:
                 providers[slot] = Singleton(_call, filled.providers[source], method)
         filled.override_providers(**providers)
+        stack.callback(_empty, filled)
         for slot in plan.order:
             filled.providers[slot]()
         yield filled
+
+
+def _empty(filled: DeclarativeContainer) -> None:
+    """Let go of the components. A container and its providers refer to each other: they would stay
+    until the garbage collector comes, and the model's weights with them."""
+    filled.reset_singletons()
+    filled.reset_override()
 
 
 def _check_objects(container: type[DeclarativeContainer], objects: dict[str, Any]) -> None:
