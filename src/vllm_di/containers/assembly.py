@@ -128,19 +128,21 @@ def assemble(
     config_dirs: Iterable[str | Path] = (),
     *,
     incomplete: bool = False,
+    sources: Mapping[str, Origin] | None = None,
 ) -> Assembly:
     """Compose, look into the checkpoint, and split by container. Raises ConfigError or
     CheckpointError.
 
     ``incomplete``: to be looked at, not to run. A model without weights is no error then: what it
     lacks is in ``missing``, and in the values that a checkpoint would fill.
+    ``sources``: override to its origin, where it was not typed on the command line.
     Nothing is imported from a component here: classes are checked by ``schema.check`` in the
     process that builds them.
     """
     tree = ConfigTree.find(config_dirs)
     reports, unreadable = read_recorded(tree)
-    parts = split(tree, overrides)
-    whole = compose(tree, parts.around)
+    parts = split(tree, overrides, sources or {})
+    whole = compose(tree, parts.around, sources)
     values = _resolved(tree, whole, reports, incomplete)
     assembly = Assembly(
         server={s: values[s] for s in slots(ServerContainer)},
@@ -393,7 +395,7 @@ def _fall_back(composition: Composition) -> None:
     model, origins = composition.values.model, composition.origins
     wanted, architecture = model.get("implementation"), model.get("architecture")
     origin = origins.get("model._target_")
-    typed = origin is not None and origin.chosen_by == "command line"
+    typed = origin is not None and origin.by_user
     if typed or _is_own_class(composition):
         if wanted == "transformers" and model.get("_target_") != TRANSFORMERS_MODEL:
             place = place_of(origins, "model.implementation")
@@ -417,8 +419,7 @@ def _is_chosen(composition: Composition, slot: str) -> bool:
     if composition.choices[slot][1].chosen_by != "default":
         return True
     return any(
-        key.startswith(f"{slot}.") and origin.chosen_by == "command line"
-        for key, origin in composition.origins.items()
+        key.startswith(f"{slot}.") and origin.by_user for key, origin in composition.origins.items()
     )
 
 
@@ -436,7 +437,7 @@ def _take(composition: Composition, key: str, value: Any) -> None:
     ours = model[key]
     ours = OmegaConf.to_container(ours) if OmegaConf.is_config(ours) else ours
     origin = composition.origins.get(name)
-    if ours != value and (origin is None or origin.chosen_by != "command line"):
+    if ours != value and (origin is None or not origin.by_user):
         raise ConfigError(
             f"{origin or name}: model.{key} is {ours!r}, but the checkpoint {model.path} "
             f"has {value!r}; "

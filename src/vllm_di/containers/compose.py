@@ -292,9 +292,8 @@ class Sources:
 
     def place(self, text: str) -> str:
         """For messages."""
-        return (
-            f"{self._known[text]}: {text!r}" if text in self._known else f"command line: {text!r}"
-        )
+        origin = self.origin(text)
+        return f"{origin}: {text!r}" if origin.file else f"{origin.chosen_by}: {origin.text!r}"
 
 
 def parse(text: str, sources: Sources) -> Override:

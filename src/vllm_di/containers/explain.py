@@ -3,7 +3,7 @@ is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -120,14 +120,27 @@ def explain(
     )
 
 
+def rows(
+    assembly: Assembly, only: Collection[str], config_dirs: Iterable[str | Path] = ()
+) -> list[Row]:
+    """Those of some slots of the worker alone. Raises ConfigError."""
+    return _rows(WorkerContainer, assembly, ConfigFiles.find(config_dirs), only=only)
+
+
 def _rows(
-    container: type[DeclarativeContainer], assembly: Assembly, tree: ConfigFiles, stage: int = 0
+    container: type[DeclarativeContainer],
+    assembly: Assembly,
+    tree: ConfigFiles,
+    stage: int = 0,
+    only: Collection[str] = (),
 ) -> list[Row]:
     paths = {slot: assembly.path(container, slot, stage) for slot in slots(container)}
     absent = [slot for slot, path in paths.items() if path in assembly.missing]
-    plan = check(container, assembly, stage=stage, replaced=[*GIVEN[container], *absent])
+    plan = check(container, assembly, stage=stage, replaced=[*GIVEN[container], *absent], only=only)
     rows = []
     for slot, kind in slots(container).items():
+        if only and slot not in only:
+            continue
         path = paths[slot]
         node = assembly.nodes(container, stage)[slot]
         missing = assembly.missing.get(path) or _waits_for(node)
@@ -139,7 +152,7 @@ def _rows(
         package = target.split(".")[0]
         choice = assembly.choices[path]
         own = assembly.origins.get(f"{path}._target_")
-        origin = own if own and own.chosen_by in ("command line", "checkpoint") else choice.origin
+        origin = own if own and (own.by_user or own.chosen_by == "checkpoint") else choice.origin
         rows.append(
             Row(
                 container=container.__name__,

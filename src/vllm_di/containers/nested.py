@@ -101,11 +101,7 @@ def replace_option(
     set stay as it set them."""
     values, origins = composition.values, composition.origins
     own = {k: o for k, o in origins.items() if k.startswith(f"{slot}.")}
-    kept = {
-        key: OmegaConf.select(values, key)
-        for key, origin in own.items()
-        if origin.chosen_by == "command line"
-    }
+    kept = {key: OmegaConf.select(values, key) for key, origin in own.items() if origin.by_user}
     values[slot], found = tree.compose_option(slot, option)
     for key, value in kept.items():
         OmegaConf.update(values, key, value, force_add=True)

@@ -19,11 +19,18 @@ class Origin(msgspec.Struct, frozen=True, omit_defaults=True):
 
     chosen_by: str
     """``default``, ``platform``, ``model``, another group's name, ``command line``, ``checkpoint``,
-    ``auto``."""
+    ``auto``, or what a caller calls its overrides."""
     file: str | None = None
     line: int | None = None
     text: str | None = None
     """The override as typed, or the reason of an automatic choice."""
+    named: bool = False
+    """Whether ``chosen_by`` is a caller's name for the place of an override (``env DI_CONFIG``)."""
+
+    @property
+    def by_user(self) -> bool:
+        """Whether a person chose this value by an override, which beats what is found."""
+        return self.named or self.chosen_by == "command line"
 
     def __str__(self) -> str:
         if self.file:

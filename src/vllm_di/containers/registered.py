@@ -41,7 +41,7 @@ def _registered(tree: ConfigTree, composition: Composition) -> tuple[str, str, P
     from vllm_di.models.hf_config import architecture_of, is_native
 
     model, target = composition.values.model, composition.origins.get("model._target_")
-    chosen = target is not None and target.chosen_by == "command line"
+    chosen = target is not None and target.by_user
     if composition.choices["model"][0] != "local" or model.get("path") is None or chosen:
         return None
     if model.get("implementation") != "auto":

@@ -8,7 +8,7 @@ is one, are composed beside them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,14 @@ class Split(msgspec.Struct, frozen=True):
     """None on a platform without stages: ``around`` holds everything then."""
 
 
-def split(tree: ConfigTree, overrides: Sequence[str]) -> Split:
+def split(
+    tree: ConfigTree, overrides: Sequence[str], sources: Mapping[str, Origin] | None = None
+) -> Split:
     """Share the user's overrides out over the stages of the platform. Raises ConfigError for
     stages that make no sense, and for ``stages.N`` where there is none."""
     common = [o for o in overrides if not _OF_STAGE.fullmatch(o) and read(o).key != KEY]
     platform = next((read(o).value for o in reversed(common) if read(o).key == "platform"), None)
-    path = tree.options("platform").get(platform or "")
+    path, known = tree.options("platform").get(platform or ""), sources or {}
     listed = [] if path is None else read_stages(tree, path)
     own = [_of_stage(tree, o, platform, len(listed)) for o in overrides if o not in common]
     if path is None or not listed:
@@ -61,16 +63,24 @@ def split(tree: ConfigTree, overrides: Sequence[str]) -> Split:
     _refuse_worker_keys(tree, path)
     stages = []
     for index, lines in enumerate(listed):
-        sources = {text: Origin("platform", shown(path), line) for text, line in lines}
+        origins = {text: Origin("platform", shown(path), line) for text, line in lines}
         stage_overrides = [text for text, _ in lines]
-        stage_overrides += [o for o in common if read(o).slot not in (*_AROUND, "platform")]
+        for text in (o for o in common if read(o).slot not in (*_AROUND, "platform")):
+            stage_overrides.append(text)
+            origins[text] = known.get(text) or Origin("command line", text=text)
         for stage, text, typed in own:
             if stage == index:
                 stage_overrides.append(text)
-                sources[text] = Origin("command line", text=typed)
-        stages.append(_checked(tree, index, Stage(_last_of_each(stage_overrides), sources)))
+                origins[text] = known.get(typed) or Origin("command line", text=typed)
+        stages.append(_checked(tree, index, Stage(_last_of_each(stage_overrides), origins)))
     around = [o for o in common if read(o).slot not in _WORKER or read(o).slot in SHARED]
     return Split(around, stages)
+
+
+def has_stages(tree: ConfigFiles, platform: str) -> bool:
+    """Whether an option of the group ``platform`` has stages."""
+    path = tree.options("platform").get(platform)
+    return path is not None and KEY in tree.read(path).lines
 
 
 def read_stages(tree: ConfigFiles, path: Path) -> list[list[tuple[str, int]]]:

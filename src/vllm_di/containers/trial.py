@@ -7,10 +7,11 @@ conformance suite's matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_di.components.interfaces import AttentionSpec, BatchPlan, OpTable
+from vllm_di.components.messages import KvSpec
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.slots import WorkerContainer
 from vllm_di.errors import PortError, nearest
@@ -24,18 +25,33 @@ HIDDEN, TOKENS = 128, 3
 
 def try_out(container: Any, assembly: Assembly, stage: int = 0) -> None:
     """Try the ops and the attention of a filled worker container. Raises PortError."""
-    table: OpTable = container.ops()
-    check_claims(table, assembly, stage)
-    library = assembly.path(WorkerContainer, "ops", stage) + ".library._target_"
-    foreign = {op for op in OpTable.OPS if _is_foreign(table.library_of(op))}
-    if foreign:
-        device, dtype = container.device().torch_device, container.model().dtype
-        for op, trial in op_trials(table, device, dtype).items():
+    model = container.model()
+    names = ("ops", "attention")
+    try_parts(container, assembly, names, model.dtype, model.kv_specs(), stage)
+
+
+def try_parts(
+    container: Any,
+    assembly: Assembly,
+    names: Collection[str],
+    dtype: torch.dtype,
+    specs: Sequence[KvSpec],
+    stage: int = 0,
+) -> None:
+    """Try the ops and the attention, where ``names`` has them, on tensors of ``dtype`` and the
+    first of ``specs``. Raises PortError."""
+    if "ops" in names:
+        table: OpTable = container.ops()
+        check_claims(table, assembly, stage)
+        library = assembly.path(WorkerContainer, "ops", stage) + ".library._target_"
+        foreign = {op for op in OpTable.OPS if _is_foreign(table.library_of(op))}
+        trials = op_trials(table, container.device().torch_device, dtype) if foreign else {}
+        for op, trial in trials.items():
             if op in foreign:
                 _try(f"ops.{op}", table.library_of(op), trial, assembly.place(library))
-    if _is_foreign(container.attention()) and container.model().kv_specs():
+    if "attention" in names and _is_foreign(container.attention()) and specs:
         place = assembly.place(assembly.path(WorkerContainer, "attention", stage) + "._target_")
-        _try("attention", container.attention(), attention_trial(container), place)
+        _try("attention", container.attention(), attention_trial(container, specs[0], dtype), place)
 
 
 def check_claims(table: OpTable, assembly: Assembly, stage: int = 0) -> None:
@@ -60,12 +76,12 @@ def check_claims(table: OpTable, assembly: Assembly, stage: int = 0) -> None:
                     f"{op} of its own"
                 )
     manifest = assembly.platform_of(stage)
-    by_user = assembly.choices[ops].origin.chosen_by == "command line"
+    by_user = assembly.choices[ops].origin.by_user
     if manifest.interface is None or by_user:
         return
     for op in manifest.capabilities.ops:
         origin = assembly.origins.get(f"{ops}.{op}")
-        chosen = origin is not None and origin.chosen_by == "command line"
+        chosen = origin is not None and origin.by_user
         if type(table.library_of(op)) is TorchOps and not chosen:
             key = assembly.path(WorkerContainer, "platform", stage) + ".capabilities.ops"
             raise PortError(
@@ -152,16 +168,15 @@ def op_trials(table: OpTable, device: torch.device, dtype: torch.dtype) -> dict[
     }
 
 
-def attention_trial(container: Any) -> Trial:
+def attention_trial(container: Any, spec: KvSpec, dtype: torch.dtype) -> Trial:
     """A prefill of ``TOKENS`` tokens through the first layer's cache, in a block of its own."""
     import torch
 
-    device, model, layout = container.device(), container.model(), container.kv_layout()
-    on, (spec, *_) = device.torch_device, model.kv_specs()
+    on, layout = container.device().torch_device, container.kv_layout()
     shape = (TOKENS, spec.num_kv_heads, spec.head_size)
 
     def trial() -> Results:
-        (cache,) = layout.allocate([spec], 1, model.dtype)
+        (cache,) = layout.allocate([spec], 1, dtype)
         positions = torch.arange(TOKENS, dtype=torch.int64, device=on)
         plan = BatchPlan(
             token_ids=positions,
@@ -174,10 +189,10 @@ def attention_trial(container: Any) -> Trial:
             query_lens_host=[TOKENS],
             seq_lens_host=[TOKENS],
         )
-        x = torch.full(shape, 0.5, dtype=model.dtype, device=on)
+        x = torch.full(shape, 0.5, dtype=dtype, device=on)
         fixed = AttentionSpec(spec.num_kv_heads, spec.num_kv_heads, spec.head_size, 1.0)
         backend = container.attention()
         found = backend.forward(x, x.clone(), x.clone(), cache, backend.build(plan), fixed)
-        return {"a result": (found, shape, model.dtype)}
+        return {"a result": (found, shape, dtype)}
 
     return trial
