@@ -46,7 +46,7 @@ work=$(mktemp -d)
 python=${PYTHON:-python3}
 "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \\
   --target "$work/site" "$here"/wheels/*.whl || exit 2
-export PYTHONPATH="$work/site:$here/project/src:$here/project" XDG_CACHE_HOME="$work/cache"
+export PYTHONPATH="$work/site:$here/project/src:$here/project${PYTHONPATH:+:$PYTHONPATH}" XDG_CACHE_HOME="$work/cache"
 cd "$here/project" || exit 2
 keep() {  # also when it is cut off
   tar -C "$work" -czf "$results/logs.tar.gz" logs
