@@ -46,8 +46,10 @@ work=$(mktemp -d)
 python=${PYTHON:-python3}
 "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \\
   --target "$work/site" "$here"/wheels/*.whl || exit 2
-export PYTHONPATH="$work/site:$here/project/src:$here/project${PYTHONPATH:+:$PYTHONPATH}" XDG_CACHE_HOME="$work/cache"
-cd "$here/project" || exit 2
+project="$here/project"
+export PYTHONPATH="$work/site:$project/src:$project${PYTHONPATH:+:$PYTHONPATH}"
+export XDG_CACHE_HOME="$work/cache"
+cd "$project" || exit 2
 keep() {  # also when it is cut off
   tar -C "$work" -czf "$results/logs.tar.gz" logs
   cp "$work/logs/conformance.json" "$results/" 2>/dev/null || true
