@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from vllm_di.containers.assembly import assemble
 from vllm_di.containers.compose import ConfigTree
@@ -296,3 +297,13 @@ def test_one_rule_for_the_name_of_a_model(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"no option 'mine'.*--model \./mine"):
         assemble(model_overrides("mine"))
+
+
+@pytest.mark.parametrize("group", ["attention", "tokenizer", "ops", "server"])
+def test_an_option_read_without_hydra_is_what_hydra_makes_of_it(group: str) -> None:
+    tree = ConfigTree.find()
+    for option in tree.options(group):
+        node, origins = tree.compose_option(group, option)
+        composed = tree._hydra_node(group, option)
+        assert OmegaConf.to_container(node) == OmegaConf.to_container(composed, resolve=False)
+        assert origins

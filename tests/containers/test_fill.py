@@ -50,7 +50,10 @@ def test_closing_lets_go_of_the_components_at_once() -> None:
     gc.disable()  # which would free them too, some time later
     try:
         with opened(WorkerContainer, nodes, **objects("shapes", "device")) as container:
-            held = [weakref.ref(container.shapes()), weakref.ref(container.device())]
+            held: list[weakref.ref[Any]] = [
+                weakref.ref(container.shapes()),
+                weakref.ref(container.device()),
+            ]
             assert all(ref() is not None for ref in held)
         assert [ref() for ref in held] == [None, None]
     finally:

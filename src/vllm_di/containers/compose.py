@@ -11,11 +11,13 @@ import difflib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -31,6 +33,15 @@ from vllm_di.errors import ConfigError, PortError, nearest
 _LOCK = threading.Lock()
 _NODE = "node"
 """Where a single option is composed."""
+_LEFT_OUT = [
+    f"~hydra/{group}"
+    for entry in HydraConf().defaults
+    if isinstance(entry, dict)
+    for group, option in entry.items()
+    if option is not None
+]
+"""Groups of Hydra's own config, for programs that it starts: nobody reads them here, and to
+compose them takes a quarter of the time."""
 
 
 class Composition(msgspec.Struct):
@@ -144,16 +155,11 @@ class ConfigTree(ConfigFiles):
         """-> (an option's node with all that its defaults bring, where its keys stand: dotted from
         the node). Nothing in it is interpolated yet. Raises ConfigError."""
         self.refuse_clash(group, option)
-        text = f"+{group}@{_NODE}={option}"
-        with _LOCK:
-            GlobalHydra.instance().clear()
-            try:
-                with initialize_config_dir(str(self.roots[0]), version_base="1.3"):
-                    values = hydra_compose(None, [*self._searched(), text])
-            except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-                raise ConfigError(f"{group}={option}: {' '.join(str(error).split())}") from None
-        node = values.get(_NODE)
         path = self._file(f"{group}/{option}")
+        try:
+            node = _plain_node(path) or self._hydra_node(group, option)
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"{group}={option}: {' '.join(str(error).split())}") from None
         if not isinstance(node, DictConfig):
             raise ConfigError(f"{shown(path)}: expected a mapping, got {node!r}")
         origins: dict[str, Origin] = {}
@@ -164,10 +170,17 @@ class ConfigTree(ConfigFiles):
         assert isinstance(loose, DictConfig)
         return loose, origins
 
+    def _hydra_node(self, group: str, option: str) -> Any:
+        with _LOCK:
+            GlobalHydra.instance().clear()
+            with initialize_config_dir(str(self.roots[0]), version_base="1.3"):
+                text = f"+{group}@{_NODE}={option}"
+                return hydra_compose(None, [*self._searched(), text]).get(_NODE)
+
     def _searched(self) -> list[str]:
-        """The override that tells Hydra of the other trees."""
+        """The overrides that tell Hydra of the other trees, and to leave its own groups out."""
         extra = ",".join("'file://{}'".format(str(r).replace("'", r"\'")) for r in self.roots[1:])
-        return [f"hydra.searchpath=[{extra}]"] if extra else []
+        return [*([f"hydra.searchpath=[{extra}]"] if extra else []), *_LEFT_OUT]
 
     def _merged(self, choices: dict[str, str]) -> Iterator[tuple[Path, str]]:
         """(file, package) of everything that was merged: what is merged last comes last."""
@@ -262,6 +275,15 @@ class ConfigTree(ConfigFiles):
 
     def _chooser(self, file: Path) -> str:
         return "default" if file.parent in self.roots else file.parent.name
+
+
+def _plain_node(path: Path) -> DictConfig | None:
+    """What Hydra makes of an option that builds on no other one: its file, read by OmegaConf. None
+    for what needs Hydra."""
+    if "@package" in path.read_text(encoding="utf-8"):
+        return None
+    node = OmegaConf.load(path)
+    return node if isinstance(node, DictConfig) and "defaults" not in node else None
 
 
 def _hint(group: str, value: str, options: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ import logging
 import sys
 import typing
 from abc import ABCMeta
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -159,6 +160,8 @@ class _Inspector:
         self.assembly = assembly
         self.here = set(container.providers)
         self.elsewhere = {*SLOTS, *(g for names in GIVEN.values() for g in names)} - self.here
+        self._hints: dict[tuple[str, str], Any] = {}
+        """(module, annotation) to what it stands for."""
 
     def part(self, path: str, node: dict[str, Any], kind: type) -> Part:
         """Check the node at a dotted path against its class, and the class against the interface
@@ -220,8 +223,8 @@ class _Inspector:
                     f"{path}: {cls.__qualname__} asks for {name!r}, which is a slot of "
                     "another process's container"
                 )
-            elif name == "config" and isinstance(hint := _hint(cls, parameter), type):
-                fields = [f.name for f in msgspec.structs.fields(hint)]
+            elif name == "config" and isinstance(hint := self._hint(cls, parameter), type):
+                fields = typing.cast(type[msgspec.Struct], hint).__struct_fields__
                 given = {k: keys.pop(k) for k in list(keys) if k in fields}
                 part.values[name] = self._convert(path, given, hint)
                 known += fields
@@ -229,7 +232,7 @@ class _Inspector:
                 known.append(name)
                 if name in keys:
                     self._argument(
-                        part, f"{path}.{name}", name, keys.pop(name), _hint(cls, parameter)
+                        part, f"{path}.{name}", name, keys.pop(name), self._hint(cls, parameter)
                     )
                 elif parameter.default is parameter.empty:
                     place = self.assembly.place(f"{path}._target_")
@@ -254,6 +257,21 @@ class _Inspector:
         else:
             part.values[name] = self._convert(path, value, hint)
 
+    def _hint(self, cls: type, parameter: inspect.Parameter) -> Any:
+        """The annotation of one constructor parameter, evaluated where the class was written."""
+        if parameter.annotation is parameter.empty:
+            return Any
+        owner = next((c for c in cls.__mro__ if "__init__" in vars(c)), cls)
+        key = owner.__module__, str(parameter.annotation)
+        if key in self._hints:
+            return self._hints[key]
+        holder = SimpleNamespace(__annotations__={"x": parameter.annotation})
+        namespace = vars(sys.modules[owner.__module__])
+        hint = typing.get_type_hints(holder, namespace, include_extras=True)["x"]
+        if isinstance(parameter.annotation, str):
+            self._hints[key] = hint
+        return hint
+
     def _convert(self, path: str, value: Any, hint: Any) -> Any:
         try:
             return msgspec.convert(value, _plain(hint))
@@ -264,16 +282,6 @@ class _Inspector:
             raise ConfigError(
                 f"{self.assembly.place(path)}: {path}: {message} (the value is {shown!r})"
             ) from None
-
-
-def _hint(cls: type, parameter: inspect.Parameter) -> Any:
-    """The annotation of one constructor parameter, evaluated where the class was written."""
-    if parameter.annotation is parameter.empty:
-        return Any
-    owner = next((c for c in cls.__mro__ if "__init__" in vars(c)), cls)
-    namespace = vars(sys.modules[owner.__module__])
-    holder = type("_", (), {"__annotations__": {"x": parameter.annotation}})
-    return typing.get_type_hints(holder, namespace, include_extras=True)["x"]
 
 
 def _plain(hint: Any) -> Any:
