@@ -178,6 +178,8 @@ class CompletionAnswer(Answer):
         self, position: int, choice: _Choice, update: Update
     ) -> tuple[str, dict[str, Any] | None]:
         """Text and logprobs of one update; the echoed prompt comes before the first."""
+        if not self._has_logprobs and self._echoed is None:
+            return update.text, None
         prompt, pieces = "", []
         if self._echoed is not None and not choice.has_begun:
             choice.has_begun = True

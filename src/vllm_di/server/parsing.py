@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -70,17 +71,21 @@ class ChoiceParser:
     ) -> None:
         parsers = (reasoning_parser, tool_parser)
         states = [parser.start(request) for parser in parsers if parser is not None]
-        self._states = [state for state in states if state is not None]
+        self._first, self._second = [*filter(None, states), None, None][:2]
         self.num_calls = 0
 
     def feed(self, text: str, *, is_last: bool) -> MessageDelta:
         """Parse the next piece of text. Raises RuntimeError when a parser begins a call twice or
         out of order, or gives arguments of a call that it never began."""
-        if not self._states:
+        if self._first is None:
             return MessageDelta(text)
-        events: list[ParserEvent] = [ContentDelta(text)]
-        for state in self._states:
-            events = _through(state, events, is_last=is_last)
+        events = self._first.feed(text) if text else ()
+        if is_last:
+            events = [*events, *self._first.finish()]
+        if self._second is not None:
+            events = _through(self._second, events, is_last=is_last)
+        if len(events) == 1 and isinstance(events[0], ContentDelta):  # nearly always
+            return MessageDelta(events[0].text)
         content, reasoning, calls = [], [], dict[int, ToolCall]()
         for event in events:
             if isinstance(event, ContentDelta):
@@ -101,8 +106,10 @@ class ChoiceParser:
             raise RuntimeError(f"a parser gave {event} after {self.num_calls} calls had begun")
 
 
-def _through(state: ParserState, events: list[ParserEvent], *, is_last: bool) -> list[ParserEvent]:
-    """What a parser makes of the content among ``events``; other events pass."""
+def _through(
+    state: ParserState, events: Sequence[ParserEvent], *, is_last: bool
+) -> list[ParserEvent]:
+    """Feed the content among ``events`` to a parser; other events pass unchanged."""
     found: list[ParserEvent] = []
     for event in events:
         if not isinstance(event, ContentDelta):
