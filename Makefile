@@ -1,6 +1,8 @@
 # Everything happens in .venv; `make venv` sets it up, the other targets use it.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# test files run side by side; each worker wants about 2 GiB
+JOBS ?= 2
 BIN := .venv/bin
 ARGS ?=
 
@@ -13,7 +15,7 @@ serve: venv  ## set up, then serve the demo model on http://127.0.0.1:8000
 	$(BIN)/vllm-di serve $(ARGS)
 
 test: venv vendor-schemas  ## set up, then run the tests
-	$(BIN)/python -m pytest -m "not slow and not mutants and not vocabularies and not templates and not families" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not mutants and not vocabularies and not templates and not families" $(ARGS)
 
 # a failed download fails the tests that need the file, not the others
 vendor-schemas: venv  ## fetch the vendors' wheels that tests read schemas from
