@@ -144,16 +144,16 @@ class StopStrings:
     def _advance(self, char: str) -> str | None:
         """Advance by one character. The first stop string, in the order of the list, that ends
         here."""
-        found = None
+        first = None
         for i, stop in enumerate(self._stops):
             length = self._matched[i]
             while length and stop[length] != char:
                 length = self._failures[i][length - 1]
             length += stop[length] == char
             self._matched[i] = length
-            if length == len(stop) and found is None:
-                found = stop
-        return found
+            if length == len(stop) and first is None:
+                first = stop
+        return first
 
 
 def _utf8_decoder() -> codecs.IncrementalDecoder:

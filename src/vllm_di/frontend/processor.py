@@ -106,20 +106,20 @@ class RequestProcessor:
         ids = encode_prompt(self.tokenizer, prompt, add_special_tokens=add_special_tokens)
         if isinstance(params, SamplingParams):
             params = self.prepare(params)
-        own = fitted(params.params, len(ids), self.max_model_len, default_max_tokens)
+        fitted_params = fitted(params.params, len(ids), self.max_model_len, default_max_tokens)
         check_token_ids(ids, self.vocab_size, "prompt")
         arrival = time.time()
         requests = fan_out(
             request_id,
             ids,
-            own,
+            fitted_params,
             params.bad_words_token_ids,
             priority=priority,
             cache_salt=cache_salt,
             arrival_time=arrival,
         )
         text = prompt if isinstance(prompt, str) else None
-        return Generation(self, request_id, text, own, requests, self._clock, started)
+        return Generation(self, request_id, text, fitted_params, requests, self._clock, started)
 
 
 class Generation:

@@ -48,12 +48,12 @@ def fitted(
     ``default_max_tokens``. Raises RequestError (``context_length_exceeded``) when prompt and output
     do not fit into the context."""
     room = max_model_len - num_prompt
-    wanted = params.max_tokens or max(params.min_tokens, 1)
-    if wanted > room:
+    needed = params.max_tokens or max(params.min_tokens, 1)
+    if needed > room:
         name = "min_tokens" if params.max_tokens is None else "max_tokens"
         raise RequestError(
             f"the model's context is {max_model_len} tokens: a prompt of {num_prompt} leaves room "
-            f"for {max(room, 0)}, and {wanted} are asked for; shorten the prompt"
+            f"for {max(room, 0)}, and {needed} are asked for; shorten the prompt"
             + (f" or lower {name}" if room > 0 else ""),
             param=name if room > 0 else "prompt",
             code="context_length_exceeded",
@@ -67,13 +67,13 @@ def fitted(
 
 def bad_words_token_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
     """The token ids of each word, at the start of a text and after a space: these differ."""
-    found: dict[tuple[int, ...], None] = {}
+    variants: dict[tuple[int, ...], None] = {}
     for word in words:
         for text in (word.lstrip(), " " + word.lstrip()):
             ids = tokenizer.encode(text, add_special_tokens=False)
             if ids:
-                found[tuple(ids)] = None
-    return [list(ids) for ids in found]
+                variants[tuple(ids)] = None
+    return [list(ids) for ids in variants]
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -111,14 +111,14 @@ def fan_out(
     requests: list[EngineRequest] = []
     single = params if params.n == 1 else changed(params, n=1)
     for i in range(params.n):
-        own = single
+        choice_params = single
         if i and params.seed is not None:
-            own = changed(single, seed=_wrapped(params.seed + i))
+            choice_params = changed(single, seed=_wrapped(params.seed + i))
         requests.append(
             EngineRequest(
                 request_id=request_id if params.n == 1 else f"{request_id}-{i}",
                 prompt_token_ids=prompt_token_ids,
-                params=own,
+                params=choice_params,
                 bad_words_token_ids=bad_words,
                 priority=priority,
                 arrival_time=arrival_time,

@@ -26,11 +26,11 @@ async def start_completion(
     RequestError."""
     service.check_model(request.model)
     prompts = _prompts(request.prompt)
-    most = service.config.max_queue
-    if len(prompts) * max(request.n or 1, 1) > most:
+    max_choices = service.config.max_queue
+    if len(prompts) * max(request.n or 1, 1) > max_choices:
         raise RequestError(
-            f"one request may ask for {most} choices (prompts times n), got {len(prompts)} prompts "
-            f"and n={request.n or 1}",
+            f"one request may ask for {max_choices} choices (prompts times n), got {len(prompts)} "
+            f"prompts and n={request.n or 1}",
             param="prompt",
         )
     echo_only = bool(request.echo) and request.max_tokens == 0

@@ -113,9 +113,9 @@ class ProcessEngineClient(EngineClient):
         while True:
             assert self._engine is not None
             error = await self._serve(self._engine)
-            again = self._may_restart(error)
+            will_restart = self._may_restart(error)
             await self._engine.close()
-            if not again:
+            if not will_restart:
                 return
             self._engine = await EngineProcess.spawn(command, assembly)
 
@@ -149,8 +149,8 @@ class ProcessEngineClient(EngineClient):
                 if inbox is not None:
                     inbox.put_nowait(output)
         elif isinstance(message, wire.Stage):
-            again = "restart: " if self._deaths else ""
-            self.stage = again + message.name
+            prefix = "restart: " if self._deaths else ""
+            self.stage = prefix + message.name
         elif isinstance(message, wire.Ready):
             self.report, engine.patience = message.report, message.patience
             self.state, self.stage, self.failure, self._error = "ready", "ready", None, None
@@ -172,21 +172,22 @@ class ProcessEngineClient(EngineClient):
         was_ready, num_open = self.state == "ready", len(self._inboxes)
         now = time.monotonic()
         self._deaths = [t for t in self._deaths if now - t < RESTART_SECONDS]
-        again = self.report is not None and len(self._deaths) < self.restarts
-        if was_ready and not again:
-            told = f"{error}; no restart is left (server.engine_restarts={self.restarts} in "
-            error = EngineDeadError(f"{told}{RESTART_SECONDS / 60:.0f} minutes)")
+        will_restart = self.report is not None and len(self._deaths) < self.restarts
+        if was_ready and not will_restart:
+            reason = f"{error}; no restart is left (server.engine_restarts={self.restarts} in "
+            error = EngineDeadError(f"{reason}{RESTART_SECONDS / 60:.0f} minutes)")
         self._deaths.append(now)
-        self.state, self.silent, self.failure = "starting" if again else "dead", (), str(error)
-        self.stage = "restart" if again else "dead"
-        self._error = None if again else error
-        lost = error if isinstance(error, EngineDeadError) else EngineDeadError(str(error))
+        self.state, self.failure = "starting" if will_restart else "dead", str(error)
+        self.silent = ()
+        self.stage = "restart" if will_restart else "dead"
+        self._error = None if will_restart else error
+        failure = error if isinstance(error, EngineDeadError) else EngineDeadError(str(error))
         for inbox in self._inboxes.values():
-            inbox.put_nowait(lost)
+            inbox.put_nowait(failure)
         if was_ready:
-            what = "a new engine starts" if again else "the server ends"
+            what = "a new engine starts" if will_restart else "the server ends"
             log.error("the engine died: %s. Requests lost: %d; %s", error, num_open, what)
-        if not again:
+        if not will_restart:
             self._settled.set()
             self._dead.set()
-        return again
+        return will_restart

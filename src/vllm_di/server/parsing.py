@@ -110,15 +110,15 @@ def _through(
     state: ParserState, events: Sequence[ParserEvent], *, is_last: bool
 ) -> list[ParserEvent]:
     """Feed the content among ``events`` to a parser; other events pass unchanged."""
-    found: list[ParserEvent] = []
+    result: list[ParserEvent] = []
     for event in events:
         if not isinstance(event, ContentDelta):
-            found.append(event)
+            result.append(event)
         elif event.text:
-            found += state.feed(event.text)
+            result += state.feed(event.text)
     if is_last:
-        found += state.finish()
-    return found
+        result += state.finish()
+    return result
 
 
 class MessageParts:

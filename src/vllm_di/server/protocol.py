@@ -210,7 +210,7 @@ def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]
     """The request, and the names of its unknown fields. Raises RequestError."""
     _check_depth(body, max_depth)
     try:
-        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         request = _decode(body, kind)
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at ")
@@ -221,7 +221,7 @@ def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     known = IGNORED.union(kind.__struct_fields__)
-    return request, [name for name in given if name not in known]
+    return request, [name for name in fields if name not in known]
 
 
 def _decode(body: bytes, kind: type[T]) -> T:
@@ -276,14 +276,14 @@ def sampling_params(
     """Checked sampling parameters; ``defaults`` apply to what the request does not set. Raises
     RequestError for what this server does not support."""
     _check_supported(request)
-    given: dict[str, Any] = dict(defaults)
-    given |= {n: v for n in _SAMPLING if (v := getattr(request, n)) is not None}
+    values: dict[str, Any] = dict(defaults)
+    values |= {n: v for n in _SAMPLING if (v := getattr(request, n)) is not None}
     stop = request.stop
-    given["stop"] = [stop] if isinstance(stop, str) else stop or []
-    given["max_tokens"] = max_tokens
+    values["stop"] = [stop] if isinstance(stop, str) else stop or []
+    values["max_tokens"] = max_tokens
     if logprobs is not None:
-        given["logprobs"] = logprobs
-    return SamplingParams(**given, structured_output=_structured_output(request))
+        values["logprobs"] = logprobs
+    return SamplingParams(**values, structured_output=_structured_output(request))
 
 
 def _check_supported(request: GenerateRequest) -> None:
@@ -316,16 +316,16 @@ def _unsupported(name: str) -> RequestError:
 
 
 def _structured_output(request: GenerateRequest) -> Object | None:
-    wanted = {n: v for n in _STRUCTURED if (v := getattr(request, n)) is not None}
+    constraints = {n: v for n in _STRUCTURED if (v := getattr(request, n)) is not None}
     format_ = request.response_format
     if format_ is not None and format_.get("type") != "text":
-        wanted["response_format"] = format_
-    for name, value in wanted.items():
+        constraints["response_format"] = format_
+    for name, value in constraints.items():
         try:
             msgspec.msgpack.encode(value)
         except OverflowError:
             raise RequestError(f"{name}: an integer has more than 64 bits", param=name) from None
-    return wanted or None
+    return constraints or None
 
 
 _SIGN = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")

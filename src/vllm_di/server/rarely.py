@@ -27,6 +27,6 @@ class Rarely:
         if now < self._next:
             self._num_left_out += 1
             return
-        again = f" ({self._num_left_out} more since the last such line)"
-        self._log.warning(text + (again if self._num_left_out else ""), *values)
+        note = f" ({self._num_left_out} more since the last such line)"
+        self._log.warning(text + (note if self._num_left_out else ""), *values)
         self._next, self._num_left_out = now + self._seconds, 0

@@ -112,12 +112,13 @@ class Service:
         """The prompt of a conversation. ``add_generation_prompt`` defaults to True, unless the last
         message is continued. Raises RequestError."""
         continues = bool(continue_final_message)
-        begins = not continues if add_generation_prompt is None else add_generation_prompt
+        if add_generation_prompt is None:
+            add_generation_prompt = not continues
         render = partial(
             self.chat_template.render,
             messages,
             tools=tools,
-            add_generation_prompt=begins,
+            add_generation_prompt=add_generation_prompt,
             continue_final_message=continues,
             kwargs=kwargs,
         )

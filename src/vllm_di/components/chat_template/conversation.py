@@ -53,17 +53,17 @@ def _prepared(message: Mapping[str, Any], place: str, forms: Forms) -> dict[str,
     role = message.get("role")
     if not isinstance(role, str):
         raise RequestError(f"{place}.role must be a string", param="messages")
-    made = {key: value for key, value in message.items() if value is not None}
-    if "content" in made:
-        made["content"] = _content(made["content"], forms[role], f"{place}.content")
-    if calls := made.get("tool_calls"):
+    result = {key: value for key, value in message.items() if value is not None}
+    if "content" in result:
+        result["content"] = _content(result["content"], forms[role], f"{place}.content")
+    if calls := result.get("tool_calls"):
         if not isinstance(calls, list):
             raise RequestError(f"{place}.tool_calls must be a list", param="messages")
-        made["tool_calls"] = [_decoded(call, place) for call in calls]
-    reasoning = next((made[name] for name in _REASONING if name in made), None)
+        result["tool_calls"] = [_decoded(call, place) for call in calls]
+    reasoning = next((result[name] for name in _REASONING if name in result), None)
     if reasoning is not None:
-        made = {"thinking": reasoning} | made | {"reasoning_content": reasoning}
-    return made
+        result = {"thinking": reasoning} | result | {"reasoning_content": reasoning}
+    return result
 
 
 def _content(content: Any, form: Form, place: str) -> str | list[dict[str, Any]]:

@@ -137,7 +137,7 @@ class RenderedTemplate(ChatTemplate):
         after = [{"role": "user", "content": hello}] if role != "user" else []
         why = ""
         for tools in (None, [_TOOL]):
-            kept = []
+            keeps = []
             for content in (_MARKER, _as_parts(_MARKER)):
                 messages = [*before, {"role": role, "content": content}, *after]
                 try:
@@ -146,9 +146,9 @@ class RenderedTemplate(ChatTemplate):
                     why, text = why or error.message, ""
                 else:
                     why = why or "it loses the text of user messages"
-                kept.append(_MARKER in text and _OTHER not in text)
-            if any(kept):
-                return Form(*kept), ""
+                keeps.append(_MARKER in text and _OTHER not in text)
+            if any(keeps):
+                return Form(*keeps), ""
         return None, why
 
     def _values(

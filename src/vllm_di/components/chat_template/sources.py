@@ -61,16 +61,16 @@ def _of_folder(folder: Path | None, config: Mapping[str, Any]) -> tuple[dict[str
         others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
         return {"default": _read(file)} | {f.stem: _read(f) for f in others}, str(file)
     place = f"{folder / 'tokenizer_config.json'}: chat_template"
-    found = config.get("chat_template")
-    if isinstance(found, str):
-        return {"default": found}, place
-    if found is None:
+    value = config.get("chat_template")
+    if isinstance(value, str):
+        return {"default": value}, place
+    if value is None:
         return {}, place
     try:
         named = (
-            msgspec.convert(found, dict[str, str])
-            if isinstance(found, dict)
-            else {t.name: t.template for t in msgspec.convert(found, list[_Named])}
+            msgspec.convert(value, dict[str, str])
+            if isinstance(value, dict)
+            else {t.name: t.template for t in msgspec.convert(value, list[_Named])}
         )
     except msgspec.ValidationError as error:
         raise CheckpointError(
