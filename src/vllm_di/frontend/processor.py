@@ -263,6 +263,7 @@ class _Sequence:
         self._texts: list[str] = []
         self._min_tokens = params.min_tokens
         self._include_stop = params.include_stop_str_in_output
+        self._has_stops = bool(params.stop)
         self._stops = StopStrings(params.stop, include=self._include_stop)
         self._detokenizer = Detokenizer(
             tokenizer, request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens
@@ -273,6 +274,10 @@ class _Sequence:
         if output.token_ids:
             self._record_time(now)
         reason, stopped, shown, count = output.finish_reason, None, "", 0
+        if reason is None and not self._has_stops:
+            count = len(output.token_ids)
+            shown = "".join([self._detokenizer.add(token_id) for token_id in output.token_ids])
+            return self._update(output, shown, count, None)
         silent_end = reason == "stop" and not self._include_stop
         for count, token_id in enumerate(output.token_ids, 1):
             is_silent = silent_end and count == len(output.token_ids)
@@ -284,6 +289,11 @@ class _Sequence:
         if reason is not None and stopped is None:
             text, stopped = self._search(self._detokenizer.flush(), len(self.token_ids) + count)
             shown += text + ("" if stopped is not None else self._stops.flush())
+        return self._update(output, shown, count, stopped)
+
+    def _update(self, output: TokenOutput, shown: str, count: int, stopped: str | None) -> Update:
+        """Keep the first ``count`` tokens of an output and what they show."""
+        reason = output.finish_reason
         token_ids = output.token_ids[:count]
         logprobs = None if output.logprobs is None else output.logprobs[:count]
         self.token_ids += token_ids

@@ -147,7 +147,9 @@ class ContinuousScheduler(Scheduler):
         self._num_steps += 1
         self._step_tokens = self._max_tokens - step.budget
         finished, self._finished = self._finished, []
-        shares = sorted(step.scheduled.values(), key=lambda s: s.is_prefill)
+        shares = list(step.scheduled.values())
+        if step.prefills:
+            shares.sort(key=lambda s: s.is_prefill)
         return StepPlan(self._num_steps, step.new, shares, finished)
 
     def _can_prefill(self) -> bool:
@@ -334,6 +336,7 @@ class ContinuousScheduler(Scheduler):
         new_blocks, sequence.unsent_blocks = sequence.unsent_blocks, []
         if not sequence.known_to_workers:
             new_blocks = self._kv.block_ids(sequence.seq_id)
+        is_prefill = len(sequence.token_ids) - sequence.num_computed > 1
         step.scheduled[sequence.seq_id] = ScheduledSequence(
             seq_id=sequence.seq_id,
             num_computed=sequence.num_computed,
@@ -341,14 +344,14 @@ class ContinuousScheduler(Scheduler):
             new_blocks=new_blocks,
             new_tokens=sequence.unsent_tokens,
             samples=samples,
-            is_prefill=len(sequence.token_ids) - sequence.num_computed > 1,
+            is_prefill=is_prefill,
             draft_tokens=list(drafts),
         )
         sequence.unsent_tokens = []
         sequence.known_to_workers = True
         step.budget -= count
         step.context += end
-        step.prefills += step.scheduled[sequence.seq_id].is_prefill
+        step.prefills += is_prefill
 
     # -- results ------------------------------------------------------------------------------
 

@@ -69,12 +69,13 @@ class Sequence:
     ) -> tuple[FinishReason | None, int | None]:
         """(reason, stop id) after ``token`` was appended; the stop id is None for end of
         sequence."""
-        params = self.request.params
-        if self.num_generated >= params.min_tokens:
+        params, num_tokens = self.request.params, len(self.token_ids)
+        num_generated = num_tokens - len(self.request.prompt_token_ids)
+        if num_generated >= params.min_tokens:
             if token in self.eos_ids and not params.ignore_eos:
                 return "stop", None
             if token in self.stop_ids:
                 return "stop", token
-        if self.num_generated >= self.max_tokens or len(self.token_ids) >= max_model_len:
+        if num_generated >= self.max_tokens or num_tokens >= max_model_len:
             return "length", None
         return None, None
