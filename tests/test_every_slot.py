@@ -30,7 +30,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 def probed(slot: str) -> list[str]:
     """Overrides that put the probe of the default class into a slot."""
     plain = assemble(TINY)
-    nodes = {**plain.server, **plain.engine, **plain.workers[0]}
+    nodes = {**plain.server, **plain.engine, **plain.stages[0]}
     option = [f"{slot}={plain.choices[slot].option}"] if slot in plain.choices else []
     return [*TINY, *option, f"{slot}._target_={probes.name_of(nodes[slot]['_target_'])}"]
 

@@ -247,7 +247,7 @@ def measure(plan: Plan, row: Rows) -> None:
     def engine(who: str, overrides: tuple[str, ...], *, profiled: bool) -> None:
         loader = RandomOnDevice(plan.device)
         with LLM(overrides=[*plan.overrides, *overrides], loader=loader) as llm:
-            config.update(llm.assembly.workers[0]["model"])
+            config.update(llm.assembly.stages[0]["model"])
             figures(who, ours(llm, plan.device), plan, config, limits)(row)
             if profiled:
                 row(name="where time goes", found=where_time_goes(llm, plan, config["vocab_size"]))

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from vllm_di.components.interfaces import (
+    DEFAULT_ROLE,
     BatchPlan,
     Device,
     DeviceMemory,
@@ -141,7 +142,7 @@ def assembly(**nodes: dict[str, Any]) -> Assembly:
     return Assembly(
         server={s: {} for s in slots(ServerContainer)},
         engine={s: {} for s in slots(EngineContainer)},
-        workers=[{s: nodes.get(s, {}) for s in slots(WorkerContainer)}],
+        workers={DEFAULT_ROLE: [{s: nodes.get(s, {}) for s in slots(WorkerContainer)}]},
         settings={"trust": []},
         origins=origins,
         choices=dict.fromkeys(nodes, choice),

@@ -222,8 +222,8 @@ def test_an_option_with_defaults_means_the_same_wherever_it_is_named(
         asked.append("attention=hybrid")
     found = assemble(asked, [tmp_path])
     check(WorkerContainer, found, replaced=GIVEN[WorkerContainer])
-    (worker,) = found.workers
-    plain = assemble(["platform=cpu", "model=tiny"]).workers[0]
+    (worker,) = found.stages
+    plain = assemble(["platform=cpu", "model=tiny"]).stages[0]
     if override.startswith("ops"):
         assert worker["ops"]["rms_norm"] == plain["ops"]["library"] | {"isa": "generic"}
         assert found.place("ops.rms_norm.isa").endswith("ops/mine.yaml:3")
@@ -232,7 +232,7 @@ def test_an_option_with_defaults_means_the_same_wherever_it_is_named(
         node = worker["attention"]
         assert node.get("prefill", node) == plain["attention"]
     both = assemble(["platform=cpu", "model=tiny", "attention=both"], [tmp_path])
-    assert both.workers[0]["attention"]["prefill"] == plain["attention"]
+    assert both.stages[0]["attention"]["prefill"] == plain["attention"]
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,13 @@ BASE = ["platform=two", "model=tiny"]
 
 
 def targets(assembly: Assembly, slot: str) -> list[str]:
-    return [nodes[slot]["_target_"].rpartition(".")[2] for nodes in assembly.workers]
+    return [nodes[slot]["_target_"].rpartition(".")[2] for nodes in assembly.stages]
 
 
 def test_each_stage_is_composed_on_its_own(tmp_path: Path) -> None:
     found = assemble(BASE, [config_dir(tmp_path)])
     assert targets(found, "attention") == ["PagedAttention", "SdpaAttention"]
-    assert [nodes["model"]["layers"] for nodes in found.workers] == [[0, 1], [1, None]]
+    assert [nodes["model"]["layers"] for nodes in found.stages] == [[0, 1], [1, None]]
     assert found.engine["executor"]["_target_"].endswith("PipelineExecutor")
     assert found.settings["platform"]["name"] == "two"
     file = str(tmp_path / "platform" / "two.yaml")
@@ -43,11 +43,11 @@ def test_the_users_overrides_reach_every_stage_or_one(tmp_path: Path) -> None:
     folder = [config_dir(tmp_path)]
     both = assemble([*BASE, "attention=sdpa", "kv_layout.block_size=16"], folder)
     assert targets(both, "attention") == ["SdpaAttention"] * 2
-    assert [nodes["kv_layout"]["block_size"] for nodes in both.workers] == [16, 16]
+    assert [nodes["kv_layout"]["block_size"] for nodes in both.stages] == [16, 16]
     assert str(both.choices["stages.0.attention"].origin) == "command line: attention=sdpa"
     one = assemble([*BASE, "stages.1.attention=paged", "stages.1.ops.rms_norm=cpu"], folder)
     assert targets(one, "attention") == ["PagedAttention"] * 2
-    ops = [nodes["ops"]["rms_norm"] for nodes in one.workers]
+    ops = [nodes["ops"]["rms_norm"] for nodes in one.stages]
     assert ops[0] == "auto" and ops[1]["_target_"].endswith("CpuOps")
     assert one.place("stages.1.ops.rms_norm") == "command line: stages.1.ops.rms_norm=cpu"
     assert str(one.choices["stages.1.attention"].origin) == "command line: stages.1.attention=paged"
@@ -60,7 +60,7 @@ def test_the_engine_is_one_and_its_values_reach_the_workers(tmp_path: Path) -> N
     text = TWO.replace("platform:\n", "scheduler:\n  max_num_seqs: 7\n\nplatform:\n")
     found = assemble([*BASE, "executor.depth=1"], [config_dir(tmp_path, text)])
     assert found.engine["executor"]["depth"] == 1
-    assert [nodes["worker"]["max_num_seqs"] for nodes in found.workers] == [7, 7]
+    assert [nodes["worker"]["max_num_seqs"] for nodes in found.stages] == [7, 7]
 
 
 def test_explain_shows_the_slots_of_each_stage(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_errors_of_a_part_name_its_stage(tmp_path: Path) -> None:
 def test_stages_that_make_no_sense(override: str, words: str | None, tmp_path: Path) -> None:
     folder = [config_dir(tmp_path)]
     if words is None:
-        assert len(assemble([*BASE, override], folder).workers) == 2
+        assert len(assemble([*BASE, override], folder).stages) == 2
         return
     with pytest.raises(ConfigError, match=words):
         assemble([*BASE, override], folder)
@@ -156,7 +156,7 @@ def test_other_platforms_have_no_stages(tmp_path: Path) -> None:
     for rest in (["platform=cpu"], []):
         with pytest.raises(ConfigError, match=r"has no stages; platforms that have: .*two"):
             assemble([*rest, "stages.0.attention=sdpa"], folder)
-    assert len(assemble(["platform=cpu", "model=tiny"], folder).workers) == 1
+    assert len(assemble(["platform=cpu", "model=tiny"], folder).stages) == 1
 
 
 def test_an_executor_that_knows_no_stages_is_refused(tmp_path: Path) -> None:

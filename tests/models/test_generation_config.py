@@ -101,7 +101,7 @@ def test_the_config_chooses_and_explain_shows(tmp_path: Path) -> None:
     none = assemble([*overrides, "generation_config=none"])
     assert none.server["server"]["sampling"] == {}
     assert explain(none, ops=False).sampling == {}
-    assert none.workers[0]["model"]["eos_token_ids"] == told.workers[0]["model"]["eos_token_ids"]
+    assert none.stages[0]["model"]["eos_token_ids"] == told.stages[0]["model"]["eos_token_ids"]
     with pytest.raises(ConfigError, match=r"generation_config: .*got 'chekpoint'; did you mean"):
         assemble([*overrides, "generation_config=chekpoint"])
 

@@ -81,7 +81,7 @@ def reference(w: dict[str, Tensor], tokens: list[int]) -> Tensor:
 
 
 def target(assembly: Assembly) -> str:
-    return str(assembly.workers[0]["model"]["_target_"])
+    return str(assembly.stages[0]["model"]["_target_"])
 
 
 def test_the_page_s_model_is_found_and_gives_its_own_tokens(package: Path, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_named_class_is_never_replaced(
     path = f"model.path={tmp_path / 'a'}"
     found = assemble([*NAMED[how], *TRUST, path], [package])
     assert target(found) == "mymodels.mine.MyDecoder"
-    assert found.workers[0]["model"]["hidden_size"] == 32
+    assert found.stages[0]["model"]["hidden_size"] == 32
     with pytest.raises(ConfigError, match=r"implementation=transformers asks .*MyDecoder"):
         assemble([*NAMED[how], *TRUST, path, "model.implementation=transformers"], [package])
 

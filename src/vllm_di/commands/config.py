@@ -28,16 +28,16 @@ def run(arguments: Arguments) -> int:
     """The one sub-verb is ``show``."""
     if arguments.words != ["show"]:
         raise UsageError("write: vllm-di config show [overrides] [--origins]")
+    from vllm_di.components.interfaces import DEFAULT_ROLE
     from vllm_di.containers.assembly import assemble
 
     assembly = assemble(arguments.overrides, arguments.config_dirs, incomplete=True)
     warn(assembly.warnings)
-    workers = assembly.workers
     nodes = {**assembly.server, **assembly.engine}
-    if len(workers) == 1:
-        nodes |= workers[0]
-    else:
-        nodes["stages"] = {str(stage): worker for stage, worker in enumerate(workers)}
+    for role, stages in assembly.workers.items():
+        numbered = {str(stage): worker for stage, worker in enumerate(stages)}
+        of_role = {"stages": numbered} if len(stages) > 1 else stages[0]
+        nodes |= of_role if role == DEFAULT_ROLE else {role: of_role}
     declared = declared_secrets(ConfigFiles.find(arguments.config_dirs))
     for key, text, masked in lines({**assembly.settings, **nodes}, declared):
         origin = assembly.place(key) if "--origins" in arguments.switches and ":" in text else ""

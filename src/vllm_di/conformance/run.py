@@ -89,7 +89,7 @@ def report(
     checks, manifest = plugin.results(), subject.manifest
     assembly = subject.assembly()
     nodes = {**assembly.server, **assembly.engine}
-    for prefix, worker in zip(subject.stages, assembly.workers, strict=True):
+    for prefix, worker in zip(subject.stages, assembly.stages, strict=True):
         nodes |= {f"{prefix}{slot}": node for slot, node in worker.items()}
     return Report(
         platform=manifest.name,

@@ -23,7 +23,7 @@ from vllm_di.containers.fill import Launcher, opened
 from vllm_di.containers.manifest import Capabilities, Manifest
 from vllm_di.containers.overrides import read
 from vllm_di.containers.slots import EngineContainer, WorkerContainer
-from vllm_di.containers.stages import split
+from vllm_di.containers.stages import prefix, split
 from vllm_di.errors import ConfigError, PortError, nearest
 
 OWN = ("model", "model.path", "loader", "tokenizer", "chat_template")
@@ -82,7 +82,7 @@ class Subject:
 
     @property
     def simulated(self) -> bool:
-        return any(node["device"].get("simulated") for node in self.assembly().workers)
+        return any(node["device"].get("simulated") for node in self.assembly().stages)
 
     @cached_property
     def head_size(self) -> int:
@@ -117,9 +117,18 @@ class Subject:
     @cached_property
     def stages(self) -> list[str]:
         """What the keys of its workers begin with: ``stages.N.`` for each stage; else one,
-        empty."""
-        found = split(ConfigTree.find(self.config_dirs), self.overrides).stages
-        return [f"stages.{index}." for index in range(len(found))] or [""]
+        empty. Raises ConfigError for a platform of several roles."""
+        roles = split(ConfigTree.find(self.config_dirs), self.overrides).roles
+        if len(roles) > 1:
+            raise ConfigError(
+                f"conform runs the workers of one role, and there are {', '.join(roles)}; run it "
+                "on the platform of each"
+            )
+        return [
+            prefix(role, index, len(stages))
+            for role, stages in roles.items()
+            for index in range(len(stages))
+        ] or [""]
 
     @property
     def exact_dtype(self) -> str:
@@ -201,12 +210,12 @@ class Subject:
     def has_key(self, key: str) -> bool:
         """Whether a worker's node has a key, ``device.memory_budget``."""
         slot, _, name = key.partition(".")
-        return all(name in node[slot] for node in self.assembly().workers)
+        return all(name in node[slot] for node in self.assembly().stages)
 
     def target(self, slot: str, stage: int = 0) -> str:
         """The class that fills a slot, as its dotted name."""
         a = self.assembly()
-        nodes = {**a.server, **a.engine, **a.workers[stage]}
+        nodes = {**a.server, **a.engine, **a.stages[stage]}
         if slot not in nodes:
             raise KeyError(f"{slot}{nearest(slot, nodes)}")
         return str(nodes[slot]["_target_"])
@@ -217,9 +226,9 @@ class Subject:
         a = self.assembly()
         workers = [
             {**node, "model": {k: v for k, v in node["model"].items() if k != "path"}}
-            for node in a.workers
+            for node in a.stages
         ]
-        loader = {k: v for k, v in a.workers[0]["loader"].items() if k == "_target_"}
+        loader = {k: v for k, v in a.stages[0]["loader"].items() if k == "_target_"}
         plain = {
             "server": {k: v for k, v in a.server.items() if k != "tokenizer"},
             "engine": a.engine,

@@ -14,6 +14,7 @@ from dependency_injector.containers import DeclarativeContainer
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from vllm_di.components.interfaces import DEFAULT_ROLE
 from vllm_di.containers.compose import Composition, ConfigTree
 from vllm_di.containers.evidence import Recorded, read_recorded, shown_level
 from vllm_di.containers.manifest import LEVELS, Level, Manifest, read_manifest
@@ -28,7 +29,7 @@ from vllm_di.containers.slots import (
     WorkerContainer,
     slots,
 )
-from vllm_di.containers.stages import KEY, Stage, check_layers, split
+from vllm_di.containers.stages import KEY, WORKERS, Stage, check_layers, prefix, split
 from vllm_di.containers.tree import shown
 from vllm_di.errors import CheckpointError, ConfigError, nearest
 
@@ -68,8 +69,9 @@ class Assembly(msgspec.Struct):
 
     server: dict[str, Any]
     engine: dict[str, Any]
-    workers: list[dict[str, Any]]
-    """One for each stage of a pipeline."""
+    workers: dict[str, list[dict[str, Any]]]
+    """Role to its workers, one for each stage of a pipeline. On a platform that names no roles
+    there is one, ``default``."""
     settings: dict[str, Any]
     origins: dict[str, Origin]
     choices: dict[str, Choice]
@@ -81,12 +83,33 @@ class Assembly(msgspec.Struct):
     missing: dict[str, str] = {}
     """Dotted key of a slot that cannot be filled yet, and what to set for it. Empty in an assembly
     that can run."""
+    role: str = DEFAULT_ROLE
+    """Whose workers ``stages``, ``nodes``, ``path`` and ``platform_of`` look at."""
+
+    def of_role(self, role: str) -> Assembly:
+        """The same assembly, looked at for another role. Raises ConfigError."""
+        if role not in self.workers:
+            raise ConfigError(
+                f"{self.choices['platform'].origin}: platform={self.platform.name} has no workers "
+                f"of the role {role!r}; it has {', '.join(self.workers)}"
+                f"{nearest(role, self.workers)}"
+            )
+        return msgspec.structs.replace(self, role=role)
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """The workers of the role."""
+        return self.workers[self.role]
+
+    def prefix(self, stage: int) -> str:
+        """What stands before the keys of one of them: ``stages.1.``, ``decode.``, or nothing."""
+        return prefix(self.role, stage, len(self.stages))
 
     def nodes(self, container: type[DeclarativeContainer], stage: int = 0) -> dict[str, Any]:
         """Slot to node for one container."""
         if container is ServerContainer:
             return self.server
-        return self.engine if container is EngineContainer else self.workers[stage]
+        return self.engine if container is EngineContainer else self.stages[stage]
 
     @property
     def platform(self) -> Manifest:
@@ -100,13 +123,14 @@ class Assembly(msgspec.Struct):
 
     def platform_of(self, stage: int) -> Manifest:
         """That of a stage, which is the whole's where there are no stages."""
-        stages = self.settings.get(KEY)
-        return msgspec.convert(stages[stage], Manifest) if stages else self.platform
+        platforms = self.settings.get(WORKERS)
+        if not platforms:
+            return self.platform
+        return msgspec.convert(platforms[self.role][stage], Manifest)
 
     def path(self, container: type[DeclarativeContainer], slot: str, stage: int = 0) -> str:
         """The dotted key of a slot's node: ``attention``, or ``stages.1.attention``."""
-        staged = container is WorkerContainer and len(self.workers) > 1
-        return f"{KEY}.{stage}.{slot}" if staged else slot
+        return f"{self.prefix(stage)}{slot}" if container is WorkerContainer else slot
 
     def place(self, key: str) -> str:
         """Where the value of a dotted key came from, for messages; a parent's place when it has
@@ -147,7 +171,7 @@ def assemble(
     assembly = Assembly(
         server={s: values[s] for s in slots(ServerContainer)},
         engine={s: values[s] for s in slots(EngineContainer)},
-        workers=[{s: values[s] for s in slots(WorkerContainer)}],
+        workers={DEFAULT_ROLE: [{s: values[s] for s in slots(WorkerContainer)}]},
         settings={s: values.get(s) for s in SETTINGS},
         origins=dict(whole.origins),
         choices={group: Choice(*choice) for group, choice in whole.choices.items()},
@@ -155,46 +179,50 @@ def assemble(
         warnings=[*tree.warnings(), *unreadable, *_left_out(values)],
         missing=dict(whole.missing),
     )
-    if not parts.stages:
+    if not parts.roles:
         return assembly
-    return _add_stages(assembly, tree, whole, parts.stages, reports, incomplete)
+    return _add_workers(assembly, tree, whole, parts.roles, reports, incomplete)
 
 
-def _add_stages(
+def _add_workers(
     assembly: Assembly,
     tree: ConfigTree,
     whole: Composition,
-    stages: list[Stage],
+    roles: dict[str, list[Stage]],
     reports: list[Recorded],
     incomplete: bool,
 ) -> Assembly:
-    """A worker for each stage in place of the one; its keys have the places ``stages.N.KEY``."""
+    """The workers of each role and stage in place of the one; their keys have a ``prefix``."""
     workers = slots(WorkerContainer)
     for key in [k for k in assembly.origins if k.split(".")[0] in workers]:
         del assembly.origins[key]
     for slot in workers:
         del assembly.choices[slot]
-    assembly.workers, assembly.settings[KEY] = [], []
+    assembly.workers, assembly.role = {role: [] for role in roles}, next(iter(roles))
+    platforms: dict[str, list[Any]] = {role: [] for role in roles}
+    assembly.settings[WORKERS] = platforms
     assembly.missing = {k: v for k, v in assembly.missing.items() if k not in workers}
-    for index, stage in enumerate(stages):
-        try:
-            composition = compose(tree, stage.overrides, stage.sources)
-            for slot in (*assembly.server, *assembly.engine):
-                composition.values[slot] = whole.values[slot]  # worker keys may interpolate them
-            values = _resolved(tree, composition, reports, incomplete)
-        except ConfigError as error:
-            raise type(error)(f"{KEY}.{index}: {error}") from None
-        assembly.workers.append({s: values[s] for s in workers})
-        assembly.settings[KEY].append(values["platform"])
-        assembly.missing |= {f"{KEY}.{index}.{k}": v for k, v in composition.missing.items()}
-        for key, origin in composition.origins.items():
-            if key.split(".")[0] in (*workers, "platform"):
-                assembly.origins[f"{KEY}.{index}.{key}"] = origin
-        for group, choice in composition.choices.items():
-            if group in workers or group == "platform":
-                assembly.choices[f"{KEY}.{index}.{group}"] = Choice(*choice)
-    if not assembly.missing:
-        check_layers(assembly.workers, assembly.place)
+    for role, stages in roles.items():
+        for index, stage in enumerate(stages):
+            before = prefix(role, index, len(stages))
+            try:
+                composition = compose(tree, stage.overrides, stage.sources)
+                for slot in (*assembly.server, *assembly.engine):
+                    composition.values[slot] = whole.values[slot]  # a worker may interpolate them
+                values = _resolved(tree, composition, reports, incomplete)
+            except ConfigError as error:
+                raise type(error)(f"{before.rstrip('.') or KEY}: {error}") from None
+            assembly.workers[role].append({s: values[s] for s in workers})
+            platforms[role].append(values["platform"])
+            assembly.missing |= {f"{before}{k}": v for k, v in composition.missing.items()}
+            for key, origin in composition.origins.items():
+                if key.split(".")[0] in workers or (before and key.split(".")[0] == "platform"):
+                    assembly.origins[f"{before}{key}"] = origin
+            for group, choice in composition.choices.items():
+                if group in workers or (before and group == "platform"):
+                    assembly.choices[f"{before}{group}"] = Choice(*choice)
+        if not assembly.missing:
+            check_layers(assembly.workers[role], assembly.place, role)
     return assembly
 
 
@@ -209,7 +237,7 @@ def _resolved(
     resolve_nested(tree, composition)
     _lower_level(composition, reports)
     values = _plain(composition)
-    known = [*SLOTS, *SETTINGS, KEY]
+    known = [*SLOTS, *SETTINGS, KEY, WORKERS]
     for key in values:
         if key not in known:
             place = composition.origins.get(key, "config")

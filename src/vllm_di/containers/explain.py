@@ -32,7 +32,8 @@ class Row(msgspec.Struct, frozen=True):
 
     container: str
     slot: str
-    """On a platform with stages those of a worker stand as ``stages.1.attention``."""
+    """On a platform with stages those of a worker stand as ``stages.1.attention``, of a role as
+    ``decode.attention``."""
     interface: str
     option: str
     target: str
@@ -89,21 +90,22 @@ def explain(
     said in its row. Reads no weight, and compiles no kernel.
     """
     tree = ConfigFiles.find(config_dirs)
-    stages = range(len(assembly.workers))
     rows = _rows(ServerContainer, assembly, tree) + _rows(EngineContainer, assembly, tree)
     paths: list[OpRow] = []
     fusions: list[str] = []
-    for stage in stages:
-        rows += _rows(WorkerContainer, assembly, tree, stage)
-        if ops:
-            prefix = f"stages.{stage}." if len(stages) > 1 else ""
-            try:
-                table, fused = _ops(assembly, stage)
-            except PortError as error:
-                rows = _with_missing(rows, assembly, stage, str(error))
+    for role in assembly.workers:
+        view = assembly.of_role(role)
+        for stage in range(len(view.stages)):
+            rows += _rows(WorkerContainer, view, tree, stage)
+            if not ops:
                 continue
-            paths += [OpRow(prefix + op, where) for op, where in table.items()]
-            fusions += [prefix + op for op in fused]
+            try:
+                table, fused = _ops(view, stage)
+            except PortError as error:
+                rows = _with_missing(rows, view, stage, str(error))
+                continue
+            paths += [OpRow(view.prefix(stage) + op, where) for op, where in table.items()]
+            fusions += [view.prefix(stage) + op for op in fused]
     platform = assembly.platform
     return Explanation(
         platform=platform.name,

@@ -7,6 +7,7 @@ reverse order, all of them, even when one raises.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -132,11 +133,14 @@ class Launcher(WorkerLauncher):
 
     def __init__(self, assembly: Assembly, objects: Mapping[str, Any] | None = None) -> None:
         self._assembly, self._objects = assembly, dict(objects or {})
-        self.num_stages = len(assembly.workers)
+        self.num_stages = len(assembly.stages)
+        self.role, self.roles = assembly.role, tuple(assembly.workers)
+
+    def for_role(self, role: str) -> WorkerLauncher:
+        return Launcher(self._assembly.of_role(role), self._objects)
 
     def open(self, placement: Placement) -> AbstractContextManager[Worker]:
-        self._check(placement)
-        return open_worker(self._assembly, placement, **self._objects)
+        return open_worker(self._assembly, self._checked(placement), **self._objects)
 
     def worker_class(self, stage: int) -> type[Worker]:
         if (worker := self._objects.get("worker")) is not None:
@@ -149,7 +153,7 @@ class Launcher(WorkerLauncher):
         return f"{self._assembly.place(path)}: {path}"
 
     def command(self, placement: Placement, address: str) -> tuple[list[str], bytes]:
-        self._check(placement)
+        placement = self._checked(placement)
         if self._objects:
             raise ConfigError(
                 f"objects cannot be handed to worker processes: {', '.join(self._objects)}; "
@@ -159,18 +163,21 @@ class Launcher(WorkerLauncher):
         module = "vllm_di.containers.worker_process"
         return [sys.executable, "-m", module, where, address], self._assembly.encode()
 
-    def _check(self, placement: Placement) -> None:
+    def _checked(self, placement: Placement) -> Placement:
+        """With the role of this launcher. Raises ConfigError where stages would not run."""
         if placement.num_stages != self.num_stages:
             name, place = self._assembly.platform.name, self._assembly.place("executor._target_")
             raise ConfigError(
                 f"{place}: executor: it runs a model in one piece, but platform={name} has "
                 f"{self.num_stages} stages; take executor=pipeline"
             )
+        return dataclasses.replace(placement, role=self.role)
 
 
 @contextmanager
 def open_worker(assembly: Assembly, placement: Placement, **objects: Any) -> Iterator[Worker]:
-    """The worker of one rank or stage, in this process."""
+    """The worker of one rank or stage of a role, in this process. Raises ConfigError."""
+    assembly = assembly.of_role(placement.role)
     with opened(
         WorkerContainer, assembly, stage=placement.stage, placement=placement, **objects
     ) as container:

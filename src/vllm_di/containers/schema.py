@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 from dependency_injector.containers import DeclarativeContainer
 
+from vllm_di.components.interfaces import Executor
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.slots import DERIVED, GIVEN, SLOTS, slots
 from vllm_di.errors import ConfigError, PortError, VllmDiError, nearest, one_line
@@ -82,6 +83,8 @@ def check(
         else:
             raise ConfigError(f"opening {container.__name__} needs {slot}")
         todo.extend(sorted(needs[slot]))  # which error comes first must not depend on hashes
+    if issubclass(getattr(parts.get("executor"), "cls", object), Executor):
+        _check_roles(parts["executor"].cls, assembly)
     try:
         order = [s for s in graphlib.TopologicalSorter(needs).static_order() if s in needs]
     except graphlib.CycleError as error:
@@ -94,6 +97,18 @@ def check(
             f"the components need each other in a circle: {' -> '.join(cycle)} ({places})"
         ) from None
     return Plan(parts, order)
+
+
+def _check_roles(executor: type[Executor], assembly: Assembly) -> None:
+    """Raise ConfigError for workers of a role that the executor cannot run."""
+    for role in assembly.workers:
+        if role not in executor.known_roles:
+            known = ", ".join(executor.known_roles)
+            raise ConfigError(
+                f"{assembly.place(f'workers.{role}')}: workers.{role}: {executor.__qualname__} "
+                f"({assembly.place('executor._target_')}) runs no workers of the role {role!r}; "
+                f"it knows {known}{nearest(role, executor.known_roles)}"
+            )
 
 
 def class_of(

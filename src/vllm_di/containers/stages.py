@@ -1,20 +1,21 @@
-"""Assemblies on several platforms: the stages of a pipeline, each composed on its own.
+"""Assemblies on several platforms: workers of several roles, the model of each role cut into the
+stages of a pipeline, each stage composed on its own.
 
-A platform's YAML may hold ``stages``, a list of overrides for each. The user's overrides reach
-every stage, those that begin with ``stages.N.`` the one. The engine and the server, of which there
-is one, are composed beside them.
+A platform's YAML may hold ``stages``, a list of overrides for each, or ``workers``, such a list for
+each role. The user's overrides reach every stage; those that begin with ``ROLE.`` one role, with
+``stages.N.`` one stage. The engine and the server, of which there is one, are composed beside them.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import yaml
 
+from vllm_di.components.interfaces import DEFAULT_ROLE
 from vllm_di.containers.compose import ConfigTree
 from vllm_di.containers.origins import Origin
 from vllm_di.containers.overrides import read
@@ -23,10 +24,10 @@ from vllm_di.containers.tree import ConfigFiles, shown
 from vllm_di.errors import ConfigError
 
 KEY = "stages"
+WORKERS = "workers"
 SHARED = ("model", "loader")
 """Slots of the worker that the engine and the server read too: the checkpoint is found by them."""
 
-_OF_STAGE = re.compile(r"(?P<sign>[+~]*)stages\.(?P<stage>[^.=]*)\.?(?P<rest>.*)", re.DOTALL)
 _WORKER = tuple(slots(WorkerContainer))
 _AROUND = tuple(slot for slot in SLOTS if slot not in _WORKER)
 
@@ -44,58 +45,110 @@ class Split(msgspec.Struct, frozen=True):
 
     around: list[str]
     """Overrides for the engine and the server."""
-    stages: list[Stage]
-    """None on a platform without stages: ``around`` holds everything then."""
+    roles: dict[str, list[Stage]]
+    """Role to its stages. Empty on a platform without: ``around`` holds everything then."""
 
 
 def split(
     tree: ConfigTree, overrides: Sequence[str], sources: Mapping[str, Origin] | None = None
 ) -> Split:
-    """Share the user's overrides out over the stages of the platform. Raises ConfigError for
-    stages that make no sense, and for ``stages.N`` where there is none."""
-    common = [o for o in overrides if not _OF_STAGE.fullmatch(o) and read(o).key != KEY]
-    platform = next((read(o).value for o in reversed(common) if read(o).key == "platform"), None)
-    path, known = tree.options("platform").get(platform or ""), sources or {}
-    listed = [] if path is None else read_stages(tree, path)
-    own = [_of_stage(tree, o, platform, len(listed)) for o in overrides if o not in common]
+    """Share the user's overrides out over the workers of the platform. Raises ConfigError for
+    roles or stages that make no sense, and for an override of one that is not there."""
+    chosen = (read(o).value for o in reversed(overrides) if read(o).key == "platform")
+    platform, known = next(chosen, None), sources or {}
+    path = tree.options("platform").get(platform or "")
+    listed = {} if path is None else read_stages(tree, path)
+    own = [
+        _of_worker(tree, text, platform, listed, known)
+        for text in overrides
+        if read(text).slot in (KEY, WORKERS, *(listed.keys() - {DEFAULT_ROLE}))
+    ]
+    typed = [reach.typed for reach in own]
+    common = [o for o in overrides if o not in typed]
     if path is None or not listed:
-        return Split(list(overrides), [])
+        return Split(list(overrides), {})
     _refuse_worker_keys(tree, path)
-    stages = []
-    for index, lines in enumerate(listed):
-        origins = {text: Origin("platform", shown(path), line) for text, line in lines}
-        stage_overrides = [text for text, _ in lines]
-        for text in (o for o in common if read(o).slot not in (*_AROUND, "platform")):
-            stage_overrides.append(text)
-            origins[text] = known.get(text) or Origin("command line", text=text)
-        for stage, text, typed in own:
-            if stage == index:
-                stage_overrides.append(text)
-                origins[text] = known.get(typed) or Origin("command line", text=typed)
-        stages.append(_checked(tree, index, Stage(_last_of_each(stage_overrides), origins)))
+    roles: dict[str, list[Stage]] = {role: [] for role in listed}
+    for role, stages in listed.items():
+        for index, lines in enumerate(stages):
+            texts = [text for text, _ in lines]
+            origins = {text: Origin("platform", shown(path), line) for text, line in lines}
+            for text in (o for o in common if read(o).slot not in (*_AROUND, "platform")):
+                texts.append(text)
+                origins[text] = known.get(text) or Origin("command line", text=text)
+            for reach in sorted(own, key=lambda reach: reach.stage is not None):
+                if reach.role == role and reach.stage in (None, index):
+                    texts.append(reach.text)
+                    typed_origin = Origin("command line", text=reach.typed)
+                    origins[reach.text] = known.get(reach.typed) or typed_origin
+            stage = Stage(_last_of_each(texts), origins)
+            roles[role].append(_checked(tree, prefix(role, index, len(stages)), stage))
     around = [o for o in common if read(o).slot not in _WORKER or read(o).slot in SHARED]
-    return Split(around, stages)
+    return Split(around, roles)
+
+
+def prefix(role: str, stage: int, num_stages: int) -> str:
+    """What stands before the keys of one worker: ``prefill.``, ``stages.1.``,
+    ``decode.stages.0.``, or nothing."""
+    of_role = "" if role == DEFAULT_ROLE else f"{role}."
+    return f"{of_role}{KEY}.{stage}." if num_stages > 1 else of_role
 
 
 def has_stages(tree: ConfigFiles, platform: str) -> bool:
-    """Whether an option of the group ``platform`` has stages."""
+    """Whether an option of the group ``platform`` has stages or roles."""
     path = tree.options("platform").get(platform)
-    return path is not None and KEY in tree.read(path).lines
+    return path is not None and _has(tree, path)
 
 
-def read_stages(tree: ConfigFiles, path: Path) -> list[list[tuple[str, int]]]:
-    """The (override, line) of each stage in a platform's YAML; nothing in one without stages.
-    Raises ConfigError."""
-    line = tree.read(path).lines.get(KEY)
-    if line is None:
-        return []
+def _has(tree: ConfigFiles, path: Path) -> bool:
+    lines = tree.read(path).lines
+    return KEY in lines or WORKERS in lines
+
+
+Lines = list[tuple[str, int]]
+"""The (override, line) of one stage."""
+
+
+def read_stages(tree: ConfigFiles, path: Path) -> dict[str, list[Lines]]:
+    """Role to its stages in a platform's YAML; a plain list is the role ``default``; nothing in
+    one without. Raises ConfigError."""
+    lines = tree.read(path).lines
+    if KEY not in lines and WORKERS not in lines:
+        return {}
+    if KEY in lines and WORKERS in lines:
+        raise ConfigError(
+            f"{shown(path)}:{lines[KEY]}: stages: {WORKERS} (line {lines[WORKERS]}) names the "
+            "stages of each role; leave one of the two out"
+        )
     root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     assert isinstance(root, yaml.MappingNode)
-    node = next(value for key, value in root.value if key.value == KEY)
+    nodes = {key.value: value for key, value in root.value}
+    if KEY in nodes:
+        return {DEFAULT_ROLE: _stages_of(nodes[KEY], f"{shown(path)}:{lines[KEY]}", path, KEY)}
+    if not isinstance(nodes[WORKERS], yaml.MappingNode) or not nodes[WORKERS].value:
+        raise ConfigError(
+            f"{shown(path)}:{lines[WORKERS]}: workers: expected a mapping of roles to stages, such "
+            "as prefill: [[platform=cpu]]"
+        )
+    roles = {}
+    taken = (*SLOTS, *tree.groups(), KEY, WORKERS)
+    for key, value in nodes[WORKERS].value:
+        place, role = f"{shown(path)}:{key.start_mark.line + 1}", str(key.value)
+        if not role.isidentifier() or role in taken:
+            why = "is a name of the config" if role in taken else "is not a name"
+            raise ConfigError(
+                f"{place}: workers.{role}: {role!r} {why}; call the role something else"
+            )
+        roles[role] = _stages_of(value, place, path, f"{WORKERS}.{role}")
+    return roles
+
+
+def _stages_of(node: yaml.Node, place: str, path: Path, key: str) -> list[Lines]:
+    """The stages of one role. Raises ConfigError."""
     good = isinstance(node, yaml.SequenceNode) and node.value
     if not good or not all(isinstance(stage, yaml.SequenceNode) for stage in node.value):
         raise ConfigError(
-            f"{shown(path)}:{line}: stages: expected a list with one list of overrides for each "
+            f"{place}: {key}: expected a list with one list of overrides for each "
             "stage, such as [platform=cpu, 'model.layers=[0,8]']"
         )
     stages = []
@@ -103,21 +156,26 @@ def read_stages(tree: ConfigFiles, path: Path) -> list[list[tuple[str, int]]]:
         for item in stage.value:
             if not isinstance(item, yaml.ScalarNode) or "=" not in item.value:
                 raise ConfigError(
-                    f"{shown(path)}:{item.start_mark.line + 1}: stages.{index}: expected an "
+                    f"{shown(path)}:{item.start_mark.line + 1}: {key}.{index}: expected an "
                     "override such as attention=sdpa, in quotes where it holds a comma or a colon"
                 )
         stages.append([(item.value, item.start_mark.line + 1) for item in stage.value])
     return stages
 
 
-def check_layers(workers: list[dict[str, Any]], place: Any) -> None:
-    """The stages' layers must be those of the model, each once and in order. Raises ConfigError;
-    ``place`` gives the file and line of a dotted key."""
+def check_layers(
+    workers: list[dict[str, Any]], place: Callable[[str], str], role: str = DEFAULT_ROLE
+) -> None:
+    """The layers of a role's stages must be those of the model, each once and in order. Raises
+    ConfigError; ``place`` gives the file and line of a dotted key."""
     models = [nodes["model"] for nodes in workers]
-    _same_model(models, place)
+    if len(models) == 1 and models[0].get("layers") is None:
+        return
+    keys = [prefix(role, index, len(models)) + "model" for index in range(len(models))]
+    _same_model(models, keys, place)
     count, end = models[0].get("num_hidden_layers"), 0
     for index, model in enumerate(models):
-        key = f"stages.{index}.model.layers"
+        key = f"{keys[index]}.layers"
         layers = model.get("layers")
         if not isinstance(layers, list) or len(layers) != 2 or not isinstance(layers[0], int):
             raise ConfigError(
@@ -133,7 +191,7 @@ def check_layers(workers: list[dict[str, Any]], place: Any) -> None:
         if not last and (stop is None or (count is not None and stop >= count)):
             raise ConfigError(
                 f"{place(key)}: {key} is {layers}, which leaves no layer of {count} to the stages "
-                f"after it; set {key} and stages.{index + 1}.model.layers"
+                f"after it; set {key} and {keys[index + 1]}.layers"
             )
         if last and count is not None and stop != count:
             raise ConfigError(
@@ -143,13 +201,13 @@ def check_layers(workers: list[dict[str, Any]], place: Any) -> None:
         end = stop
 
 
-def _same_model(models: list[dict[str, Any]], place: Any) -> None:
+def _same_model(models: list[dict[str, Any]], keys: list[str], place: Callable[[str], str]) -> None:
     apart = ("layers", "dtype", "_target_", "implementation")
     for index, model in enumerate(models[1:], 1):
         for key in {**models[0], **model}:
             ours, theirs = models[0].get(key), model.get(key)
             if key not in apart and ours != theirs:
-                one, other = f"stages.0.model.{key}", f"stages.{index}.model.{key}"
+                one, other = f"{keys[0]}.{key}", f"{keys[index]}.{key}"
                 raise ConfigError(
                     f"{place(other)}: {other} is {theirs!r}, but {one} is {ours!r} "
                     f"({place(one)}): the stages are one model"
@@ -159,32 +217,61 @@ def _same_model(models: list[dict[str, Any]], place: Any) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def _of_stage(
-    tree: ConfigTree, text: str, platform: str | None, count: int
-) -> tuple[int, str, str]:
-    """``stages.1.attention=sdpa`` -> (1, ``attention=sdpa``, as typed)."""
-    with_stages = [n for n, p in tree.options("platform").items() if KEY in tree.read(p).lines]
-    if not count:
-        there = ", ".join(with_stages) or "none"
+class _Reach(msgspec.Struct, frozen=True):
+    """An override of one role or one stage."""
+
+    role: str
+    stage: int | None
+    """None: every stage of the role."""
+    text: str
+    """``attention=sdpa``."""
+    typed: str
+    """``decode.stages.1.attention=sdpa``."""
+
+
+def _of_worker(
+    tree: ConfigTree,
+    text: str,
+    platform: str | None,
+    listed: dict[str, list[Lines]],
+    known: Mapping[str, Origin],
+) -> _Reach:
+    source = known.get(text)
+    place = f"{source.chosen_by if source else 'command line'}: {text!r}"
+    if not listed:
+        there = ", ".join(n for n, p in tree.options("platform").items() if _has(tree, p))
         raise ConfigError(
-            f"command line: {text!r}: platform={platform or 'auto'} has no stages; "
-            f"platforms that have: {there}"
+            f"{place}: platform={platform or 'auto'} has no stages; "
+            f"platforms that have: {there or 'none'}"
         )
-    match = _OF_STAGE.fullmatch(text)
-    stage, rest = (match["stage"], match["rest"]) if match else ("", "")
-    if not stage.isdigit() or int(stage) >= count:
-        numbers = ", ".join(f"stages.{n}" for n in range(count))
+    sign, key, equals, value = read(text)
+    role, rest = DEFAULT_ROLE, key
+    if key.split(".")[0] in listed:
+        role, _, rest = key.partition(".")
+    if role not in listed:
         raise ConfigError(
-            f"command line: {text!r}: no such stage; platform={platform} has {numbers}, and its "
-            "YAML lists them; write stages.N.KEY=VALUE"
+            f"{place}: platform={platform} has workers of the roles {', '.join(listed)}: write "
+            "ROLE.KEY=VALUE or ROLE.stages.N.KEY=VALUE"
         )
-    if not read(rest).key:
-        raise ConfigError(f"command line: {text!r}: write stages.{stage}.KEY=VALUE")
-    if (slot := read(rest).slot) in _AROUND:
+    count, stage = len(listed[role]), None
+    if rest.split(".")[0] == KEY:
+        _, number, rest = [*rest.split(".", 2), "", ""][:3]
+        form = prefix(role, 0, 2).replace("0", "N") + "KEY=VALUE"
+        if not number.isdigit() or int(number) >= count:
+            numbers = ", ".join(prefix(role, n, 2).rstrip(".") for n in range(count))
+            raise ConfigError(
+                f"{place}: no such stage; platform={platform} has {numbers}, and its "
+                f"YAML lists them; write {form}"
+            )
+        stage = int(number)
+    if not rest:
+        before = prefix(role, stage or 0, 1 if stage is None else 2)
+        raise ConfigError(f"{place}: write {before}KEY=VALUE")
+    if (slot := rest.split(".")[0]) in _AROUND:
         raise ConfigError(
-            f"command line: {text!r}: there is one {slot} for all stages: write {rest}"
+            f"{place}: there is one {slot} for all stages: write {rest}{equals}{value}"
         )
-    return int(stage), f"{match['sign'] if match else ''}{rest}", text
+    return _Reach(role, stage, f"{sign}{rest}{equals}{value}", text)
 
 
 def _refuse_worker_keys(tree: ConfigTree, path: Path) -> None:
@@ -195,24 +282,24 @@ def _refuse_worker_keys(tree: ConfigTree, path: Path) -> None:
     for key, line in worker_keys.items():
         raise ConfigError(
             f"{shown(path)}:{line}: {key}: a platform with stages fills the slots of its workers "
-            f"in `stages`: write {key}=... in the list of each"
+            f"in `{KEY}` or `{WORKERS}`: write {key}=... in the list of each"
         )
 
 
-def _checked(tree: ConfigTree, index: int, stage: Stage) -> Stage:
+def _checked(tree: ConfigTree, before: str, stage: Stage) -> Stage:
+    name = before.rstrip(".") or KEY
     text = next((o for o in stage.overrides if read(o).key == "platform"), None)
     options = tree.options("platform")
     if text is None:
-        plain = [n for n, p in options.items() if KEY not in tree.read(p).lines]
+        plain = [n for n, p in options.items() if not _has(tree, p)]
         raise ConfigError(
-            f"{next(iter(stage.sources.values()), 'stages')}: stages.{index} names no platform; "
+            f"{next(iter(stage.sources.values()), 'stages')}: {name} names no platform; "
             f"begin it with platform=NAME, of {', '.join(plain)}"
         )
     path = options.get(read(text).value)
-    if path is not None and KEY in tree.read(path).lines:
+    if path is not None and _has(tree, path):
         raise ConfigError(
-            f"{stage.sources[text]}: stages.{index}: {text} has stages itself; "
-            "name a platform without"
+            f"{stage.sources[text]}: {name}: {text} has stages itself; name a platform without"
         )
     return stage
 

@@ -64,7 +64,7 @@ def attention(
 
 
 def worker(*overrides: str) -> dict[str, Any]:
-    found: dict[str, Any] = assemble(["platform=cuda", "model=tiny", *overrides]).workers[0]
+    found: dict[str, Any] = assemble(["platform=cuda", "model=tiny", *overrides]).stages[0]
     return found
 
 

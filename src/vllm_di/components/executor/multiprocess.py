@@ -15,6 +15,7 @@ from vllm_di.components.executor.processes import (
     GRACE_SECONDS,
     WorkerProcess,
     answers,
+    called,
     connect,
 )
 from vllm_di.components.executor.rpc import Call, result
@@ -122,7 +123,7 @@ class MultiprocessExecutor(Executor):
             worker = WorkerProcess(
                 self._launcher,
                 placement,
-                f"worker {rank}",
+                called(self._launcher, f"worker {rank}"),
                 listener=self._listener,
             )
             self._workers.append(worker)

@@ -14,7 +14,7 @@ import msgspec
 from vllm_di.components.device.sizes import show_size
 from vllm_di.components.executor.inline import call_here
 from vllm_di.components.executor.methods import StageMethods
-from vllm_di.components.executor.processes import GRACE_SECONDS, WorkerProcess, connect
+from vllm_di.components.executor.processes import GRACE_SECONDS, WorkerProcess, called, connect
 from vllm_di.components.heartbeat import Listener
 from vllm_di.components.interfaces import Executor, Placement, Worker, WorkerLauncher
 from vllm_di.components.kv_groups import group_layers, sized
@@ -73,7 +73,7 @@ class PipelineExecutor(Executor):
     def _open(self) -> None:
         count = self._launcher.num_stages
         places = [Placement(stage=index, num_stages=count) for index in range(count)]
-        stages = [_Stage(index, StageMethods(self._launcher, index)) for index in range(count)]
+        stages = [_Stage(self._launcher, index) for index in range(count)]
         self._stages = stages
         if not self._processes:
             for stage, place in zip(stages, places, strict=True):
@@ -142,9 +142,10 @@ class _Stage:
 
     worker: Worker | WorkerProcess
 
-    def __init__(self, index: int, methods: StageMethods) -> None:
-        self.name, self._methods = f"stage {index}", methods
-        self._execute = methods.call("execute")
+    def __init__(self, launcher: WorkerLauncher, index: int) -> None:
+        self.name = called(launcher, f"stage {index}")
+        self._methods = StageMethods(launcher, index)
+        self._execute = self._methods.call("execute")
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=self.name)
         self._stack = ExitStack()
 

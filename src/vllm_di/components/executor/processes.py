@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_di.components.executor.rpc import GREETING, Call, Close, Hello, result
 from vllm_di.components.heartbeat import Listener, Silence, put_down
-from vllm_di.components.interfaces import Placement, WorkerLauncher
+from vllm_di.components.interfaces import DEFAULT_ROLE, Placement, WorkerLauncher
 from vllm_di.components.messages import Peer
 from vllm_di.components.transport import Codec, Connection, Failure, Rendezvous
 from vllm_di.errors import EngineDeadError
@@ -159,6 +159,11 @@ class WorkerProcess:
     def _ending(self) -> str:
         code = self._process.returncode
         return f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
+
+
+def called(launcher: WorkerLauncher, name: str) -> str:
+    """A worker's name for errors, with its role: ``decode stage 1``."""
+    return name if launcher.role == DEFAULT_ROLE else f"{launcher.role} {name}"
 
 
 def connect(workers: Sequence[WorkerProcess], timeout: float) -> None:

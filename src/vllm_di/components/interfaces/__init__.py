@@ -25,7 +25,13 @@ from vllm_di.components.interfaces.attention import (
     UnrotatedForward,
     fixed,
 )
-from vllm_di.components.interfaces.device import Communicator, Device, DeviceMemory, Placement
+from vllm_di.components.interfaces.device import (
+    DEFAULT_ROLE,
+    Communicator,
+    Device,
+    DeviceMemory,
+    Placement,
+)
 from vllm_di.components.interfaces.engine import (
     Drafter,
     Engine,
@@ -78,6 +84,7 @@ INTERFACE_VERSION = "2.0"
 """Of these pages and of ``messages.py``; docs/interface-versions.md has the policy."""
 
 __all__ = [
+    "DEFAULT_ROLE",
     "INTERFACE_VERSION",
     "Activation",
     "AttentionBackend",

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+DEFAULT_ROLE = "default"
+"""Of the workers of a platform that names no roles."""
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Given, not chosen: where this worker stands among its peers."""
@@ -25,6 +29,9 @@ class Placement:
     stage: int = 0
     """Which part of a pipeline this is; ranks are counted within a stage."""
     num_stages: int = 1
+    role: str = DEFAULT_ROLE
+    """What the worker is for, as the platform's YAML names it: ``prefill``, ``draft``. Ranks and
+    stages are counted within a role."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from vllm_di.components.interfaces.device import Placement
+from vllm_di.components.interfaces.device import DEFAULT_ROLE, Placement
 from vllm_di.components.interfaces.worker import Worker
 from vllm_di.components.messages import (
     EngineOutputs,
@@ -22,6 +22,7 @@ from vllm_di.components.messages import (
     TokenOutput,
     WorkerReport,
 )
+from vllm_di.errors import ConfigError
 
 
 class WorkerLauncher(ABC):
@@ -30,6 +31,15 @@ class WorkerLauncher(ABC):
 
     num_stages: int = 1
     """Stages that the model is cut into. Each wants a placement of its own."""
+    roles: Sequence[str] = (DEFAULT_ROLE,)
+    """Those of all workers."""
+    role: str = DEFAULT_ROLE
+    """Whose workers this launcher opens: the first one's, until ``for_role``."""
+
+    def for_role(self, role: str) -> WorkerLauncher:
+        """The launcher of another role's workers. An executor of several roles hands it to one
+        executor for each. Raises ConfigError, with the place, for a role that is not there."""
+        raise ConfigError(f"there are no roles of workers here, so none is called {role!r}")
 
     @abstractmethod
     def open(self, placement: Placement) -> AbstractContextManager[Worker]:
@@ -54,6 +64,8 @@ class WorkerLauncher(ABC):
 class Executor(ABC):
     """Runs steps on the workers."""
 
+    known_roles: ClassVar[tuple[str, ...]] = (DEFAULT_ROLE,)
+    """Roles of workers that it can run; the assembly refuses any other."""
     depth: int = 1
     """Steps that may be in flight at once; the report of ``start`` says it too."""
     patience: float | None = None

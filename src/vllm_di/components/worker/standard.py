@@ -82,6 +82,7 @@ class StandardWorker(Worker):
         model, layout = self._model, self._layout
         memory = self._device.memory()
         details: dict[str, Any] = {
+            "role": self._placement.role,
             "rank": self._placement.rank,
             "load_seconds": round(seconds, 3),
             "ops": self._ops.describe(),

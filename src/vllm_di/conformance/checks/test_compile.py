@@ -15,7 +15,7 @@ from vllm_di.conformance.subject import Subject
 def test_kernel(subject: Subject, record: Record, target: str, compiled_part: str) -> None:
     if subject.manifest.compile is None:
         raise NotDeclared("no targets: platform.compile")
-    compiler = compiler_class(subject)(subject.assembly().workers[0])
+    compiler = compiler_class(subject)(subject.assembly().stages[0])
     record.feature(COMPILED + target)
     made = compiler.compile(compiled_part, target)
     assert made, f"{compiled_part} compiles nothing"

@@ -75,7 +75,7 @@ def test_sdpa_is_honoured(subject: Subject) -> None:
     dtype = subject.exact_dtype
     wanted = goldens("gqa", subject.head_size, 4, 8)
     more = ("attention=sdpa", f"model.dtype={dtype}")
-    for worker in subject.assembly(*more).workers:
+    for worker in subject.assembly(*more).stages:
         chosen = worker["attention"]["_target_"]
         assert chosen.endswith(".SdpaAttention"), f"attention=sdpa gave {chosen}"
     with subject.engine(*more) as engine:

@@ -24,7 +24,7 @@ def targets(value: Any) -> list[str]:
 
 def test_imports_change_nothing(subject: Subject, record: Record) -> None:
     assembly = subject.assembly()
-    nodes = {**assembly.engine, **{f"{i}": node for i, node in enumerate(assembly.workers)}}
+    nodes = {**assembly.engine, **{f"{i}": node for i, node in enumerate(assembly.stages)}}
     names = sorted(set(targets(nodes)))
     done = subprocess.run(
         [sys.executable, "-m", "vllm_di.conformance.hygiene"],

@@ -63,7 +63,7 @@ def device_free(subject: Subject) -> int:
 def with_probes(plain: Assembly, failing: str, kind: str) -> Assembly:
     """Every worker slot tracked, one of them failing."""
     changed = copy.deepcopy(plain)
-    for slot, node in changed.workers[0].items():
+    for slot, node in changed.stages[0].items():
         node["_target_"] = probes.name_of(kind if slot == failing else "Tracked", node["_target_"])
     return changed
 
