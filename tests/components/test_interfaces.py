@@ -25,6 +25,7 @@ OF_THE_CONTAINER = ("close",)
 FOR_OTHERS = {
     ("ModelProgram", "caches"): "what moves blocks between workers reads them here, and tests do",
     ("Executor", "collective"): "how a component calls a method that a port's worker adds",
+    ("WorkerLauncher", "for_role"): "how an executor of several roles opens each",
 }
 """Called by components out of tree: the seam is there for them."""
 
