@@ -32,8 +32,6 @@ class EagerProgram(ModelProgram):
         self._forward = graph.wrap(model.forward)
         self._caches: list[LayerCache] = []
         self._groups: list[int] = []
-        self._inference = torch.inference_mode()
-        """Kept, where a decorator makes one a step: 20 us, when a step has emptied the caches."""
 
     def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
         layers = Groups(self._model.kv_specs(), groups)
@@ -46,7 +44,9 @@ class EagerProgram(ModelProgram):
         return self._caches
 
     def run(self, plan: BatchPlan) -> Tensor:
-        with self._inference:
+        if torch.is_inference_mode_enabled():  # a step; a warm-up enters it here
+            return self._run(plan)
+        with torch.inference_mode():
             return self._run(plan)
 
     def _run(self, plan: BatchPlan) -> Tensor:
