@@ -3,6 +3,7 @@ blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
@@ -58,6 +59,22 @@ def pad_to(plan: BatchPlan, shape: PlanShape, slot: int = -1) -> BatchPlan:
         more_groups=[tables(group) for group in padded.more_groups],
         padded_to=shape,
     )
+
+
+def blank_of(
+    shape: PlanShape, blank: Callable[[PlanShape], BatchPlan], slot: int = -1
+) -> BatchPlan:
+    """A plan of the static ``shape`` for the warm-up: one token, and padding."""
+    one = blank(PlanShape(tokens=1, rows=1, seqs=1, columns=1, queries=1))
+    nowhere = replace(
+        one,
+        slot_mapping=one.slot_mapping.clamp(min=slot),
+        more_groups=[
+            replace(group, slot_mapping=group.slot_mapping.clamp(min=slot))
+            for group in one.more_groups
+        ],
+    )
+    return pad_to(nowhere, shape, slot)
 
 
 def without_padding(plan: BatchPlan) -> BatchPlan:

@@ -1,0 +1,45 @@
+"""What policies with static shapes share: their lists of sizes."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
+
+from vllm_di.components.interfaces import SchedulerLimits
+from vllm_di.errors import ConfigError
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Sizes:
+    """The sizes that one dimension may have. Raises ConfigError where ``needed``, the most that a
+    step can have of it, is beyond the largest; ``remedy`` says what else could be changed."""
+
+    def __init__(self, key: str, sizes: Sequence[int], needed: int, remedy: str) -> None:
+        self.sizes = sorted(set(sizes))
+        self._key = key
+        if not self.sizes or self.sizes[-1] < needed:
+            raise ConfigError(
+                f"{key}: a step can have {needed}, and the largest size is "
+                f"{self.sizes[-1] if self.sizes else 'none'}; add {needed}, or {remedy}"
+            )
+
+    def over(self, count: int) -> int:
+        """The smallest size that holds ``count``. Raises ValueError where there is none."""
+        place = bisect_left(self.sizes, count)
+        if place == len(self.sizes):
+            raise ValueError(f"{self._key}: {count} is beyond the largest size {self.sizes[-1]}")
+        return self.sizes[place]
+
+    def below(self, size: int) -> int:
+        """The size before ``size``; 0 for the smallest."""
+        place = self.sizes.index(size)
+        return self.sizes[place - 1] if place else 0
+
+
+def padding_slot(limits: SchedulerLimits) -> int:
+    """The slot of padding tokens: in block 0 where that is kept free for them."""
+    return 0 if limits.report().null_block else -1
