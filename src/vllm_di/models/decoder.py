@@ -264,6 +264,13 @@ class Decoder(nn.Module, Model):
 
     @torch.no_grad()
     def load_random(self, seed: int) -> None:
+        targets = self.targets()
+        for name, tensor in self.random_weights(seed):
+            targets[name].fill(tensor)
+        self.finalize()
+
+    def random_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors in fp32, by their names: each depends on its name and the seed alone."""
         for name, target in self.targets().items():
             generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
             if target.kind == "norm":
@@ -274,8 +281,7 @@ class Decoder(nn.Module, Model):
             else:
                 tensor = torch.empty(target.shape, dtype=torch.float32)
                 tensor.normal_(0, INIT_STD, generator=generator)
-            target.fill(tensor)
-        self.finalize()
+            yield name, tensor
 
     def finalize(self) -> None:
         """Hand the linear weights to the quantization; from here on the model can run."""

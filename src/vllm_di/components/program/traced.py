@@ -191,6 +191,29 @@ def _name_weights(graph: GraphModule, model: Model) -> dict[str, tuple[WeightPar
     return found
 
 
+def share(tensor: Tensor, part: WeightPart, communicator: Communicator) -> Tensor:
+    """A rank's share of a tensor of the checkpoint, as ``part`` cuts it."""
+    rows = tensor[part.start : part.start + part.rows]
+    if part.offset:
+        rows = rows.float() + part.offset
+    if part.first_rank_only and communicator.rank > 0:
+        rows = torch.zeros_like(rows)
+    if part.shard_dim is None:
+        return rows
+    size = -(-rows.shape[part.shard_dim] // part.num_shards)
+    index = communicator.rank * part.num_shards // communicator.world_size
+    piece = rows.narrow(
+        part.shard_dim,
+        start := min(index * size, rows.shape[part.shard_dim]),
+        min(size, rows.shape[part.shard_dim] - start),
+    )
+    if (missing := size - piece.shape[part.shard_dim]) == 0:
+        return piece
+    shape = list(piece.shape)
+    shape[part.shard_dim] = missing
+    return torch.cat((piece, piece.new_zeros(shape)), part.shard_dim)
+
+
 def _fields(inputs: dict[str, Tensor], group: int) -> dict[str, Tensor]:
     """The metadata of one group, by its fields."""
     prefix = f"metadata.{group}."
