@@ -20,7 +20,6 @@ from vllm_di.components.interfaces import Executor, Placement, Worker, WorkerLau
 from vllm_di.components.kv_groups import group_layers, sized
 from vllm_di.components.messages import (
     CacheSize,
-    HiddenStates,
     LimitsReport,
     Peer,
     StepInput,
@@ -97,17 +96,20 @@ class PipelineExecutor(Executor):
         return future
 
     def _run(
-        self, index: int, plan: StepPlan, hidden: HiddenStates | None, future: Future[StepResult]
+        self, index: int, plan: StepPlan, before: StepResult | None, future: Future[StepResult]
     ) -> None:
         """One stage's part of a step, on its thread; then the next one's turn."""
         stage = self._stages[index]
         try:
+            hidden = None if before is None else before.hidden
             result = stage.execute(StepInput(plan, hidden), self._step_timeout)
+            if before is not None and (before.num_compiles or before.failed):
+                result = _joined(before, result)
             if index + 1 == len(self._stages):
                 future.set_result(result)
             else:
                 after = self._stages[index + 1].thread
-                after.submit(self._run, index + 1, plan, result.hidden, future)
+                after.submit(self._run, index + 1, plan, result, future)
         except BaseException as error:
             future.set_exception(stage.dead(error))
 
@@ -191,6 +193,18 @@ class _Stage:
             self.run(self._stack.close)
         finally:
             self.thread.shutdown()
+
+
+def _joined(before: StepResult, result: StepResult) -> StepResult:
+    """The result of a stage, with what an earlier one compiled and the requests that failed
+    there."""
+    failed = before.failed | result.failed
+    return msgspec.structs.replace(
+        result,
+        tokens=[token for token in result.tokens if token.seq_id not in failed],
+        failed=failed,
+        num_compiles=before.num_compiles + result.num_compiles,
+    )
 
 
 def agreed(reports: list[WorkerReport], launcher: WorkerLauncher) -> WorkerReport:

@@ -51,6 +51,9 @@ class OpenVinoDevice(Device):
                 f"{', '.join(self._core.available_devices) or 'no device'}"
             )
         can = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        name = self._core.get_property("CPU", "FULL_DEVICE_NAME")
+        self.target = f"{name}: {', '.join(sorted(can))}"
+        """The processor, as OpenVINO compiles for it."""
         half = (torch.bfloat16,) if "BF16" in can else ()
         self.supported_dtypes = (*half, torch.float32)
         self.default_dtype = self.supported_dtypes[0]

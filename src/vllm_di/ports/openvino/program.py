@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ from vllm_di.components.interfaces import (
 )
 from vllm_di.components.kv_groups import Groups
 from vllm_di.components.messages import KvGroup
-from vllm_di.components.program.traced import check_traceable, step_inputs, trace_step
+from vllm_di.components.program.compile_cache import compile_key
+from vllm_di.components.program.traced import TracedStep, check_traceable, step_inputs, trace_step
 from vllm_di.components.shapes.padding import without_padding
 from vllm_di.errors import ConfigError, PortError
 from vllm_di.ports.openvino.convert import convert
-from vllm_di.ports.openvino.device import NAMES, openvino_device
+from vllm_di.ports.openvino.device import NAMES, load_openvino, openvino_device
 from vllm_di.ports.openvino.tensors import to_openvino, to_torch
 
 
@@ -38,7 +40,7 @@ class OpenVinoProgram(ModelProgram):
     model's weights. Batches of any shape go through the one compiled model; padding is cut off. It
     writes to the blocks of the table whatever the slots say: block 0 takes those of a warm-up.
 
-    ``cache_dir``: where OpenVINO keeps compiled models; null: nowhere.
+    ``cache_dir``: where compiled models are kept, each under its ``compile_key``; null: nowhere.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class OpenVinoProgram(ModelProgram):
         step = trace_step(
             self._model, self._build, layers, caches, self._layout.block_size, self._communicator
         )
+        folder = self._folder(step)
         converted = convert(step)
         names, self._unwritten = step.inputs, step.unwritten
         # the compiler copies the weights once more: let go of those in the graph, which has cycles
@@ -86,10 +89,22 @@ class OpenVinoProgram(ModelProgram):
         gc.collect()
         wanted = self._layout.describe(layers.pool[0], self._model.dtype)
         dtype = wanted[0].dtype
-        compiled = self._device.compile(converted, self._model.dtype, dtype, self.cache_dir)
+        compiled = self._device.compile(converted, self._model.dtype, dtype, folder)
         _check_ports(compiled, names, wanted)
         self._names = {name: i for i, name in enumerate(names)}
         self._request = compiled.create_infer_request()
+
+    def _folder(self, step: TracedStep) -> str | None:
+        """Where the compiled model is kept: OpenVINO has the weights in it."""
+        if self.cache_dir is None:
+            return None
+        key = compile_key(
+            step,
+            target=self._device.target,
+            versions={"openvino": load_openvino().__version__},
+            with_weights=True,
+        )
+        return str(Path(self.cache_dir).expanduser() / key)
 
     def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
         pool = self._groups.pool
