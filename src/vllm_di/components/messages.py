@@ -16,6 +16,7 @@ import math
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import force_setattr
 
 from vllm_di.errors import RequestError
 
@@ -151,6 +152,10 @@ class NewSequence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     prompt_len: int
     eos_token_ids: list[int] = []
     bad_words_token_ids: list[list[int]] = []
+    same_as: int = -1
+    """On its way to another process: the place in ``StepPlan.new`` of a choice before it of the
+    same request, whose prompt and lists it shares; they are left out here. A worker never sees it.
+    """
 
 
 class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -193,6 +198,47 @@ class StepPlan(msgspec.Struct, frozen=True):
     scheduled: list[ScheduledSequence]
     finished: list[int]
     """Sequences that ended, were aborted or preempted since the step before: forget them."""
+
+    def __post_init__(self) -> None:
+        """Give the choices of a plan that was ``packed`` what they share: one object for all."""
+        for new in self.new:
+            if new.same_as >= 0:
+                first = self.new[new.same_as]
+                for name in _SHARED_PARAMS:
+                    force_setattr(new.params, name, getattr(first.params, name))
+                force_setattr(new, "token_ids", first.token_ids)
+                force_setattr(new, "bad_words_token_ids", first.bad_words_token_ids)
+                force_setattr(new, "same_as", -1)
+
+    def packed(self) -> StepPlan:
+        """For encoding: what the choices of one request share is in the first of them alone. They
+        are known by identity: their lists are the same objects. Decoding unpacks."""
+        if len(self.new) < 2:
+            return self
+        first_of: dict[tuple[int, ...], int] = {}
+        packed: list[NewSequence] = []
+        for index, new in enumerate(self.new):
+            lists = [getattr(new.params, name) for name in _SHARED_PARAMS]
+            parts = (new.token_ids, new.bad_words_token_ids, *lists)
+            first = first_of.setdefault(tuple(id(part) if part else 0 for part in parts), index)
+            packed.append(new if first == index else _without_shared(new, first))
+        if len(first_of) == len(self.new):
+            return self
+        light = StepPlan(self.step, [], self.scheduled, self.finished)
+        light.new.extend(packed)  # not by the constructor, which would unpack them
+        return light
+
+
+_SHARED_PARAMS = ("logit_bias", "allowed_token_ids", "bad_words", "stop", "stop_token_ids")
+"""Fields of the sampling parameters that may be long."""
+
+
+def _without_shared(new: NewSequence, first: int) -> NewSequence:
+    empty: dict[str, Any] = {"logit_bias": None, "allowed_token_ids": None, "bad_words": []}
+    params = msgspec.structs.replace(new.params, **empty, stop=[], stop_token_ids=[])
+    return msgspec.structs.replace(
+        new, params=params, token_ids=[], bad_words_token_ids=[], same_as=first
+    )
 
 
 class StepInput(msgspec.Struct, frozen=True):

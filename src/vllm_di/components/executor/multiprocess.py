@@ -148,7 +148,7 @@ class MultiprocessExecutor(Executor):
                 if isinstance(payload, bytes):
                     future.set_result(self._send(call, payload, self._step_timeout))
                 else:
-                    frame = call.frame(StepInput(payload))
+                    frame = call.frame(StepInput(payload.packed()))
                     future.set_result(self._send(call, frame, self._step_timeout)[0])
             except BaseException as error:
                 future.set_exception(error)

@@ -177,7 +177,8 @@ class _Stage:
         """On this stage's thread."""
         if isinstance(self.worker, Worker):
             return self.worker.execute(step)
-        result: StepResult = self.worker.call(self._execute, self._execute.frame(step), timeout)
+        frame = self._execute.frame(StepInput(step.plan.packed(), step.hidden))
+        result: StepResult = self.worker.call(self._execute, frame, timeout)
         return result
 
     def dead(self, error: BaseException) -> EngineDeadError:

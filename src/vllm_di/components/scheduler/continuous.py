@@ -317,7 +317,7 @@ class ContinuousScheduler(Scheduler):
             NewSequence(
                 seq_id=sequence.seq_id,
                 params=sequence.request.params,
-                token_ids=list(sequence.token_ids),
+                token_ids=_known_tokens(sequence),
                 prompt_len=sequence.prompt_len,
                 eos_token_ids=self._report.eos_token_ids,
                 bad_words_token_ids=sequence.request.bad_words_token_ids,
@@ -448,3 +448,10 @@ class ContinuousScheduler(Scheduler):
             step_tokens=self._step_tokens,
             num_steps=self._num_steps,
         )
+
+
+def _known_tokens(sequence: Sequence) -> list[int]:
+    """The request's own list where nothing is generated yet: the choices of a request share it, and
+    an executor sends it once."""
+    generated = sequence.num_generated
+    return list(sequence.token_ids) if generated else sequence.request.prompt_token_ids
