@@ -229,13 +229,25 @@ class StepPlan(msgspec.Struct, frozen=True):
         return light
 
 
-_SHARED_PARAMS = ("logit_bias", "allowed_token_ids", "bad_words", "stop", "stop_token_ids")
+_SHARED_PARAMS = (
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "stop",
+    "stop_token_ids",
+    "structured_output",
+)
 """Fields of the sampling parameters that may be long."""
 
 
 def _without_shared(new: NewSequence, first: int) -> NewSequence:
-    empty: dict[str, Any] = {"logit_bias": None, "allowed_token_ids": None, "bad_words": []}
-    params = msgspec.structs.replace(new.params, **empty, stop=[], stop_token_ids=[])
+    empty: dict[str, Any] = {
+        "logit_bias": None,
+        "allowed_token_ids": None,
+        "structured_output": None,
+    }
+    empty |= {"bad_words": [], "stop": [], "stop_token_ids": []}
+    params = msgspec.structs.replace(new.params, **empty)
     return msgspec.structs.replace(
         new, params=params, token_ids=[], bad_words_token_ids=[], same_as=first
     )
