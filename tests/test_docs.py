@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_di.components import interfaces, messages
 from vllm_di.containers.slots import SLOTS
 
 ROOT = Path(__file__).parents[1]
@@ -65,3 +66,13 @@ def test_links_between_pages_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_members_of_interfaces_that_vendors_are_told_of_are_there() -> None:
+    text = (DOCS / "vendors.md").read_text()
+    pairs = re.findall(r"`([A-Z]\w+)\.(\w+)`", text)
+    assert len(pairs) > 15
+    for cls, member in pairs:
+        owner = getattr(interfaces, cls, None) or getattr(messages, cls)
+        annotated = getattr(owner, "__annotations__", {})
+        assert hasattr(owner, member) or member in annotated, f"there is no {cls}.{member}"
