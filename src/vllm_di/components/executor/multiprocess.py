@@ -100,7 +100,7 @@ class MultiprocessExecutor(Executor):
             self._calls.put(None)
             self._thread.join(CLOSE_SECONDS)
             self._thread = None
-            while not self._calls.empty():  # of other threads, which must not wait for ever
+            while not self._calls.empty():  # a collective of another thread must not wait forever
                 if (item := self._calls.get()) is not None:
                     item[2].set_exception(EngineDeadError("the workers are closed"))
         for worker in self._workers:
@@ -155,7 +155,7 @@ class MultiprocessExecutor(Executor):
 
 
 def _agreed(reports: list[WorkerReport]) -> WorkerReport:
-    """Rank 0's report with what is true of all: everybody's weights and details."""
+    """Rank 0's report, with the weights and details of all ranks."""
     return msgspec.structs.replace(
         reports[0],
         weight_bytes=sum(r.weight_bytes for r in reports),

@@ -140,7 +140,7 @@ class PipelineExecutor(Executor):
 
 
 class _Stage:
-    """A worker, and the thread on which everything is asked of it."""
+    """A worker, and the thread that makes all calls to it."""
 
     worker: Worker | WorkerProcess
 
@@ -182,7 +182,7 @@ class _Stage:
         return result
 
     def dead(self, error: BaseException) -> EngineDeadError:
-        """What ends the engine: the stage's name, and what happened to it."""
+        """The error that ends the engine: it names the stage and what happened to it."""
         if isinstance(error, EngineDeadError):
             text = str(error)
             return error if text.startswith(self.name) else EngineDeadError(f"{self.name}: {text}")
@@ -209,8 +209,7 @@ def _joined(before: StepResult, result: StepResult) -> StepResult:
 
 
 def agreed(reports: list[WorkerReport], launcher: WorkerLauncher) -> WorkerReport:
-    """What is true of the whole pipeline. Raises ConfigError where its stages do not fit
-    together."""
+    """The report of the whole pipeline. Raises ConfigError where its stages do not fit together."""
     _same("model.dtype", [r.dtype for r in reports], launcher, "hidden states would be cast")
     _same(
         "kv_layout.block_size",
@@ -242,7 +241,7 @@ def _same(key: str, values: Sequence[Any], launcher: WorkerLauncher, why: str) -
 def check_fit(
     reports: Sequence[WorkerReport], sizes: Sequence[CacheSize], launcher: WorkerLauncher
 ) -> None:
-    """Raise ConfigError where stages on one device, each told of the same free memory, want more
+    """Raise ConfigError where stages on one device, which all see the same free memory, want more
     than that together."""
     num_blocks = min(size.num_blocks for size in sizes)
     wanted: dict[str, int] = defaultdict(int)

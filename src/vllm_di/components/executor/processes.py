@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class WorkerProcess:
-    """A worker elsewhere: spawned by the constructor, ready after ``connect``.
+    """A worker in another process: spawned by the constructor, ready after ``connect``.
 
     ``name`` is what errors call it: ``worker 1``, ``stage 0``. ``listener`` hears its heartbeat.
     """
@@ -98,7 +98,7 @@ class WorkerProcess:
 
     def answer(self, call: Call | Codec[Any], timeout: float) -> Any:
         """The answer to the oldest call, which was this one. When none comes in time, the process
-        is put down. Raises EngineDeadError."""
+        is killed. Raises EngineDeadError."""
         assert self._connection is not None
         self._connection.socket.settimeout(timeout)
         try:
@@ -167,7 +167,7 @@ def called(launcher: WorkerLauncher, name: str) -> str:
 
 
 def connect(workers: Sequence[WorkerProcess], timeout: float) -> None:
-    """Wait until all are ready. They may wait for each other: one that fails is told of at once."""
+    """Wait until all are ready. They may wait for each other, so a failure is raised at once."""
     waiting = {worker.socket: worker for worker in workers}
     end = time.monotonic() + timeout
     while waiting:
@@ -187,9 +187,9 @@ def connect(workers: Sequence[WorkerProcess], timeout: float) -> None:
 def answers(workers: Sequence[WorkerProcess], call: Call, timeout: float) -> list[Any]:
     """The answers of all to the same call, in their order.
 
-    Raises EngineDeadError as soon as one is gone, and in its name: the others may be waiting for it
-    and fail in their turn. Raises what one says went wrong. Those that have not answered in time
-    are put down.
+    Raises EngineDeadError as soon as one is gone, and names that one: the others may fail only
+    because they wait for it. Raises the failure that one reports. Those that have not answered in
+    time are killed.
     """
     found: dict[str, Any] = {}
     waiting = {worker.socket: worker for worker in workers}
@@ -215,8 +215,8 @@ def answers(workers: Sequence[WorkerProcess], call: Call, timeout: float) -> lis
 
 
 def hung(workers: Sequence[WorkerProcess], seconds: float) -> EngineDeadError:
-    """Put processes down that gave no answer. The error names those without a heartbeat, or all of
-    them: a collective waits for its slowest."""
+    """Kill processes that gave no answer. The error names those without a heartbeat, or else all of
+    them: in a collective every rank waits for the slowest."""
     silent = [worker for worker in workers if worker.peer().silent]
     names = ", ".join(worker.name for worker in silent or workers)
     why = " nor a sign of life" if silent else ""

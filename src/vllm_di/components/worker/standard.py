@@ -179,7 +179,7 @@ class StandardWorker(Worker):
         return blocks
 
     def _room(self, free: int | None) -> tuple[int, str]:
-        """-> (bytes that the cache may take, who says so)."""
+        """-> (bytes that the cache may take, the key that decides it)."""
         if self._memory is not None:
             return self._memory, "worker.kv_cache_memory"
         assert free is not None, "checked before the weights were read"
