@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-compile test-families test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers clean help
+.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu test-compile test-families test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -35,6 +35,9 @@ test-templates: vendor-llama-cpp  ## all chat templates that llama.cpp collects,
 
 test-families: venv  ## every causal class of transformers: equal, or refused by name
 	$(BIN)/python -m pytest -m families tests/models/test_families.py $(ARGS)
+
+test-tpu: venv  ## platform=tpu on the host's CPU; part of make test too, where jax is installed
+	$(BIN)/python -c "import jax" && $(BIN)/python -m pytest tests/ports/tpu -rs $(ARGS)
 
 test-compile: venv  ## every Triton kernel for every GPU that we name: registers, spills, memory
 	$(BIN)/vllm-di conform platform=cuda --only compile $(ARGS)

@@ -135,6 +135,15 @@ def use_openvino(folder: Path) -> None:
     assert compiled([np.ones(4, np.float32)])[0].tolist() == [1, 2, 3, 4]
 
 
+def use_xla(folder: Path) -> None:
+    """As program.py uses it, with a program of one addition."""
+    jax = pytest.importorskip("jax")
+    from vllm_di.ports.tpu.program import kept_programs
+
+    with kept_programs(jax, str(folder)):
+        assert int(jax.jit(lambda x: x + 1).lower(1).compile()(1)) == 2
+
+
 WRITERS = {
     "kernels/build.py": "kernels",
     "kernels/build.py:prebuilt": "prebuilt",
@@ -142,6 +151,7 @@ WRITERS = {
     "components/loader/gguf.py": "weights",
     "models/checkpoint.py": "conversion",
     "ports/openvino/device.py": "openvino",
+    "ports/tpu/program.py": "xla",
 }
 
 
@@ -152,12 +162,13 @@ def use(request: pytest.FixtureRequest) -> Use:
         "prebuilt": use_prebuilt,
         "simulated": use_simulated,
         "openvino": use_openvino,
+        "xla": use_xla,
     }
     if request.param in ("kernels", "prebuilt", "simulated"):
         request.getfixturevalue("sources")
         return plain[request.param]
-    if request.param == "openvino":
-        return use_openvino
+    if request.param in ("openvino", "xla"):
+        return plain[request.param]
     request.getfixturevalue("quick_conversion")
     file = request.getfixturevalue("file")
     return use_weights(file) if request.param == "weights" else use_conversion(file)
@@ -315,7 +326,10 @@ def test_a_cache_that_can_only_be_read_is_read(
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
     caplog.clear()
     use(folder)
-    if use is not use_openvino:  # which writes by itself: it gets no folder that it cannot write
+    if use not in (
+        use_openvino,
+        use_xla,
+    ):  # which write by themselves: they get none that they cannot write
         assert caplog.text == ""
 
 

@@ -275,7 +275,7 @@ def test_the_parts_of_an_override(text: str, parts: tuple[str, ...]) -> None:
     [
         ("hpu", "install its package, or start one with vllm-di new-port"),
         ("npu", "install its package"),
-        ("tpu", "install its package"),
+        ("mlu", "install its package"),
         ("opencl", "install its package"),
         ("openvno", "did you mean 'openvino'"),
         ("asend", "did you mean 'ascend'"),

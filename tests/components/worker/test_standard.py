@@ -190,7 +190,7 @@ def test_the_order_of_a_worker_s_life() -> None:
     assert events[3:] == ["prepare", "compile", "synchronize", "memory"]
     one.allocate(size.num_blocks)
     assert one.execute(StepInput(StepPlan(4, [], [], []))).step == 4
-    assert events[7:] == ["memory", "allocate 9", "warm_up", "memory", "execute"]
+    assert events[7:] == ["memory", "allocate 9", "memory", "warm_up", "memory", "execute"]
 
 
 def test_a_warm_up_that_eats_what_the_cache_was_promised_is_an_error(

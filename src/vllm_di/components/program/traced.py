@@ -35,6 +35,9 @@ from vllm_di.components.kv_groups import Groups
 from vllm_di.components.ops.traced import SAMPLER_OPS
 from vllm_di.errors import ConfigError
 
+CACHED = ("key", "value")
+"""Names of the tensors of a layer's cache, as inputs of a traced step."""
+
 Build = Callable[[BatchPlan], Any]
 """What ``AttentionBackend.export`` returned."""
 
@@ -47,8 +50,9 @@ class TracedStep:
     graph: GraphModule
     inputs: list[str]
     """Names of the inputs in use, in order: ``token_ids``, ..., ``metadata.0.FIELD`` of each
-    KvGroup, then ``key.0``, ``value.0``, ... of each place of the pool. A stage that is not the
-    first has ``hidden`` and no ``token_ids``."""
+    KvGroup, then ``key.0``, ``value.0``, ... of each place of the pool; of a layout with one tensor
+    a layer ``key.0``, ``key.1``, ... A stage that is not the first has ``hidden`` and no
+    ``token_ids``."""
     unwritten: list[int]
     """Layers whose new keys and values the program has to write to the cache after the step."""
     weights: dict[str, tuple[WeightPart, ...]]
@@ -116,14 +120,16 @@ def trace_step(
     pool = caches(next(sizes))
     names, tensors = list(given), list(given.values())
     for i, layer in enumerate(pool):
-        names += [f"key.{i}", f"value.{i}"]
-        tensors += [layer.key, layer.value]
+        names += [f"{part}.{i}" for part in CACHED[: len(layer.tensors)]]
+        tensors += layer.tensors
+    width = len(pool[0].tensors) if pool else 0
     unwritten: list[int] = []
 
     def step(*flat: Tensor) -> list[Tensor]:
         found = dict(zip(names, flat, strict=True))
         caches = [
-            TracedCache((found[f"key.{place}"], found[f"value.{place}"])) for place in groups.places
+            TracedCache(tuple(found[f"{part}.{place}"] for part in CACHED[:width]))
+            for place in groups.places
         ]
         hidden = found.get("hidden")
         out = model.forward(

@@ -118,9 +118,10 @@ class StandardWorker(Worker):
     def allocate(self, num_blocks: int) -> None:
         before, begin = self._device.memory(), time.perf_counter()
         self._runner.allocate(self._groups, num_blocks)
+        cached = self._device.memory()
         self._runner.warm_up()
         seconds, after = time.perf_counter() - begin, self._device.memory()
-        if before is None or after is None:
+        if before is None or cached is None or after is None:
             log.info("the warm-up took %.1f s", seconds)
             return
         log.info(
@@ -129,8 +130,9 @@ class StandardWorker(Worker):
             show_size(max(0, before.free - after.free)),
             show_size(after.free),
         )
-        # on a host the cache's pages are taken when they are first used
+        # on a host the cache's pages may be taken when they are first used
         promised = num_blocks * self._block_bytes if self._device.on_host else 0
+        promised = max(0, promised - max(0, before.free - cached.free))
         if after.free < promised:
             raise ConfigError(
                 f"the warm-up left {show_size(after.free)} free, but a KV cache of {num_blocks} "

@@ -1,0 +1,124 @@
+"""The chips that XLA compiles for: TPUs, or the host in their place."""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import logging
+from collections.abc import Sequence
+from importlib import util
+from typing import Annotated, Any, Literal
+
+import msgspec
+import torch
+from torch import Tensor
+
+from vllm_di.components.device.host import HostDevice
+from vllm_di.components.device.sizes import parse_size
+from vllm_di.components.interfaces import Device, DeviceMemory, Placement
+from vllm_di.errors import ConfigError, PortError
+
+HOST_BUDGET = "8GiB"
+"""Where XLA compiles for the host and no budget is given: it touches the whole cache at the start,
+so all that is available would be too much."""
+CHIPS = ("/dev/accel*", "/dev/vfio/[0-9]*")
+"""Files that a machine with TPUs has."""
+
+log = logging.getLogger(__name__)
+
+
+class TpuDevice(Device):
+    """Batches are built, and logits sampled, in the host's memory; weights and cache are JAX's, on
+    ``chips`` devices that share every layer between them."""
+
+    torch_device = torch.device("cpu")
+    on_host = True
+    supported_dtypes = (torch.bfloat16, torch.float32)
+
+    def __init__(
+        self,
+        placement: Placement | None = None,
+        *,
+        backend: Literal["auto", "tpu", "cpu"],
+        chips: Annotated[int, msgspec.Meta(ge=1)],
+        threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None,
+        memory_budget: str | int | None,
+        default_dtype: str,
+    ) -> None:
+        self.jax = jax = load_jax()
+        if backend == "auto":
+            here = util.find_spec("libtpu") is not None and any(map(glob.glob, CHIPS))
+            backend = "tpu" if here else "cpu"
+            if not here:
+                log.warning("device.backend: no TPU is here; XLA compiles for the host's CPU")
+        self.backend: str = backend
+        self._budget = None if memory_budget is None else parse_size(memory_budget, "memory_budget")
+        self.chips: list[Any] = _open(jax, backend, chips)
+        self.default_dtype = torch.bfloat16 if backend == "tpu" else torch.float32
+        if default_dtype != "auto":
+            self.default_dtype = self.dtype(default_dtype)
+        self._host = HostDevice(
+            placement,
+            threads=threads,
+            memory_budget=HOST_BUDGET if memory_budget is None else memory_budget,
+            default_dtype="float32",
+        )
+
+    def memory(self) -> DeviceMemory:
+        """Of all chips together; of the host, what is left of the budget."""
+        if self.backend == "cpu":
+            return self._host.memory()
+        stats = [chip.memory_stats() for chip in self.chips]
+        total, used = (sum(s[key] for s in stats) for key in ("bytes_limit", "bytes_in_use"))
+        total = min(total, self._budget or total)
+        return DeviceMemory(max(0, total - used), total)
+
+    def synchronize(self) -> None:
+        """A step's logits were waited for: nothing is under way."""
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self._host.zeros(shape, dtype)
+
+    def close(self) -> None:
+        self._host.close()
+
+
+def _open(jax: Any, backend: str, count: int) -> list[Any]:
+    """The first ``count`` devices. JAX has one backend for the life of the process: raises
+    ConfigError where it was opened for another one, PortError where there is none."""
+    jax.config.update("jax_platforms", backend)  # else it looks for every accelerator there is
+    try:
+        if backend == "cpu":
+            jax.config.update("jax_num_cpu_devices", count)
+        found = jax.devices(backend)
+    except RuntimeError as error:
+        if "jax_num_cpu_devices" not in str(error):
+            raise PortError(
+                f"device.backend={backend}: JAX finds no such device ({error}); on a machine with "
+                "TPUs install it with: pip install 'jax[tpu]==0.10.2', or take device.backend=cpu"
+            ) from error
+        found = jax.devices(backend)  # it was opened before in this process
+    if len(found) < count:
+        raise ConfigError(
+            f"device.chips {count}: JAX has {len(found)} devices of {backend} in this process; "
+            "lower it"
+        )
+    return list(found[:count])
+
+
+def load_jax() -> Any:
+    """The package, imported late: the config resolves without it. Raises PortError."""
+    try:
+        return importlib.import_module("jax")
+    except ImportError as error:
+        raise PortError(
+            f"platform=tpu needs the Python package jax ({error}); "
+            "install it with: pip install 'vllm-di[tpu]'"
+        ) from None
+
+
+def tpu_device(device: Device, what: str) -> TpuDevice:
+    """``device``, for a part that needs JAX's. Raises ConfigError."""
+    if not isinstance(device, TpuDevice):
+        raise ConfigError(f"{what} needs device=tpu, not {type(device).__name__}")
+    return device

@@ -1,0 +1,240 @@
+"""A step as one program of XLA, whose KV cache is donated to it and comes back."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_di.cache import foreign_folder
+from vllm_di.components.interfaces import (
+    AttentionBackend,
+    BatchPlan,
+    Communicator,
+    Device,
+    GraphPolicy,
+    KvLayout,
+    LayerCache,
+    Model,
+    ModelProgram,
+    OpTable,
+)
+from vllm_di.components.kv_groups import Groups
+from vllm_di.components.messages import KvGroup
+from vllm_di.components.program.traced import (
+    TracedStep,
+    check_traceable,
+    step_inputs,
+    trace_step,
+)
+from vllm_di.errors import ConfigError
+from vllm_di.ports.tpu.attention import TpuAttention, mark
+from vllm_di.ports.tpu.device import tpu_device
+
+CACHE = "jax.experimental.compilation_cache.compilation_cache"
+
+
+class TpuProgram(ModelProgram):
+    """Traces the model with attention as it exports itself, lowers torch ops to jnp, and compiles
+    the whole once for each shape. Weights are inputs of the program, apart from it; the cache is
+    donated, so that the new one is written where the old one lay.
+
+    XLA knows the number of blocks when it compiles: all is compiled in the warm-up, not before the
+    cache is sized. ``cache_dir``: where JAX keeps compiled programs; null: nowhere.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        ops: OpTable,
+        attention: AttentionBackend,
+        kv_layout: KvLayout,
+        communicator: Communicator,
+        graph: GraphPolicy,
+        model: Model,
+        *,
+        cache_dir: str | None,
+    ) -> None:
+        self._device = tpu_device(device, "program=tpu")
+        self._jax = self._device.jax
+        self._model, self._layout, self.cache_dir = model, kv_layout, cache_dir
+        self._communicator, self._attention = communicator, attention
+        check_traceable(ops, graph)
+        if communicator.world_size > 1:
+            raise ConfigError(
+                f"executor.tensor_parallel_size {communicator.world_size}: one process drives all "
+                f"TPUs; take executor.tensor_parallel_size=1 device.chips={communicator.world_size}"
+            )
+        try:
+            self._build = attention.export()
+        except ConfigError as error:
+            raise ConfigError(f"{error}; on this platform attention=tpu has, too") from None
+        self._groups: Groups
+        self.arrays: list[Any] = []
+        """The cache: the tensors of each place of the pool, in order."""
+        self._compiled: dict[Any, Any] = {}
+
+    @property
+    def num_compiles(self) -> int:
+        return len(self._compiled)
+
+    def prepare(self, groups: Sequence[KvGroup]) -> None:
+        from vllm_di.ports.tpu.arrays import to_numpy
+        from vllm_di.ports.tpu.ragged import load_kernel
+
+        if self._device.backend == "tpu" and isinstance(self._attention, TpuAttention):
+            load_kernel()
+        self._groups = layers = Groups(self._model.kv_specs(), groups)
+
+        def caches(num_blocks: int) -> list[LayerCache]:
+            return self._layout.allocate(layers.pool, num_blocks, self._model.dtype)
+
+        step = trace_step(
+            self._model, self._build, layers, caches, self._layout.block_size, self._communicator
+        )
+        self._constants = {
+            name: self._jax.device_put(to_numpy(getattr(step.graph, name)), self._device.chips[0])
+            for name in {n.target for n in step.graph.graph.nodes if n.op == "get_attr"}
+        }
+        for name in self._constants:  # its nodes live on in what is lowered
+            delattr(step.graph, name)
+        self._step, self._head = self._lowered(step)
+        self._model.release()
+        gc.collect()
+
+    def _lowered(self, step: TracedStep) -> tuple[Any, Any]:
+        """-> two functions to compile: the step to hidden states, which has a shape for each number
+        of tokens, and from these to logits, which has one for each number of rows too."""
+        from vllm_di.ports.tpu.lowering import check_lowerings, lower
+        from vllm_di.ports.tpu.ragged import by_kernel, in_jnp
+
+        graph, unwritten, layers, jax = step.graph, step.unwritten, self._groups, self._jax
+        op = mark._opoverload
+        check_lowerings(graph, op)
+        places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        by_name = dict(zip(step.inputs, places, strict=True))
+        outputs: Any = graph.graph.output_node().args[0]
+        caches = [n for name, n in by_name.items() if name.startswith(("key.", "value."))]
+        rows = by_name.pop("rows", None)
+        self._names = [name for name, node in by_name.items() if node not in caches]
+        inputs = [by_name[name] for name in self._names]
+        attend = by_kernel if self._device.backend == "tpu" else in_jnp
+        hidden = outputs[0] if rows is None else next(iter(rows.users)).args[0]
+        body = lower(graph, op, attend, [*inputs, *caches], [hidden, *outputs[1:]])
+
+        def whole(constants: Any, arrays: Any, values: Any, slots: Any) -> Any:
+            with jax.default_matmul_precision("highest"):  # a TPU would round fp32 to bf16
+                (out, *new), found = body(constants, [*values, *arrays])
+            arrays = [found[node] for node in caches]
+            for n, layer in enumerate(unwritten):  # attention left it to the program
+                for i in (0, 1):
+                    at, place = 2 * layers.places[layer] + i, slots[layers.of_layer[layer]]
+                    arrays[at] = _written(arrays[at], new[2 * n + i], place)
+            return out, arrays
+
+        if rows is None:
+            return jax.jit(whole, donate_argnums=1), None
+        last = lower(graph, op, attend, [hidden, rows], outputs[:1])
+
+        def head(constants: Any, hidden: Any, rows: Any) -> Any:
+            with jax.default_matmul_precision("highest"):
+                return last(constants, [hidden, rows])[0][0]
+
+        return jax.jit(whole, donate_argnums=1), jax.jit(head)
+
+    def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
+        from vllm_di.ports.tpu.arrays import DTYPES
+
+        jnp = self._jax.numpy
+        described = [self._layout.describe(spec, self._model.dtype) for spec in self._groups.pool]
+        self.arrays = [
+            jnp.zeros(tensor.whole_shape(num_blocks), DTYPES[tensor.dtype])
+            for tensors in described
+            for tensor in tensors
+        ]
+        self._per_layer = len(described[0]) if described else 0
+
+    def fill(self, value: float) -> None:
+        """Set the whole cache to ``value``."""
+        self.arrays = [array * 0 + value for array in self.arrays]
+
+    @property
+    def caches(self) -> Sequence[LayerCache]:
+        """Copies on the host: what is written to them is lost."""
+        from vllm_di.ports.tpu.arrays import to_torch
+
+        count, specs = self._per_layer, self._groups.pool
+        pool = [
+            LayerCache(
+                tuple(to_torch(a)[..., : spec.head_size] for a in self.arrays[i : i + count])
+            )
+            for spec, i in zip(specs, range(0, len(self.arrays), count), strict=True)
+        ]
+        return [pool[place] for place in self._groups.places]
+
+    @torch.inference_mode()
+    def run(self, plan: BatchPlan) -> Tensor:
+        from vllm_di.ports.tpu.arrays import to_numpy, to_torch
+
+        given = {
+            name: to_numpy(x) for name, x in step_inputs(self._model, self._build, plan).items()
+        }
+        slots = [to_numpy(plan.of_group(g).slot_mapping) for g in range(plan.num_groups)]
+        inputs = [given[name] for name in self._names]
+        out, self.arrays = self._call(self._step, self._constants, self.arrays, inputs, slots)
+        if not self._model.last:
+            return to_torch(out)
+        if not len(plan.logits_rows):
+            return torch.zeros(0, self._model.vocab_size)
+        return to_torch(self._call(self._head, self._constants, out, given["rows"]))
+
+    def _call(self, function: Any, *args: Any) -> Any:
+        """``function`` as compiled for the shapes of ``args``."""
+        key = (function, *(x.shape for x in self._jax.tree.leaves(args[1:])))
+        if key not in self._compiled:
+            with kept_programs(self._jax, self.cache_dir):
+                self._compiled[key] = function.lower(*args).compile()
+        return self._compiled[key](*args)
+
+    def close(self) -> None:
+        self._compiled.clear()
+        self.arrays.clear()
+
+
+@contextmanager
+def kept_programs(jax: Any, cache_dir: str | None) -> Iterator[None]:
+    """What is compiled in the block is looked for, and kept, in that folder by JAX itself."""
+    if cache_dir is None:
+        yield
+        return
+    with foreign_folder(Path(cache_dir).expanduser()) as folder:
+        options = {
+            "jax_compilation_cache_dir": None if folder is None else str(folder),
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        forget = importlib.import_module(
+            CACHE
+        ).reset_cache  # JAX keeps the first folder's files open
+        for name, value in options.items():
+            jax.config.update(name, value)
+        forget()
+        try:
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
+            forget()
+
+
+def _written(cached: Any, new: Any, slots: Any) -> Any:
+    """``new`` [tokens, kv_heads, head_size] in its slots of ``cached`` [blocks, kv_heads,
+    block_size, head_size]; those below 0 are dropped."""
+    blocks, _, size, _ = cached.shape
+    slots = slots + (slots < 0) * (blocks * size + 1)  # beyond the last: -1 would be the last
+    return cached.at[slots // size, :, slots % size].set(new.astype(cached.dtype), mode="drop")
