@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,15 @@ def test_the_family_is_read_and_its_variant_refused(monkeypatch: pytest.MonkeyPa
         hf_config.model_fields(config | {"use_parallel_residual": True})
 
 
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """The package acme of this test is not another's."""
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "acme"]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize("executor", ["inline", "multiprocess"])
 def test_a_port_adds_a_call_to_its_worker(
     executor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
