@@ -18,6 +18,8 @@ from torch import Tensor
 
 from vllm_di import LLM, SamplingParams
 from vllm_di.components.interfaces import BatchPlan
+from vllm_di.conformance.run import run
+from vllm_di.conformance.subject import Subject
 from vllm_di.errors import RequestError
 
 FOLDER = str(Path(__file__).parent / "strict" / "conf")
@@ -118,3 +120,20 @@ def test_a_late_compile_is_an_error_where_shapes_are_static(
         tokens(*STRICT, *FEW, *late)
     assert tokens(*STRICT, *FEW, *late, "model_runner.static_shapes=false") == want
     assert "waited for its compiler" in caplog.text
+
+
+def test_the_conformance_suite_sees_that_all_was_compiled() -> None:
+    sizes = ("shapes.decode_seqs=[8]", "shapes.prefill_queries=[256]", "shapes.columns=[16]")
+    overrides = [*STRICT, *sizes, "device.memory=8MiB"]
+    case = "graphs/test_nothing_is_compiled_after_the_start"
+    found = {}
+    for program in ("StrictProgram", "CompilesLate"):
+        place = f"{__name__}" if program == "CompilesLate" else StrictProgram.__module__
+        late = f"program._target_={place}.{program}"
+        subject = Subject([*overrides, late], config_dirs=(FOLDER,))
+        try:
+            report = run(subject, only=(case,), quiet=True)
+        finally:
+            subject.close()
+        found[program] = [c.outcome for check in report.checks for c in check.cases]
+    assert found == {"StrictProgram": ["pass"], "CompilesLate": ["fail"]}
