@@ -22,7 +22,7 @@ from benchmarks.gpu.parts import Part
 from benchmarks.gpu.processes import Job, Outcome, Rows
 from packaging.requirements import Requirement
 
-from vllm_di.components.ops.triton import OPS
+from vllm_di.components.ops.triton import TritonOps
 from vllm_di.conformance.catalog import BY_NAME
 
 ROOT = Path(__file__).parents[1]
@@ -257,7 +257,7 @@ def test_the_parts_name_what_exists(tmp_path: Path) -> None:
             assert not word.startswith("tests/") or (ROOT / word).exists()
     assert {name for words in parts.CHECKS.values() for name in words.split()} <= BY_NAME.keys()
     tested = {name for name in FAMILIES if not name.startswith("attention-")} | {"paged_attention"}
-    assert tested == OPS
+    assert tested == TritonOps.implements
     with pytest.raises(SystemExit):
         gpu.main(["--only", "machin", "--logs", str(tmp_path)])
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,13 +43,42 @@ def module(source: str, **names: Any) -> dict[str, Any]:
     return namespace
 
 
-def test_the_files_of_an_op() -> None:
-    """Where the page's example is named, in the core and its configs."""
-    page = (HOWTO / "add-an-op.md").read_text()
-    named = re.findall(r"^\| `(\S+)` \|", page, re.MULTILINE)
-    assert len(named) == 7
-    for file in named:
-        assert "silu_and_mul" in (ROOT / file).read_text(), f"{file} does not name silu_and_mul"
+OP_FILES = {
+    "src/vllm_di/components/interfaces/ops.py": '    @OPS.op("residual add',
+    "src/vllm_di/conformance/op_cases.py": '@cases_of("add_rms_norm")',
+    "src/vllm_di/components/ops/traced.py": "    def rotary_embedding(",
+}
+"""Before which line each block of the page goes."""
+
+
+def test_an_op_is_added_in_three_files(tmp_path: Path) -> None:
+    """In a copy of the project: it is chosen on the command line, explained, and judged."""
+    pieces = blocks("add-an-op.md", "python")
+    ignore = shutil.ignore_patterns("__pycache__")
+    for folder in ("src", "conf"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    for (file, before), piece in zip(OP_FILES.items(), pieces, strict=True):
+        assert f"`{file}`" in (HOWTO / "add-an-op.md").read_text()
+        text = (tmp_path / file).read_text()
+        assert text.count(before) == 1
+        (tmp_path / file).write_text(text.replace(before, f"{piece}\n\n{before}"))
+
+    def run(*words: str) -> str:
+        command = [sys.executable, "-m", "vllm_di.cli", *words]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
+        )
+        return done.stdout + done.stderr
+
+    kernel = ["platform=cpu", "ops=traced"]  # which says "step": compiled into it
+    rows = {o: run("explain", *kernel, *o.split()) for o in ("", "ops.layer_norm=torch")}
+    line = r"layer_norm +(\w+)"
+    assert [re.findall(line, text) for text in rows.values()] == [["step"], ["torch"]]
+    assert "did you mean 'layer_norm'" in run("explain", *kernel, "ops.layer_norn=torch")
+    judged = run("conform", *kernel, "--only", "ops/test_op[layer_norm-float32]", "--json", "x")
+    found = json.loads((tmp_path / "x").read_text())
+    assert "pass" in judged and "layer_norm" in str(found)
 
 
 def test_the_kernel_passes_the_cases_of_its_op() -> None:

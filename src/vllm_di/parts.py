@@ -77,7 +77,8 @@ class Parts:
         dtype: torch.dtype,
         specs: Sequence[KvSpec],
     ) -> None:
-        vars(self).update(built)
+        for name, part in built.items():
+            setattr(self, name, part)
         self.assembly, self.dtype, self.specs = assembly, dtype, list(specs)
 
     def __getattr__(self, name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from abc import ABC
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -82,7 +83,7 @@ METHODS = [
     (name, method)
     for name, cls in vars(interfaces).items()
     if inspect.isclass(cls)
-    and inspect.isabstract(cls)
+    and issubclass(cls, ABC)
     and cls.__module__.startswith(interfaces.__name__)
     for method, value in vars(cls).items()
     if not method.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))

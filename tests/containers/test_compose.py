@@ -304,6 +304,8 @@ def test_an_option_read_without_hydra_is_what_hydra_makes_of_it(group: str) -> N
     tree = ConfigTree.find()
     for option in tree.options(group):
         node, origins = tree.compose_option(group, option)
-        composed = tree._hydra_node(group, option)
+        composed, path = tree._hydra_node(group, option), tree.file(group, option)
+        assert path is not None
+        tree._add_ops(composed, tree.with_included(path))
         assert OmegaConf.to_container(node) == OmegaConf.to_container(composed, resolve=False)
         assert origins

@@ -16,7 +16,7 @@ from vllm_di.components.interfaces import AttentionSpec, Placement
 from vllm_di.components.kv_layout.hnd import HndLayout
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
-from vllm_di.components.ops.triton import OPS, TritonOps
+from vllm_di.components.ops.triton import TritonOps
 from vllm_di.containers.assembly import assemble
 from vllm_di.containers.explain import explain
 from vllm_di.containers.fill import opened
@@ -66,15 +66,15 @@ def test_a_start_without_a_gpu_names_what_is_missing(platform: str) -> None:
 def test_the_manifest_names_the_ops_of_the_library() -> None:
     for platform in PLATFORMS:
         settings = assemble([f"platform={platform}", "model=tiny"]).settings
-        assert set(settings["platform"]["capabilities"]["ops"]) == OPS
+        assert set(settings["platform"]["capabilities"]["ops"]) == TritonOps.implements
 
 
 def test_each_op_can_come_from_elsewhere() -> None:
-    for op in sorted(OPS):
+    for op in sorted(TritonOps.implements):
         choices = ["platform=cuda", "model=tiny", "attention=paged", f"ops.{op}=torch"]
         runs = {row.op: row.runs_on for row in explain(assemble(choices)).ops}
         assert runs[op] == "torch", op
-        others = OPS - {op, "linear", "add_rms_norm", "rotary_write_kv"}
+        others = TritonOps.implements - {op, "linear", "add_rms_norm", "rotary_write_kv"}
         assert all(runs[other].startswith("triton") for other in others)
         unfused = runs["add_rms_norm"].startswith("unfused")
         assert unfused == (op == "rms_norm") or op == "add_rms_norm"

@@ -82,11 +82,28 @@ def heads_with_gaps(x: Tensor) -> Tensor:
     return viewed
 
 
+Cases = Callable[[Maker], Iterator[OpCase]]
+MAKERS: dict[str, Cases] = {}
+"""Op to the function below that makes its cases. ``write_kv`` and ``paged_attention`` have checks
+of their own (kv, prefill, decode)."""
+
+
+def cases_of(*ops: str) -> Callable[[Cases], Cases]:
+    """Registers the decorated function for these ops."""
+
+    def register(make: Cases) -> Cases:
+        MAKERS.update(dict.fromkeys(ops, make))
+        return make
+
+    return register
+
+
 def cases(op: str, dtype: torch.dtype, seed: int) -> Iterator[OpCase]:
     """All cases of one op."""
     return MAKERS[op](Maker(dtype, seed))
 
 
+@cases_of("rms_norm")
 def rms_norm(make: Maker) -> Iterator[OpCase]:
     for rows, width, viewed in itertools.product(ROWS, WIDTHS, (False, True)):
         x = make.view(rows, width) if viewed else make.real(rows, width)
@@ -101,6 +118,7 @@ def rms_norm(make: Maker) -> Iterator[OpCase]:
         yield OpCase(f"{poison}", (x, make.real(64), 1e-5), poisoned=True)
 
 
+@cases_of("add_rms_norm")
 def add_rms_norm(make: Maker) -> Iterator[OpCase]:
     for case in rms_norm(make):
         x, weight, eps = case.args
@@ -108,6 +126,7 @@ def add_rms_norm(make: Maker) -> Iterator[OpCase]:
         yield case._replace(args=(x, residual, weight, eps))
 
 
+@cases_of("rotary_embedding")
 def rotary_embedding(make: Maker) -> Iterator[OpCase]:
     sizes = ((16, 16), (64, 64), (64, 32), (80, 80), (128, 128), (30, 20))
     shapes = itertools.product((0, 1, 5), sizes, ((4, 4), (6, 2)), (False, True))
@@ -143,6 +162,7 @@ def _far_table() -> Tensor:
     )
 
 
+@cases_of("rotary_write_kv")
 def rotary_write_kv(make: Maker) -> Iterator[OpCase]:
     blocks, block_size = 4, 3
     for case in rotary_embedding(make):
@@ -158,6 +178,7 @@ def rotary_write_kv(make: Maker) -> Iterator[OpCase]:
         yield case._replace(args=args, writes=(6, 7))
 
 
+@cases_of("silu_and_mul", "gelu_tanh_and_mul")
 def silu_and_mul(make: Maker) -> Iterator[OpCase]:
     for rows, width, viewed in itertools.product(ROWS, WIDTHS, (False, True)):
         x = make.view(rows, 2 * width) if viewed else make.real(rows, 2 * width)
@@ -167,6 +188,7 @@ def silu_and_mul(make: Maker) -> Iterator[OpCase]:
     yield OpCase("nan", (x,), poisoned=True)
 
 
+@cases_of("linear")
 def linear(make: Maker) -> Iterator[OpCase]:
     sizes = ((1, 1), (8, 5), (33, 17), (64, 64), (200, 96), (96, 130))
     for rows, (inputs, outputs), biased in itertools.product(ROWS, sizes, (False, True)):
@@ -189,6 +211,7 @@ def linear(make: Maker) -> Iterator[OpCase]:
         yield OpCase(f"{poison}", args, "pack_linear", poisoned=True)
 
 
+@cases_of("gated_linear")
 def gated_linear(make: Maker) -> Iterator[OpCase]:
     sizes = ((8, 5), (33, 17), (64, 64), (96, 33))
     for rows, (inputs, width), biased, act in itertools.product(
@@ -210,6 +233,7 @@ def _rounding(x: Tensor, dense: Tensor) -> Tensor:
     return peak / 254 * dense.abs().sum(1)
 
 
+@cases_of("quantized_linear")
 def quantized_linear(make: Maker) -> Iterator[OpCase]:
     sizes = ((32, 1), (64, 16), (96, 33), (256, 24))
     for rows, (inputs, outputs), kind, biased in itertools.product(
@@ -231,6 +255,7 @@ def quantized_linear(make: Maker) -> Iterator[OpCase]:
         yield OpCase(f"{rows}x32->{WIDE} {kind}", args, "pack_quantized", True, slack=slack)
 
 
+@cases_of("gated_quantized_linear")
 def gated_quantized_linear(make: Maker) -> Iterator[OpCase]:
     sizes = ((32, 2), (64, 16), (96, 33))
     for rows, (inputs, width), kind, act in itertools.product(
@@ -250,6 +275,7 @@ def gated_quantized_linear(make: Maker) -> Iterator[OpCase]:
         yield OpCase(label, args, "pack_gated_quantized", True, slack=slack)
 
 
+@cases_of("embedding")
 def embedding(make: Maker) -> Iterator[OpCase]:
     for tokens, vocab, hidden in itertools.product(ROWS, (1, 5, 99), (1, 30, 64, 97)):
         table = make.view(vocab, hidden) if tokens % 2 else make.real(vocab, hidden)
@@ -259,6 +285,7 @@ def embedding(make: Maker) -> Iterator[OpCase]:
     yield OpCase(f"of {WIDE}x8", (ids, make.real(WIDE, 8)))
 
 
+@cases_of("fused_experts")
 def fused_experts(make: Maker) -> Iterator[OpCase]:
     shapes = itertools.product(ROWS[1:], ((2, 1), (4, 2), (8, 3)), ((16, 24), (64, 40)))
     for (tokens, (experts, k), (hidden, inter)), act in itertools.product(
@@ -281,6 +308,7 @@ def fused_experts(make: Maker) -> Iterator[OpCase]:
         yield OpCase(f"all to one expert, {hidden}", args, long=True)
 
 
+@cases_of("greedy_sample")
 def greedy_sample(make: Maker) -> Iterator[OpCase]:
     for rows, vocab in itertools.product(ROWS[1:], (1, 2, 15, 16, 17, 64, 99, 320, 1000)):
         logits = make.real(rows, vocab, dtype=torch.float32)
@@ -304,6 +332,7 @@ def greedy_sample(make: Maker) -> Iterator[OpCase]:
             yield OpCase(f"3x99 {value} at {at}", (logits,))
 
 
+@cases_of("top_k_top_p_sample")
 def top_k_top_p_sample(make: Maker) -> Iterator[OpCase]:
     settings = ((0, 1.0, 0.0), (1, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.6, 0.0), (0, 1.0, 0.2))
     for vocab, rows, (k, p, least) in itertools.product(
@@ -326,22 +355,3 @@ def top_k_top_p_sample(make: Maker) -> Iterator[OpCase]:
         make.uniform(3),
     )
     yield OpCase(f"3x{WIDE} k=5", args)
-
-
-MAKERS: dict[str, Callable[[Maker], Iterator[OpCase]]] = {
-    "rms_norm": rms_norm,
-    "add_rms_norm": add_rms_norm,
-    "rotary_embedding": rotary_embedding,
-    "rotary_write_kv": rotary_write_kv,
-    "silu_and_mul": silu_and_mul,
-    "gelu_tanh_and_mul": silu_and_mul,
-    "linear": linear,
-    "quantized_linear": quantized_linear,
-    "gated_linear": gated_linear,
-    "gated_quantized_linear": gated_quantized_linear,
-    "embedding": embedding,
-    "fused_experts": fused_experts,
-    "greedy_sample": greedy_sample,
-    "top_k_top_p_sample": top_k_top_p_sample,
-}
-"""``write_kv`` and ``paged_attention`` have checks of their own (kv, prefill, decode)."""

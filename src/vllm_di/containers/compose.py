@@ -25,6 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from vllm_di.components.interfaces import OpTable
 from vllm_di.containers.origins import Origin
 from vllm_di.containers.overrides import read
 from vllm_di.containers.tree import ConfigFiles, shown
@@ -141,15 +142,16 @@ class ConfigTree(ConfigFiles):
             GlobalHydra.instance().clear()
             try:
                 with initialize_config_dir(str(self.roots[0]), version_base="1.3"):
-                    values = hydra_compose(
-                        "config", [*self._searched(), *overrides], return_hydra_config=True
-                    )
+                    texts = [*self._searched(), *map(_adding_op, overrides)]
+                    values = hydra_compose("config", texts, return_hydra_config=True)
             except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
                 raise self._explained(error, overrides, sources) from None
         choices = dict(values.hydra.runtime.choices)
         with open_dict(values):
             del values["hydra"]
-        return values, list(self._merged(choices))
+        merged = list(self._merged(choices))
+        self._add_ops(values.get("ops"), (file for file, _ in merged))
+        return values, merged
 
     def compose_option(self, group: str, option: str) -> tuple[DictConfig, dict[str, Origin]]:
         """-> (an option's node with all that its defaults bring, where its keys stand: dotted from
@@ -162,6 +164,7 @@ class ConfigTree(ConfigFiles):
             raise ConfigError(f"{group}={option}: {' '.join(str(error).split())}") from None
         if not isinstance(node, DictConfig):
             raise ConfigError(f"{shown(path)}: expected a mapping, got {node!r}")
+        self._add_ops(node, self.with_included(path))
         origins: dict[str, Origin] = {}
         for file in reversed(self.with_included(path)):  # the nearest last: it wins
             for key, line in self.read(file).lines.items():
@@ -176,6 +179,14 @@ class ConfigTree(ConfigFiles):
             with initialize_config_dir(str(self.roots[0]), version_base="1.3"):
                 text = f"+{group}@{_NODE}={option}"
                 return hydra_compose(None, [*self._searched(), text]).get(_NODE)
+
+    def _add_ops(self, node: object, files: Iterable[Path]) -> None:
+        """The keys that ``ops/base`` stands for, where it is among the files."""
+        if isinstance(node, DictConfig) and any(map(self.has_ops, files)):
+            with open_dict(node):
+                for op in OpTable.OPS:
+                    if op not in node:
+                        node[op] = "auto"
 
     def _searched(self) -> list[str]:
         """The overrides that tell Hydra of the other trees, and to leave its own groups out."""
@@ -218,6 +229,7 @@ class ConfigTree(ConfigFiles):
                 node = OmegaConf.select(values, parent) if parent else values
                 if isinstance(node, DictConfig) and last not in node and not text.startswith("+"):
                     keys = [str(k) for k in node if k != "_target_"]
+                    keys += OpTable.OPS if parent == "ops" else ()
                     return ConfigError(
                         f"{sources.place(text)}: {parent} has no key {last!r}; it has "
                         f"{', '.join(keys) or 'none'}{nearest(last, keys)}"
@@ -344,6 +356,13 @@ def parse(text: str, sources: Sources) -> Override:
         raise ConfigError(f"{sources.place(text)} is not an override; write key=value")
     override.input_line = text
     return override
+
+
+def _adding_op(text: str) -> str:
+    """Ops are declared in the code: Hydra, which knows the keys of YAML alone, adds theirs."""
+    sign, key, _, _ = read(text)
+    slot, _, op = key.partition(".")
+    return f"++{text}" if slot == "ops" and op in OpTable.OPS and not sign else text
 
 
 def _text(override: Override) -> str:

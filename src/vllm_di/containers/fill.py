@@ -95,10 +95,14 @@ def _provider(
 ) -> Provider[Any]:
     arguments: dict[str, Any] = {name: container.providers[name] for name in part.injected}
     arguments |= {name: Object(value) for name, value in part.values.items()}
-    arguments |= {
-        name: _provider(f"{path}.{name}", inner, container, assembly, stack, preview)
-        for name, inner in part.parts.items()
-    }
+    built_once: list[tuple[Part, Provider[Any]]] = []
+    for name, inner in part.parts.items():
+        provider = next((known for same, known in built_once if same == inner), None)
+        if provider is None:
+            provider = _provider(f"{path}.{name}", inner, container, assembly, stack, preview)
+            if issubclass(inner.cls, OpLibrary):  # ops.rms_norm=cpu beside ops=cpu: one library
+                built_once.append((inner, provider))
+        arguments[name] = provider
 
     make: Callable[..., Any] = part.cls
     if preview and issubclass(part.cls, OpLibrary):

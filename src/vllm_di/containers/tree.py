@@ -12,8 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import yaml
 
+from vllm_di.components.interfaces import OpTable
 from vllm_di.containers.origins import YamlFile, read_yaml
 from vllm_di.containers.ports import Port, conf_of_project, find_ports
 from vllm_di.errors import ConfigError, PortError, one_line
@@ -51,7 +53,8 @@ class ConfigFiles:
         """A file's places and texts, read once. Raises ConfigError for one that is not YAML."""
         if path not in self._files:
             try:
-                self._files[path] = read_yaml(path)
+                file = read_yaml(path)
+                self._files[path] = _with_ops(file) if self.has_ops(path) else file
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{shown(path)}: not valid YAML: {one_line(error)}") from None
             except OSError as error:
@@ -65,7 +68,12 @@ class ConfigFiles:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         if not isinstance(content, dict):
             raise ConfigError(f"{shown(path)}: expected a mapping, got {content!r}")
-        return content
+        return dict.fromkeys(OpTable.OPS, "auto") | content if self.has_ops(path) else content
+
+    def has_ops(self, path: Path) -> bool:
+        """Whether it is the file that stands for the declared ops: each is a key of it, and
+        ``auto``."""
+        return path == self.roots[0] / "ops/base.yaml"
 
     def file(self, group: str, option: str) -> Path | None:
         """The file that Hydra takes for an option, or for what options include: the first."""
@@ -139,6 +147,13 @@ class ConfigFiles:
             if port.problem
         ]
         return [*broken, *dict.fromkeys(self.clashes.values())]
+
+
+def _with_ops(file: YamlFile) -> YamlFile:
+    """With a key for each declared op, and its text."""
+    lines = dict.fromkeys(OpTable.OPS, 1)
+    texts = {op: declared.text for op, declared in OpTable.OPS.items()}
+    return msgspec.structs.replace(file, lines=lines | file.lines, texts=texts | file.texts)
 
 
 def shown(path: Path) -> str:

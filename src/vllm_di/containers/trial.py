@@ -56,21 +56,19 @@ def try_parts(
 
 def check_claims(table: OpTable, assembly: Assembly, stage: int = 0) -> None:
     """Whether each library has what it names, and the platform what its manifest names."""
-    from vllm_di.components.ops.torch import TorchOps
-
     ops = assembly.path(WorkerContainer, "ops", stage)
     place = assembly.place(f"{ops}.library._target_")
-    for library in {id(o): o for op in OpTable.OPS if (o := table.library_of(op))}.values():
-        if not _is_foreign(library):
+    for owner in {id(o): o for op in OpTable.OPS if (o := table.library_of(op))}.values():
+        if not _is_foreign(owner):
             continue
-        name = type(library).__qualname__
-        for op in sorted(getattr(library, "implements", ())):
+        name = type(owner).__qualname__
+        for op in sorted(owner.implements):
             if op not in OpTable.OPS:
                 raise PortError(
                     f"{place}: ops: {name}.implements names {op!r}, which is no op"
                     f"{nearest(op, OpTable.OPS)}"
                 )
-            if getattr(type(library), op, None) in (None, getattr(TorchOps, op)):
+            if op not in owner.methods:
                 raise PortError(
                     f"{place}: ops: {name}.implements names {op!r}, but {name} has no method "
                     f"{op} of its own"
@@ -82,7 +80,8 @@ def check_claims(table: OpTable, assembly: Assembly, stage: int = 0) -> None:
     for op in manifest.capabilities.ops:
         origin = assembly.origins.get(f"{ops}.{op}")
         chosen = origin is not None and origin.by_user
-        if type(table.library_of(op)) is TorchOps and not chosen:
+        library = table.library_of(op)
+        if library is not None and not library.methods and not chosen:
             key = assembly.path(WorkerContainer, "platform", stage) + ".capabilities.ops"
             raise PortError(
                 f"{assembly.place(key)}: {key} claims {op}, but the library of {manifest.name} "

@@ -9,6 +9,7 @@ from functools import partial
 
 from starlette.types import Receive
 
+from vllm_di.components.interfaces import EngineClient
 from vllm_di.components.messages import EngineRequest
 from vllm_di.errors import RequestError
 from vllm_di.frontend.processor import Generation, Update
@@ -99,8 +100,9 @@ async def _generate(
     """Run one choice. Leaving the engine's iterator early aborts it there."""
     name = request.request_id
     num_prompt = len(generation.prompt_token_ids) if request is generation.requests[0] else 0
+    engine: EngineClient = service.engine
     try:
-        async with aclosing(service.engine.generate(request)) as outputs:  # type: ignore[type-var]
+        async with aclosing(engine.generate(request)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
                 update = generation.feed(output)
                 times = generation.intervals(name) if output.token_ids else (None, None)

@@ -52,9 +52,9 @@ def test_each_op_can_be_chosen_alone() -> None:
         assert table.describe()[op].startswith("torch")
 
 
-@pytest.mark.parametrize("fused", OpTable.FUSED)
+@pytest.mark.parametrize("fused", OpTable.OPS.fused)
 def test_a_fused_op_is_taken_apart_when_a_member_is_chosen(fused: str) -> None:
-    for member in OpTable.FUSED[fused]:
+    for member in OpTable.OPS.fused[fused]:
         table = SelectedOps(library(ISAS[0]), **{member: Noting()})
         assert fused not in table.fusions
         assert fused in SelectedOps(library(ISAS[0])).fusions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -28,6 +28,14 @@ class PagedAttention(AttentionBackend):
 
     layouts = ("hnd",)
     replayable = True
+    rotates: ClassVar[bool] = True
+    """Whether it may rotate queries and keys itself. A subclass with a ``forward`` of its own does
+    not, unless it says so: ``forward`` would not see them."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "forward" in cls.__dict__ and "rotates" not in cls.__dict__:
+            cls.rotates = False
 
     def __init__(self, ops: OpTable, kv_layout: KvLayout) -> None:
         if kv_layout.name not in self.layouts:
@@ -53,8 +61,7 @@ class PagedAttention(AttentionBackend):
         return self._attention(q, cache, plan, spec)
 
     def unrotated(self) -> UnrotatedForward | None:
-        own = type(self).forward is not PagedAttention.forward
-        return self._forward_unrotated if self._fused and not own else None
+        return self._forward_unrotated if self._fused and self.rotates else None
 
     def _forward_unrotated(
         self,

@@ -54,7 +54,15 @@ from vllm_di.components.interfaces.model import (
     StepFunction,
     WeightPart,
 )
-from vllm_di.components.interfaces.ops import Activation, OpLibrary, OpTable, Recorder, Replay
+from vllm_di.components.interfaces.ops import (
+    Activation,
+    Op,
+    OpLibrary,
+    Ops,
+    OpTable,
+    Recorder,
+    Replay,
+)
 from vllm_di.components.interfaces.server import (
     ChatTemplate,
     ContentDelta,
@@ -112,8 +120,10 @@ __all__ = [
     "ModelRunner",
     "ModelStep",
     "NamedWeight",
+    "Op",
     "OpLibrary",
     "OpTable",
+    "Ops",
     "ParserEvent",
     "ParserRequest",
     "ParserState",

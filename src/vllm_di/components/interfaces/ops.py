@@ -1,10 +1,16 @@
-"""For whoever brings kernels: the ops that models, attention and samplers call."""
+"""For whoever brings kernels: the ops that models, attention and samplers call.
+
+An op is declared once, as a method of ``OpTable``: its signature, its shapes, what it stands for.
+The body is its reference. This page must not import torch, so that an op whose reference calls
+functions of torch has it in ``components/ops/torch.py``.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -14,81 +20,111 @@ if TYPE_CHECKING:
 
 Activation = Literal["silu", "gelu_tanh"]
 """Of a gated MLP."""
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-class OpTable(ABC):
-    """(7) The named ops that models, attention and samplers call. ``ops/torch.py`` is the reference
-    for each.
+@dataclass(frozen=True, slots=True)
+class Op:
+    """What is declared of an op beside its signature."""
+
+    text: str
+    """One line, for ``--help``."""
+    stands_for: tuple[str, ...] = ()
+    """Ops that a fused op does in one. It runs only where all of them come from its own library;
+    elsewhere the table runs the declared body, which calls them one by one."""
+    pack: str = ""
+    """The method that packs its weights, or knows how to read packed ones."""
+    fp32: bool = False
+    """Whether its input is fp32 whatever the model's dtype."""
+    may_reuse: bool = False
+    """Whether it may write into its inputs."""
+    quantized: bool = False
+    """Whether its weight is quantized."""
+
+
+class Ops(dict[str, Op]):
+    """Name to declaration of each op, in the order in which they are declared."""
+
+    def op(
+        self,
+        text: str,
+        *,
+        stands_for: tuple[str, ...] = (),
+        pack: str = "",
+        fp32: bool = False,
+        may_reuse: bool = False,
+        quantized: bool = False,
+    ) -> Callable[[F], F]:
+        """Declares the decorated method, and leaves it as it is."""
+
+        def declare(method: F) -> F:
+            self[method.__name__] = Op(text, stands_for, pack, fp32, may_reuse, quantized)
+            return method
+
+        return declare
+
+    @property
+    def fused(self) -> dict[str, tuple[str, ...]]:
+        """Fused op to the ops that it stands for."""
+        return {name: op.stands_for for name, op in self.items() if op.stands_for}
+
+
+class OpTable(ABC):  # noqa: B024 - a table or a library, never built as it is
+    """(7) The named ops that models, attention and samplers call.
 
     Inputs may be views with stride 1 in the last dimension. Outputs are new tensors unless the text
     says otherwise. Weights given to ``linear`` have been through ``pack_linear`` of the same
     library, once, after loading.
     """
 
-    OPS: ClassVar[tuple[str, ...]] = (
-        "rms_norm",
-        "add_rms_norm",
-        "rotary_embedding",
-        "silu_and_mul",
-        "gelu_tanh_and_mul",
-        "linear",
-        "quantized_linear",
-        "gated_linear",
-        "gated_quantized_linear",
-        "embedding",
-        "fused_experts",
-        "write_kv",
-        "paged_attention",
-        "greedy_sample",
-        "top_k_top_p_sample",
-        "rotary_write_kv",
-    )
-    FUSED: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "add_rms_norm": ("rms_norm",),
-        "gated_linear": ("linear", "silu_and_mul", "gelu_tanh_and_mul"),
-        "gated_quantized_linear": ("quantized_linear", "silu_and_mul", "gelu_tanh_and_mul"),
-        "rotary_write_kv": ("rotary_embedding", "write_kv"),
-    }
-    """Fused op to the ops that it stands for: it runs only where all of them come from its own
-    library."""
+    OPS: ClassVar[Ops] = Ops()
+    """Every op by name."""
     fusions: Sequence[str] = ()
     """Fused ops in force."""
     opaque: Mapping[str, str] = {}
     """Op to its library, for ops that a compiled program cannot take in: they are no torch code."""
 
-    @abstractmethod
+    @OPS.op("RMS normalisation")
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., hidden], weight [hidden]: x / sqrt(mean(x^2) + eps) * weight, reduced in fp32."""
+        wide = x.float()
+        wide = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        return (wide * weight.float()).to(x.dtype)
 
-    @abstractmethod
+    @OPS.op("residual add and RMS normalisation in one", stands_for=("rms_norm",), may_reuse=True)
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """(rms_norm(s), s) with s = x + residual; may reuse the memory of ``x`` and
         ``residual``."""
+        total = x + residual
+        return self.rms_norm(total, weight, eps), total
 
-    @abstractmethod
+    @OPS.op("rotary position embedding", may_reuse=True)
     def rotary_embedding(
         self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool
     ) -> tuple[Tensor, Tensor]:
         """q [tokens, heads, head_size], k [tokens, kv_heads, head_size], cos_sin [positions,
         rotary_dim] fp32 (cosines, then sines). Rotates the first rotary_dim elements of each head;
         may work in place. ``interleaved`` pairs (2i, 2i + 1), otherwise (i, i + rotary_dim / 2)."""
+        raise _absent(self, "rotary_embedding")
 
-    @abstractmethod
+    @OPS.op("SiLU gate of the MLP")
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """x [..., 2 d] -> silu(x[..., :d]) * x[..., d:]."""
+        raise _absent(self, "silu_and_mul")
 
-    @abstractmethod
+    @OPS.op("GELU gate of the MLP")
     def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
         """x [..., 2 d] -> gelu_tanh(x[..., :d]) * x[..., d:]."""
+        raise _absent(self, "gelu_tanh_and_mul")
 
     def pack_linear(self, weight: Tensor) -> Any:
         """Weight [out, in] to whatever ``linear`` of this library likes best. The original may then
         be dropped."""
         return weight
 
-    @abstractmethod
+    @OPS.op("GEMMs with weights, and their packing", pack="pack_linear")
     def linear(
         self,
         x: Tensor,
@@ -98,12 +134,15 @@ class OpTable(ABC):
     ) -> Tensor:
         """x [tokens, in], weight from ``pack_linear`` -> [tokens, out] in ``out_dtype`` (x's by
         default). Logits ask for fp32: rounded to bf16, likely tokens would tie."""
+        raise _absent(self, "linear")
 
     def pack_quantized(self, weight: QuantizedWeight) -> Any:
         """As pack_linear, for ``quantized_linear``."""
         return weight
 
-    @abstractmethod
+    @OPS.op(
+        "GEMMs with quantized weights, and their packing", pack="pack_quantized", quantized=True
+    )
     def quantized_linear(
         self,
         x: Tensor,
@@ -113,31 +152,44 @@ class OpTable(ABC):
     ) -> Tensor:
         """As linear, on a weight from ``pack_quantized``. May round x to signed bytes on the way:
         by row or, for weights by group, by 32 inputs, with scale max |x| / 127."""
+        raise _absent(self, "quantized_linear")
 
     def pack_gated_linear(self, weight: Tensor) -> Any:
         """As pack_linear, for ``gated_linear``."""
         return self.pack_linear(weight)
 
-    @abstractmethod
+    @OPS.op(
+        "a GEMM and the MLP's gate behind it in one",
+        stands_for=("linear", "silu_and_mul", "gelu_tanh_and_mul"),
+        pack="pack_gated_linear",
+    )
     def gated_linear(
         self, x: Tensor, weight: Any, bias: Tensor | None, activation: Activation
     ) -> Tensor:
         """x [tokens, in], weight [2 d, in] from ``pack_gated_linear`` -> act(y[..., :d]) * y[...,
         d:] of y = linear(x, weight, bias), in x's dtype; y itself need not be rounded to it."""
+        return _gate(self, self.linear(x, weight, bias), activation)
 
     def pack_gated_quantized(self, weight: QuantizedWeight) -> Any:
         """As pack_quantized, for ``gated_quantized_linear``."""
         return self.pack_quantized(weight)
 
-    @abstractmethod
+    @OPS.op(
+        "the same with quantized weights",
+        stands_for=("quantized_linear", "silu_and_mul", "gelu_tanh_and_mul"),
+        pack="pack_gated_quantized",
+        quantized=True,
+    )
     def gated_quantized_linear(
         self, x: Tensor, weight: Any, bias: Tensor | None, activation: Activation
     ) -> Tensor:
         """As gated_linear, on a weight from ``pack_gated_quantized``."""
+        return _gate(self, self.quantized_linear(x, weight, bias), activation)
 
-    @abstractmethod
+    @OPS.op("token embedding", pack="packed_embedding")
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """token_ids [tokens] int64, weight [vocab, hidden] -> [tokens, hidden]."""
+        raise _absent(self, "embedding")
 
     def packed_embedding(
         self, weight: Any, dtype: torch.dtype
@@ -147,7 +199,7 @@ class OpTable(ABC):
         table. None where this library cannot read such a weight: then the table is kept."""
         return None
 
-    @abstractmethod
+    @OPS.op("mixture-of-experts MLP")
     def fused_experts(
         self,
         x: Tensor,
@@ -159,15 +211,22 @@ class OpTable(ABC):
     ) -> Tensor:
         """x [tokens, hidden], gate_up [experts, 2 inter, hidden], down [experts, hidden, inter],
         topk_* [tokens, k] -> sum over k of weight * down(act(gate) * up)."""
+        raise _absent(self, "fused_experts")
 
-    @abstractmethod
+    @OPS.op("keys and values into their slots")
     def write_kv(
         self, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """k, v [tokens, kv_heads, head_size]; caches [blocks, kv_heads, block_size, head_size],
         written in place. Token i goes to slot s = slot_mapping[i] (int64): block s // block_size,
         offset s % block_size. s < 0: dropped."""
+        raise _absent(self, "write_kv")
 
+    @OPS.op(
+        "rotary position embedding, and keys and values into their slots, in one",
+        stands_for=("rotary_embedding", "write_kv"),
+        may_reuse=True,
+    )
     def rotary_write_kv(
         self,
         positions: Tensor,
@@ -181,13 +240,12 @@ class OpTable(ABC):
         slot_mapping: Tensor,
     ) -> Tensor:
         """q and k as in ``rotary_embedding``, the rest as in ``write_kv``: rotates q and k, writes
-        k and v. -> q [tokens, heads, head_size]; may rotate q and k in place. A library without
-        its own has this one, of its two ops."""
+        k and v. -> q [tokens, heads, head_size]; may rotate q and k in place."""
         q, k = self.rotary_embedding(positions, q, k, cos_sin, interleaved)
         self.write_kv(k, v, key_cache, value_cache, slot_mapping)
         return q
 
-    @abstractmethod
+    @OPS.op("attention over block tables")
     def paged_attention(
         self,
         q: Tensor,
@@ -205,13 +263,15 @@ class OpTable(ABC):
         (int32) cached tokens; block_table [seqs, max_blocks] int32. ``window``: a query sees that
         many tokens, itself included. ``soft_cap`` c: scores become c * tanh(scores / c). ->
         [tokens, heads, head_size]. Reads no slot beyond seq_lens (they may hold NaN)."""
+        raise _absent(self, "paged_attention")
 
-    @abstractmethod
+    @OPS.op("argmax", fp32=True)
     def greedy_sample(self, logits: Tensor) -> Tensor:
         """logits [rows, vocab] fp32 -> argmax [rows] int64, the lowest id on a tie; -1 for a row
         whose largest entry is not finite, or that holds a NaN."""
+        raise _absent(self, "greedy_sample")
 
-    @abstractmethod
+    @OPS.op("sampling with top-k, top-p and min-p", fp32=True, may_reuse=True)
     def top_k_top_p_sample(
         self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
     ) -> Tensor:
@@ -220,6 +280,7 @@ class OpTable(ABC):
         these the smallest set whose mass reaches top_p (at least one), of these those with p >=
         min_p * p_max; then inverts the renormalised cumulative mass, in order of falling
         probability (id on a tie), at ``uniform`` in [0, 1). -> [rows] int64."""
+        raise _absent(self, "top_k_top_p_sample")
 
     def describe(self) -> dict[str, str]:
         """Op to where it runs, for ``explain``: ``cpu (avx512_bf16)``, ``torch (no compiler:
@@ -252,13 +313,24 @@ class Recorder(ABC):
 
 
 class OpLibrary(OpTable, ABC):
-    """A set of ops from one source. It implements any subset and names it in ``implements``: only
-    the methods of these need be written. The others raise NotImplementedError; the table never
-    calls them."""
+    """A set of ops from one source: any subset. The table takes the others from the reference."""
 
-    implements: frozenset[str] = frozenset(OpTable.OPS)
+    implements: frozenset[str] = frozenset()
+    """Ops that the table may take from it. A class that does not say has those of the class that it
+    extends, and those that it has a method for."""
+    methods: ClassVar[frozenset[str]] = frozenset()
+    """Ops that it computes or packs for with a method of its own, or of a class that it extends;
+    the reference's methods do not count."""
     traceable: ClassVar[bool] = False
     """Whether its ops are torch code that can be traced, whatever the sizes of a batch."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        declared = cls.__dict__
+        if "methods" not in declared:
+            cls.methods |= {n for n, op in cls.OPS.items() if n in declared or op.pack in declared}
+        if "implements" not in declared:
+            cls.implements |= {name for name in cls.OPS if name in declared}
 
     @classmethod
     def preview(cls, **arguments: Any) -> OpLibrary:
@@ -275,94 +347,10 @@ class OpLibrary(OpTable, ABC):
     def library_of(self, op: str) -> OpLibrary | None:
         return self if op in self.implements else None
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        raise _absent(self, "rms_norm")
 
-    def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        raise _absent(self, "add_rms_norm")
-
-    def rotary_embedding(
-        self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool
-    ) -> tuple[Tensor, Tensor]:
-        raise _absent(self, "rotary_embedding")
-
-    def silu_and_mul(self, x: Tensor) -> Tensor:
-        raise _absent(self, "silu_and_mul")
-
-    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
-        raise _absent(self, "gelu_tanh_and_mul")
-
-    def linear(
-        self,
-        x: Tensor,
-        weight: Any,
-        bias: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        raise _absent(self, "linear")
-
-    def quantized_linear(
-        self,
-        x: Tensor,
-        weight: Any,
-        bias: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        raise _absent(self, "quantized_linear")
-
-    def gated_linear(
-        self, x: Tensor, weight: Any, bias: Tensor | None, activation: Activation
-    ) -> Tensor:
-        raise _absent(self, "gated_linear")
-
-    def gated_quantized_linear(
-        self, x: Tensor, weight: Any, bias: Tensor | None, activation: Activation
-    ) -> Tensor:
-        raise _absent(self, "gated_quantized_linear")
-
-    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        raise _absent(self, "embedding")
-
-    def fused_experts(
-        self,
-        x: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        activation: Activation,
-    ) -> Tensor:
-        raise _absent(self, "fused_experts")
-
-    def write_kv(
-        self, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        raise _absent(self, "write_kv")
-
-    def paged_attention(
-        self,
-        q: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        query_start: Tensor,
-        seq_lens: Tensor,
-        block_table: Tensor,
-        scale: float,
-        window: int | None,
-        soft_cap: float | None,
-    ) -> Tensor:
-        raise _absent(self, "paged_attention")
-
-    def greedy_sample(self, logits: Tensor) -> Tensor:
-        raise _absent(self, "greedy_sample")
-
-    def top_k_top_p_sample(
-        self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
-    ) -> Tensor:
-        raise _absent(self, "top_k_top_p_sample")
-
-
-def _absent(library: OpLibrary, op: str) -> NotImplementedError:
+def _absent(library: OpTable, op: str) -> NotImplementedError:
     return NotImplementedError(f"{type(library).__name__} has no {op}")
+
+
+def _gate(ops: OpTable, x: Tensor, activation: Activation) -> Tensor:
+    return ops.silu_and_mul(x) if activation == "silu" else ops.gelu_tanh_and_mul(x)

@@ -42,27 +42,6 @@ Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 NO_GATE = 0
 GATES: dict[Activation, int] = {"silu": 1, "gelu_tanh": 2}
 """Gates by the numbers that the kernels know."""
-OPS = frozenset(
-    {
-        "rms_norm",
-        "add_rms_norm",
-        "rotary_embedding",
-        "silu_and_mul",
-        "gelu_tanh_and_mul",
-        "linear",
-        "quantized_linear",
-        "gated_linear",
-        "gated_quantized_linear",
-        "embedding",
-        "write_kv",
-        "rotary_write_kv",
-        "paged_attention",
-        "greedy_sample",
-        "top_k_top_p_sample",
-    }
-)
-
-
 SMALL_BATCH = 8
 UNBUILT = "will be compiled at the first start"
 
@@ -94,7 +73,6 @@ class CpuOps(OpLibrary):
         self._rows_for_onednn = rows_for_onednn
         self._reference = TorchOps()
         self.threads = torch.get_num_threads()
-        self.implements = OPS
         self._empty: Allocate = _empty
         self._ready: dict[int, list[Tensor]] = {}
         """Rows to outputs that nobody has had."""
@@ -612,9 +590,6 @@ class CpuOps(OpLibrary):
         """Take outputs from ``empty`` from now on; returns what they came from."""
         before, self._empty = self._empty, empty
         return before
-
-    # not in ``implements``: the reference's, for whoever calls the library directly
-    fused_experts = TorchOps.fused_experts
 
 
 class CpuRecorder(Recorder):

@@ -1,4 +1,7 @@
-"""The reference of every op, in plain torch: what the others are compared with."""
+"""The reference of every op, in plain torch: what the others are compared with.
+
+What is not here is in the op's declaration (``components/interfaces/ops.py``).
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,11 @@ from vllm_di.components.interfaces import Activation, OpLibrary
 class TorchOps(OpLibrary):
     """Plain torch on any device and dtype. Reductions run in fp32."""
 
+    implements = frozenset(OpLibrary.OPS)
+    methods = frozenset()
     traceable = True
 
     def __init__(self) -> None: ...
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (wide * weight.float()).to(x.dtype)
-
-    def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        total = x + residual
-        return self.rms_norm(total, weight, eps), total
 
     def rotary_embedding(
         self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool
@@ -76,18 +70,6 @@ class TorchOps(OpLibrary):
         )
         return (out if bias is None else out + bias).to(out_dtype or x.dtype)
 
-    def gated_linear(
-        self, x: Tensor, weight: Any, bias: Tensor | None, activation: Activation
-    ) -> Tensor:
-        act = self.silu_and_mul if activation == "silu" else self.gelu_tanh_and_mul
-        return act(self.linear(x, weight, bias))
-
-    def gated_quantized_linear(
-        self, x: Tensor, weight: Any, bias: Tensor | None, activation: Activation
-    ) -> Tensor:
-        act = self.silu_and_mul if activation == "silu" else self.gelu_tanh_and_mul
-        return act(self.quantized_linear(x, weight, bias))
-
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(token_ids, weight)
 
@@ -117,22 +99,6 @@ class TorchOps(OpLibrary):
         offset = slots % key_cache.shape[2]
         key_cache[block, :, offset] = k[keep].to(key_cache.dtype)
         value_cache[block, :, offset] = v[keep].to(value_cache.dtype)
-
-    def rotary_write_kv(
-        self,
-        positions: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cos_sin: Tensor,
-        interleaved: bool,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        slot_mapping: Tensor,
-    ) -> Tensor:
-        q, k = self.rotary_embedding(positions, q, k, cos_sin, interleaved)
-        self.write_kv(k, v, key_cache, value_cache, slot_mapping)
-        return q
 
     def paged_attention(
         self,

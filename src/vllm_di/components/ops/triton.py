@@ -23,21 +23,6 @@ log = logging.getLogger(__name__)
 Launch = Callable[..., None]
 """(kernel, grid, arguments, constants, num_warps, num_stages)"""
 KERNELS = ("attention", "elementwise", "norms", "sampling", "tiles", "runtime")
-OPS = frozenset(
-    {
-        "rms_norm",
-        "add_rms_norm",
-        "rotary_embedding",
-        "silu_and_mul",
-        "gelu_tanh_and_mul",
-        "linear",
-        "write_kv",
-        "rotary_write_kv",
-        "paged_attention",
-        "greedy_sample",
-        "top_k_top_p_sample",
-    }
-)
 LARGEST_HEAD = 256
 LEAST_SPLIT = 128
 """Keys that are worth a program of their own."""
@@ -53,12 +38,6 @@ class TritonOps(OpLibrary):
     architecture, which also cuts attention's tiles.
     """
 
-    implements = OPS
-    quantized_linear = TorchOps.quantized_linear
-    gated_linear = TorchOps.gated_linear
-    gated_quantized_linear = TorchOps.gated_quantized_linear
-    embedding = TorchOps.embedding
-    fused_experts = TorchOps.fused_experts
     launch: Launch
     """A test puts its own in this place: to compile for another target, or to record."""
 
@@ -89,7 +68,7 @@ class TritonOps(OpLibrary):
 
     def describe(self) -> dict[str, str]:
         """For an op that it does not implement: why."""
-        rows = {op: self._where if op in OPS else "no Triton kernel" for op in self.OPS}
+        rows = {op: self._where if op in self.methods else "no Triton kernel" for op in self.OPS}
         return rows | {"linear": "the vendor's library of products, through torch"}
 
     # -- norms, rotary, gates -------------------------------------------------------------------

@@ -16,7 +16,6 @@ from vllm_di.conformance.op_cases import MAKERS, OpCase, cases
 from vllm_di.conformance.outcomes import NotDeclared, Record
 from vllm_di.conformance.subject import Subject
 
-ALWAYS_FP32 = ("greedy_sample", "top_k_top_p_sample")
 LEAST_CASES = 64
 REFERENCE = TorchOps()
 
@@ -25,9 +24,9 @@ REFERENCE = TorchOps()
 @pytest.mark.parametrize("op", MAKERS)
 def test_op(subject: Subject, record: Record, op: str, dtype: str) -> None:
     kind = subject.dtype(dtype)
-    if op in ALWAYS_FP32 and dtype != "float32":
+    if OpTable.OPS[op].fp32 and dtype != "float32":
         raise NotDeclared("its input is fp32 whatever the model's dtype")
-    if "quantized" in op and not subject.declared.quantization:
+    if OpTable.OPS[op].quantized and not subject.declared.quantization:
         raise NotDeclared("no quantization")
     record.feature(dtype)
     count = 0
@@ -62,7 +61,7 @@ def compare(ops: OpTable, op: str, case: OpCase, device: torch.device) -> None:
     )
     pairs += [(packed[place], wide[place]) for place in case.writes]
     for found, wanted in pairs:
-        if op not in ALWAYS_FP32 and len(case.args) < 4:
+        if not OpTable.OPS[op].fp32 and len(case.args) < 4:
             first = next(a for a in case.args if isinstance(a, Tensor) and a.is_floating_point())
             assert found.dtype == first.dtype, f"dtype {found.dtype}, not {first.dtype}"
         if not wanted.is_floating_point():
@@ -74,15 +73,11 @@ def compare(ops: OpTable, op: str, case: OpCase, device: torch.device) -> None:
             _compare_rounded(found, wanted, case.slack)
         else:
             assert_close(found, wanted, long=case.long)
-    if op not in MAY_REUSE:
+    if not OpTable.OPS[op].may_reuse:
         for before, after in zip(inputs, args, strict=True):
             if isinstance(before, Tensor):
                 same = torch.equal(before.nan_to_num(), after.nan_to_num())
                 assert same, "it changed one of its inputs"
-
-
-MAY_REUSE = ("add_rms_norm", "rotary_embedding", "rotary_write_kv", "top_k_top_p_sample")
-"""Ops that may write into what they are given."""
 
 
 def _compare_poisoned(found: Tensor, wanted: Tensor, *, long: bool) -> None:
