@@ -58,7 +58,7 @@ class SdpaAttention(AttentionBackend):
         if isinstance(metadata, PaddedBatch):
             assert isinstance(cache, TracedCache)
             cache.new = (k, v)
-            return _attend_padded(q, k, v, cache, metadata, spec)
+            return _attend_padded(q, k, v, cache, metadata, spec, self._layout)
         plan: BatchPlan = metadata
         self._layout.write(cache, k, v, plan.slot_mapping)
         out = torch.zeros_like(q)
@@ -81,7 +81,8 @@ class SdpaAttention(AttentionBackend):
         return out
 
     def export(self) -> Callable[[BatchPlan], PaddedBatch]:
-        if self._layout.name != "hnd":
+        own = type(self._layout).gather_blocks is not KvLayout.gather_blocks
+        if self._layout.name != "hnd" and not own:
             raise ConfigError(
                 "in a compiled program attention=sdpa reads the KV layout 'hnd', not "
                 f"{self._layout.name!r}"
@@ -109,11 +110,17 @@ class SdpaAttention(AttentionBackend):
 
 
 def _attend_padded(
-    q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, batch: PaddedBatch, spec: AttentionSpec
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: LayerCache,
+    batch: PaddedBatch,
+    spec: AttentionSpec,
+    layout: KvLayout,
 ) -> Tensor:
     """As ``forward``, in torch ops that can be traced. The cache is as it was before the step: the
     new tokens are put among those that are gathered from it."""
-    length = batch.blocks.shape[1] * cache.key.shape[2]
+    length = batch.blocks.shape[1] * layout.block_size
     column = torch.arange(length, dtype=torch.int64, device=q.device)
     filled = (column < batch.seq_lens[:, None])[:, None, :, None]  # [seqs, 1, length, 1]
     ages = column - batch.past_lens[:, None]  # [seqs, length]; below 0: in the cache
@@ -121,14 +128,13 @@ def _attend_padded(
     source = (batch.starts[:, None] + ages).clamp(0, q.shape[0] - 1)
     is_new = (ages >= 0)[..., None, None]
 
-    def gathered(cached: Tensor, new: Tensor) -> Tensor:
-        # [seqs, columns, kv_heads, block_size, head_size] -> [seqs, length, kv_heads, head_size]
-        found = cached[batch.blocks].transpose(2, 3).flatten(1, 2)
-        found = torch.where(is_new, new.to(cached.dtype)[source], found)
+    def gathered(old: Tensor, new: Tensor) -> Tensor:
+        # [seqs, length, kv_heads, head_size]
+        found = torch.where(is_new, new.to(old.dtype)[source], old)
         # -> [seqs, kv_heads, 1, length, head_size]
         return torch.where(filled, found.transpose(1, 2), 0.0)[:, :, None].to(q.dtype)
 
-    keys, values = gathered(cache.key, k), gathered(cache.value, v)
+    keys, values = map(gathered, layout.gather_blocks(cache, batch.blocks), (k, v))
     seen = column <= batch.positions[..., None]  # [seqs, queries, length]
     if spec.window is not None:
         seen = seen & (column > batch.positions[..., None] - spec.window)

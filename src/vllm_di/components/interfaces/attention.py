@@ -216,6 +216,17 @@ class KvLayout(ABC):
         """The first ``length`` tokens behind one row of a block table: k, v [length, kv_heads,
         head_size]."""
 
+    def gather_blocks(self, cache: LayerCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens behind a block table [seqs, columns] int64: k, v [seqs, columns * block_size,
+        kv_heads, head_size], in torch ops that a compiled program can trace. Raises ConfigError
+        where there are none."""
+        if self.name != "hnd":
+            from vllm_di.errors import ConfigError
+
+            raise ConfigError(f"the KV layout {self.name!r} has no gather_blocks()")
+        k, v = (x[blocks].transpose(2, 3).flatten(1, 2) for x in cache.tensors)
+        return k, v
+
 
 class UnrotatedForward(Protocol):
     """As ``AttentionBackend.forward``, with q and k before rotary: their pairs (i, i + rotary_dim /

@@ -61,3 +61,7 @@ class TpuLayout(KvLayout):
         used = blocks[: -(-length // self.block_size)].long()
         pairs = cache.tensors[0][used].flatten(0, 1).flatten(1, 2)[:length]
         return pairs[:, 0::2], pairs[:, 1::2]
+
+    def gather_blocks(self, cache: LayerCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = cache.tensors[0][blocks].flatten(1, 2).flatten(2, 3)
+        return pairs[:, :, 0::2], pairs[:, :, 1::2]

@@ -35,6 +35,7 @@ from vllm_di.components.program.traced import (
 )
 from vllm_di.errors import ConfigError
 from vllm_di.ports.tpu.attention import TpuAttention, mark
+from vllm_di.ports.tpu.chips import Chips
 from vllm_di.ports.tpu.device import tpu_device
 
 CACHE = "jax.experimental.compilation_cache.compilation_cache"
@@ -63,6 +64,7 @@ class TpuProgram(ModelProgram):
     ) -> None:
         self._device = tpu_device(device, "program=tpu")
         self._jax = self._device.jax
+        self._mesh = Chips(self._jax, self._device.chips, kv_layout)
         self._model, self._layout, self.cache_dir = model, kv_layout, cache_dir
         self._communicator, self._attention = communicator, attention
         check_traceable(ops, graph)
@@ -79,6 +81,11 @@ class TpuProgram(ModelProgram):
         self.arrays: list[Any] = []
         """The cache: the tensors of each place of the pool, in order."""
         self._compiled: dict[Any, Any] = {}
+
+    @property
+    def compiled(self) -> Sequence[Any]:
+        """What XLA made, one for each function and shape."""
+        return list(self._compiled.values())
 
     @property
     def num_compiles(self) -> int:
@@ -98,11 +105,12 @@ class TpuProgram(ModelProgram):
         step = trace_step(
             self._model, self._build, layers, caches, self._layout.block_size, self._communicator
         )
-        self._constants = {
-            name: self._jax.device_put(to_numpy(getattr(step.graph, name)), self._device.chips[0])
+        self._mesh.check(self._model.kv_specs())
+        self.constants = {
+            name: self._mesh.constant(to_numpy(getattr(step.graph, name)), name in step.weights)
             for name in {n.target for n in step.graph.graph.nodes if n.op == "get_attr"}
         }
-        for name in self._constants:  # its nodes live on in what is lowered
+        for name in self.constants:  # its nodes live on in what is lowered
             delattr(step.graph, name)
         self._step, self._head = self._lowered(step)
         self._model.release()
@@ -112,7 +120,7 @@ class TpuProgram(ModelProgram):
         """-> two functions to compile: the step to hidden states, which has a shape for each number
         of tokens, and from these to logits, which has one for each number of rows too."""
         from vllm_di.ports.tpu.lowering import check_lowerings, lower
-        from vllm_di.ports.tpu.ragged import by_kernel, in_jnp
+        from vllm_di.ports.tpu.ragged import by_kernel, in_jnp, written
 
         graph, unwritten, layers, jax = step.graph, step.unwritten, self._groups, self._jax
         op = mark._opoverload
@@ -124,19 +132,28 @@ class TpuProgram(ModelProgram):
         rows = by_name.pop("rows", None)
         self._names = [name for name, node in by_name.items() if node not in caches]
         inputs = [by_name[name] for name in self._names]
-        attend = by_kernel if self._device.backend == "tpu" else in_jnp
+        attend = self._mesh.by_heads(by_kernel if self._device.backend == "tpu" else in_jnp)
+        mesh, width = self._mesh, len(caches) // max(1, len(layers.pool))
+        sizes = [spec.head_size for spec in layers.pool for _ in range(width)]
         hidden = outputs[0] if rows is None else next(iter(rows.users)).args[0]
         body = lower(graph, op, attend, [*inputs, *caches], [hidden, *outputs[1:]])
 
         def whole(constants: Any, arrays: Any, values: Any, slots: Any) -> Any:
             with jax.default_matmul_precision("highest"):  # a TPU would round fp32 to bf16
-                (out, *new), found = body(constants, [*values, *arrays])
-            arrays = [found[node] for node in caches]
+                # a mark knows that heads are rounded up, torch ops do not
+                seen = [a[..., :n] for a, n in zip(arrays, sizes, strict=True)]
+                given = seen if unwritten else arrays
+                (out, *new), found = body(constants, [*values, *given])
+            arrays = list(arrays) if unwritten else [found[node] for node in caches]
             for n, layer in enumerate(unwritten):  # attention left it to the program
-                for i in (0, 1):
-                    at, place = 2 * layers.places[layer] + i, slots[layers.of_layer[layer]]
-                    arrays[at] = _written(arrays[at], new[2 * n + i], place)
-            return out, arrays
+                k, v, place = *new[2 * n : 2 * n + 2], slots[layers.of_layer[layer]]
+                at = width * layers.places[layer]
+                if width == 1:
+                    arrays[at] = written(arrays[at], k, v, place)
+                    continue
+                for i, rows in enumerate((k, v)):
+                    arrays[at + i] = _written(arrays[at + i], rows, place)
+            return mesh.whole(out), [mesh.cut(array) for array in arrays]
 
         if rows is None:
             return jax.jit(whole, donate_argnums=1), None
@@ -154,7 +171,9 @@ class TpuProgram(ModelProgram):
         jnp = self._jax.numpy
         described = [self._layout.describe(spec, self._model.dtype) for spec in self._groups.pool]
         self.arrays = [
-            jnp.zeros(tensor.whole_shape(num_blocks), DTYPES[tensor.dtype])
+            jnp.zeros(
+                tensor.whole_shape(num_blocks), DTYPES[tensor.dtype], device=self._mesh.caches
+            )
             for tensors in described
             for tensor in tensors
         ]
@@ -187,12 +206,12 @@ class TpuProgram(ModelProgram):
         }
         slots = [to_numpy(plan.of_group(g).slot_mapping) for g in range(plan.num_groups)]
         inputs = [given[name] for name in self._names]
-        out, self.arrays = self._call(self._step, self._constants, self.arrays, inputs, slots)
+        out, self.arrays = self._call(self._step, self.constants, self.arrays, inputs, slots)
         if not self._model.last:
             return to_torch(out)
         if not len(plan.logits_rows):
             return torch.zeros(0, self._model.vocab_size)
-        return to_torch(self._call(self._head, self._constants, out, given["rows"]))
+        return to_torch(self._call(self._head, self.constants, out, given["rows"]))
 
     def _call(self, function: Any, *args: Any) -> Any:
         """``function`` as compiled for the shapes of ``args``."""

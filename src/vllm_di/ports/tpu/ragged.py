@@ -44,7 +44,7 @@ def in_jnp(
     """
     tokens, heads, size = q.shape
     kv_heads, page = k.shape[1], cache.shape[1]
-    cache = _written(cache, k, v, slots)
+    cache = written(cache, k, v, slots)
     queries, pages = min(tokens, QUERIES), max(1, min(KEYS // page, table.shape[1]))
     keys_at_once = pages * page
     # room behind the last, so that no piece is moved to fit
@@ -101,7 +101,7 @@ alone = jax.jit(in_jnp, static_argnums=(9, 10, 11))
 """For attention that no program compiles."""
 
 
-def _written(cache: Any, k: Any, v: Any, slots: Any) -> Any:
+def written(cache: Any, k: Any, v: Any, slots: Any) -> Any:
     pages, page, *_, lanes = cache.shape
     pairs = jnp.stack((k, v), 2).reshape(len(k), *cache.shape[2:4], k.shape[-1])
     pairs = jnp.pad(pairs, ((0, 0), (0, 0), (0, 0), (0, lanes - k.shape[-1])))
