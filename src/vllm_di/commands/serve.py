@@ -67,11 +67,19 @@ async def _announce(assembly: Assembly, client: ProcessEngineClient) -> None:
             stage = client.stage
             if client.state == "ready" and client.report is not None:
                 say(_ready(client.report))
-                where = server["unix_socket"] or f"http://{server['host']}:{server['port']}"
-                say(f"listening on {where} (API under /v1)")
+                say(f"listening on {_where(server)} (API under /v1)")
             else:
                 say(f"engine: {stage}")
         await asyncio.sleep(0.1 if client.state == "starting" else 1.0)
+
+
+def _where(server: dict[str, Any]) -> str:
+    """A server of another class may have other keys."""
+    if path := server.get("unix_socket"):
+        return str(path)
+    if "host" in server and "port" in server:
+        return f"http://{server['host']}:{server['port']}"
+    return f"an address of its own ({server['_target_']})"
 
 
 def _ready(report: WorkerReport) -> str:
