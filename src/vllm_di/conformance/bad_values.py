@@ -36,7 +36,10 @@ class Bad(typing.NamedTuple):
 def hints(cls: type) -> dict[str, Any]:
     """Key to annotation, of a constructor; those of a ``config`` struct are keys themselves."""
     found = typing.get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
-    known = {name: found.get(name, Any) for name in inspect.signature(cls).parameters}
+    known = {}
+    for name, one in inspect.signature(cls).parameters.items():
+        given = one.annotation is not one.empty and not isinstance(one.annotation, str)
+        known[name] = one.annotation if given else found.get(name, Any)
     config = known.get("config")
     if isinstance(config, type) and issubclass(config, msgspec.Struct):
         del known["config"]
