@@ -143,9 +143,15 @@ def test_bytes_per_block(subject: Subject) -> None:
     with subject.parts("kv_layout") as container:
         layout = container.kv_layout()
         caches = layout.allocate(specs, BLOCKS, kind)
-        taken = sum(tensor.nbytes for cache in caches for tensor in cache.tensors)
+        taken = sum(_extent(tensor) for cache in caches for tensor in cache.tensors)
         said = BLOCKS * layout.bytes_per_block(specs, kind)
         assert said == taken, f"the layout says {said} bytes for {BLOCKS} blocks, it takes {taken}"
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first to behind the last, what lies between rows included."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return max(size * stride for size, stride in sizes) * tensor.element_size()
 
 
 def _declared(subject: Subject, head_size: int) -> None:
