@@ -1,4 +1,4 @@
-"""platform=cuda and platform=rocm as config: what fills the slots, and what is said without a
+"""platform=cuda, rocm and xpu as config: what fills the slots, and what is said without a
 GPU."""
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from vllm_di.containers.fill import opened
 from vllm_di.containers.slots import WorkerContainer
 from vllm_di.errors import ConfigError, PortError
 
-PLATFORMS = ["cuda", "rocm"]
+PLATFORMS = ["cuda", "rocm", "xpu"]
 
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch without any GPU runtime, whatever this machine has."""
-    for runtime in ("cuda", "hip"):
+    for runtime in ("cuda", "hip", "xpu"):
         monkeypatch.setattr(torch.version, runtime, None, raising=False)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_explain_needs_no_gpu(platform: str) -> None:
     explanation = explain(assemble([f"platform={platform}", "model=tiny"]))
-    assert (explanation.platform, explanation.level) == (platform, "declared")
+    assert (explanation.platform, explanation.claimed_level) == (platform, None)
     classes = {row.slot: row.target.split(".")[-1] for row in explanation.rows}
     assert classes["device"] == "TorchDevice"
     assert classes["attention"] == "TritonAttention"

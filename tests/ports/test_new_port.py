@@ -25,7 +25,7 @@ PIP = ["-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-d
 PIP += ["--no-index", "--no-build-isolation"]
 
 
-def python(folder: Path, *arguments: str, path: Path | None = None) -> str:
+def python(folder: Path, *arguments: str, path: Path | str | None = None) -> str:
     """Run it in ``folder`` with ``path`` alone before the installed packages."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     if path is not None:
@@ -62,6 +62,20 @@ def test_it_answers_as_the_reference_does(folder: Path) -> None:
     site, more = folder / "site", ["--max-tokens", "8"]
     simulated = python(folder, *asked, *more, "platform=acme", "device.simulated=true", path=site)
     assert simulated == python(folder, *asked, *more, "platform=cpu", "ops=torch", path=site)
+
+
+def test_a_name_that_torch_keeps_is_simulated_under_another(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """``torch.mtia`` is the real device's, so that the simulated one is ``sim_mtia``."""
+    site, more = folder / "site", tmp_path_factory.mktemp("more")
+    python(folder, "-m", "vllm_di.cli", "new-port", "mtia", path=site)
+    python(folder, *PIP, "--target", str(more), "./vllm-di-mtia")
+    both = f"{more}{os.pathsep}{site}"
+    asked = ["-m", "vllm_di.cli", "complete", "hello", "model=tiny", "model.dtype=float32"]
+    asked += ["--max-tokens", "8"]
+    simulated = python(folder, *asked, "platform=mtia", "device.simulated=true", path=both)
+    assert simulated == python(folder, *asked, "platform=cpu", "ops=torch", path=site)
 
 
 def test_the_matrix_shows_it_beside_the_platforms_of_the_wheel(folder: Path) -> None:
@@ -136,7 +150,9 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         ("../x", "expected a name for a Python package"),
         ("", "expected a name for a Python package"),
         ("json", "a module of Python's own library"),
-        ("mps", "torch has a device of this name"),
+        ("cpu", "torch has a device of this name, no accelerator"),
+        ("meta", "torch has a device of this name, no accelerator"),
+        ("xpu", "there is platform=xpu already"),
         ("auto", "a meaning of its own"),
         ("tests", "a meaning of its own"),
         ("host", "there is device=host already"),

@@ -24,13 +24,16 @@ from vllm_di.version import __version__
 TEMPLATES = Path(vllm_di.__file__).parent / "templates" / "port"
 SUFFIX = ".template"
 
-TORCH_DEVICES = frozenset(
+KEPT = frozenset(
     [
-        *("cpu", "cuda", "fpga", "hip", "hpu", "ideep", "ipu", "lazy", "maia", "meta", "mkldnn"),
-        *("mps", "mtia", "opencl", "opengl", "ort", "privateuseone", "ve", "vulkan", "xla", "xpu"),
+        *("cuda", "fpga", "hip", "hpu", "ideep", "ipu", "lazy", "maia", "mkldnn", "mps", "mtia"),
+        *("opencl", "opengl", "ort", "ve", "vulkan", "xla", "xpu"),
     ]
 )
-"""Device names that torch keeps for itself."""
+"""Names of devices that torch keeps for the real ones: a simulated one is called ``sim_NAME``."""
+
+NO_DEVICES = frozenset({"cpu", "meta", "privateuseone"})
+"""Names that torch gives to what is no accelerator, or to none in particular."""
 
 LAYOUT = frozenset({"conf", "docs", "tests", "auto", "base"})
 """Names with a meaning of their own, in a port's folder or in a config group."""
@@ -66,8 +69,8 @@ def check_name(name: str, tree: ConfigFiles) -> None:
         raise UsageError(f"new-port {name!r}: this is a module of Python's own library")
     if name in LAYOUT:
         raise UsageError(f"new-port {name!r}: the name has a meaning of its own in a port's files")
-    if name in TORCH_DEVICES:
-        raise UsageError(f"new-port {name!r}: torch has a device of this name")
+    if name in NO_DEVICES:
+        raise UsageError(f"new-port {name!r}: torch has a device of this name, no accelerator")
     for port in tree.ports:
         if name in (port.name, port.package):
             raise PortError(f"new-port {name!r}: taken by the installed port {port.distribution}")
@@ -84,6 +87,7 @@ def write_port(name: str, folder: Path) -> list[Path]:
         "name": name,
         "title": "".join(part.capitalize() for part in name.split("_")),
         "distribution": name.replace("_", "-"),
+        "simulated": f"sim_{name}" if name in KEPT else name,
         "version": __version__,
         "interface": INTERFACE_VERSION,
     }

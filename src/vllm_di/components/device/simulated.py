@@ -20,6 +20,10 @@ from vllm_di.kernels.simulated.module import SimulatedModule, install
 class Simulation(ABC):
     """How a port's device is simulated: a node of the port's device."""
 
+    name: str | None = None
+    """The simulated device's name in torch, where torch keeps that of the real one for itself
+    (``cuda``, ``xpu``, ``hpu``); None: the real one's."""
+
     @abstractmethod
     def start(self, name: str) -> Any:
         """Make ``torch.<name>`` a working module, with fresh limits and faults, and return it.
@@ -28,7 +32,8 @@ class Simulation(ABC):
 
 class HostSimulation(Simulation):
     """PrivateUse1 on the host's memory (``kernels/simulated``). A port subclasses it to bring
-    stand-ins of its vendor's kernels."""
+    stand-ins of its vendor's kernels. ``capability`` is what ``get_device_capability`` says, such
+    as ``"9.0"``."""
 
     def __init__(
         self,
@@ -36,11 +41,14 @@ class HostSimulation(Simulation):
         memory: str | int,
         devices: Annotated[int, msgspec.Meta(ge=1, le=64)],
         communication: str,
+        name: str | None = None,
+        capability: str | None = None,
         fault: Literal["out_of_memory", "hang", "nan", "death"] | None,
         fault_after: Annotated[int, msgspec.Meta(ge=0)],
     ) -> None:
         self._memory, self._devices = parse_size(memory, "simulation.memory"), devices
-        self._communication = communication
+        self._communication, self.name = communication, name
+        self._capability = None if capability is None else _capability(capability)
         self._fault, self._after = fault, fault_after
 
     def start(self, name: str) -> SimulatedModule:
@@ -48,7 +56,7 @@ class HostSimulation(Simulation):
             module = install(name, self._communication)
         except (BuildError, ValueError) as error:
             raise ConfigError(f"simulated: {error}") from None
-        module.configure(self._memory, self._devices)
+        module.configure(self._memory, self._devices, self._capability)
         self.define_kernels(module)
         if self._fault is not None:
             module.inject(self._fault, self._after)
@@ -56,3 +64,11 @@ class HostSimulation(Simulation):
 
     def define_kernels(self, module: SimulatedModule) -> None:
         """Define the vendor's operators, on host tensors. May be called more than once."""
+
+
+def _capability(text: str) -> tuple[int, int]:
+    try:
+        major, minor = map(int, text.split("."))
+    except ValueError:
+        raise ConfigError(f'capability: expected "MAJOR.MINOR", got {text!r}') from None
+    return major, minor

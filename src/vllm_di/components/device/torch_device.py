@@ -42,11 +42,10 @@ class TorchDevice(Device):
     ) -> None:
         budget = None if memory_budget is None else parse_size(memory_budget, "memory_budget")
         named = {name: _dtype(name) for name in dtypes}
-        self._module = (
-            _simulated(simulation, backend)
-            if simulated
-            else available_module(backend, package, runtime, install)
-        )
+        if simulated:
+            backend, self._module = _simulated(simulation, backend)
+        else:
+            self._module = available_module(backend, package, runtime, install)
         self._index = self._choose(placement or Placement(), index, backend)
         self._module.set_device(self._index)
         self.torch_device = torch.device(backend, self._index)
@@ -156,13 +155,14 @@ def available_module(backend: str, package: str | None, runtime: str | None, ins
     return module
 
 
-def _simulated(simulation: Simulation | None, backend: str) -> Any:
+def _simulated(simulation: Simulation | None, backend: str) -> tuple[str, Any]:
+    """-> its name in torch, its module."""
     if simulation is None:
         raise ConfigError(
-            f"simulated: {backend} has no simulation; only ports of devices that torch does not "
-            "know itself have one, as a node `simulation` of their device"
+            f"simulated: {backend} has no simulation: its device has no node `simulation`"
         )
-    return simulation.start(backend)
+    name = simulation.name or backend
+    return name, simulation.start(name)
 
 
 def _reason(module: Any) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_di.components import products
 from vllm_di.components.interfaces import OpLibrary
+from vllm_di.components.ops import triton_stand_ins
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.errors import ConfigError, PortError
 
@@ -35,7 +36,8 @@ class TritonOps(OpLibrary):
     ``programs`` is how many programs of a kernel keep the device busy; null: four for each of its
     multiprocessors. Attention cuts long contexts until it has that many. ``num_stages`` is how many
     of attention's loads are in flight; null: what ``kernels.triton.tiles`` has for the device's
-    architecture, which also cuts attention's tiles.
+    architecture, which also cuts attention's tiles. ``simulated``: the device is simulated, and the
+    torch reference stands in for each kernel.
     """
 
     launch: Launch
@@ -46,6 +48,7 @@ class TritonOps(OpLibrary):
         *,
         programs: Annotated[int, msgspec.Meta(ge=1)] | None,
         num_stages: Annotated[int, msgspec.Meta(ge=1, le=8)] | None,
+        simulated: bool = False,
     ) -> None:
         try:
             found = [importlib.import_module(f"vllm_di.kernels.triton.{name}") for name in KERNELS]
@@ -53,7 +56,8 @@ class TritonOps(OpLibrary):
             if error.name != "triton":
                 raise
             raise PortError(
-                "ops=triton: the package triton is not installed; pip install 'vllm-di[cuda]'"
+                "ops=triton: the package triton is not installed; pip install 'vllm-di[cuda]' or "
+                "'vllm-di[rocm]'; an XPU build of torch brings Intel's own"
             ) from error
         self._attention, self._elementwise, self._norms, self._sampling, tiles, runtime = found
         self.launch = runtime.launch
@@ -65,6 +69,12 @@ class TritonOps(OpLibrary):
         self._programs, self._num_stages = programs, num_stages
         self._reference = TorchOps()
         self._where = f"triton ({runtime.VERSION})"
+        self._simulated = simulated
+        if simulated:
+            self.launch = triton_stand_ins.launch
+            self._num_multiprocessors = lambda: triton_stand_ins.MULTIPROCESSORS
+            self._architecture_of_device = lambda: "sm_90"
+            self._where = "simulated: the reference stands in for the Triton kernel"
 
     def describe(self) -> dict[str, str]:
         """For an op that it does not implement: why."""
@@ -176,7 +186,9 @@ class TritonOps(OpLibrary):
     ) -> Tensor:
         if out_dtype is None or out_dtype == x.dtype:
             return products.linear(x, weight, bias)
-        if out_dtype != torch.float32 or x.is_cpu:  # torch has it for accelerators alone
+        if (
+            out_dtype != torch.float32 or x.is_cpu or self._simulated
+        ):  # torch has it for accelerators alone
             return self._reference.linear(x, weight, bias, out_dtype)
         out = products.wide_product(x, weight)
         return out if bias is None else out + bias

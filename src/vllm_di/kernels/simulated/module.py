@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.backend_registration import (
     generate_methods_for_privateuse1_backend,
     rename_privateuse1_backend,
 )
 
 from vllm_di.kernels.simulated import build, process_group
+from vllm_di.kernels.simulated.graphs import SimulatedGraph, captured_into
 
 Fault = Literal["out_of_memory", "hang", "nan", "death"]
 FAULTS: tuple[Fault, ...] = ("out_of_memory", "hang", "nan", "death")
@@ -33,6 +37,9 @@ class SimulatedModule(ModuleType):
         super().__init__(f"torch.{name}")
         self.device = name
         self._limit, self._count = 0, 1
+        self._capability: tuple[int, int] | None = None
+        self._graph: SimulatedGraph | None = None
+        """That is being captured."""
         self._library = library
         library.simulated_memory.restype = ctypes.c_int64
         library.simulated_operations.restype = ctypes.c_int64
@@ -67,6 +74,11 @@ class SimulatedModule(ModuleType):
 
     def get_device_name(self, device: Any = None) -> str:
         return f"simulated {self.device}"
+
+    def get_device_capability(self, device: Any = None) -> tuple[int, int]:
+        if self._capability is None:
+            raise RuntimeError(f"simulated {self.device} has no compute capability")
+        return self._capability
 
     def synchronize(self, device: Any = None) -> None:
         """An operation of its own, so that a hang or a death shows here as well."""
@@ -122,11 +134,49 @@ class SimulatedModule(ModuleType):
         def query(self) -> bool:
             return True
 
+    # -- graphs, and kernels that are launched -----------------------------------------------------
+
+    CUDAGraph = SimulatedGraph
+    XPUGraph = SimulatedGraph
+
+    def graph_pool_handle(self) -> None:
+        """Graphs share no memory."""
+
+    @contextmanager
+    def graph(self, graph: SimulatedGraph, pool: Any = None) -> Iterator[None]:
+        """Capture what is done inside. Raises RuntimeError for what waits for the device."""
+        self._graph = graph
+        try:
+            with captured_into(graph):
+                yield
+        finally:
+            self._graph = None
+
+    def launch(self, stand_in: Callable[..., None], grid: Any, arguments: Any, named: Any) -> None:
+        """Run ``stand_in(grid, named, *arguments)`` in place of a kernel, on host tensors of the
+        same memory. In a captured graph it is one node."""
+
+        def run() -> None:
+            view = torch.ops.vllm_di_simulated.host_view
+            hosts = [
+                view(a) if isinstance(a, torch.Tensor) and not a.is_cpu else a for a in arguments
+            ]
+            stand_in(grid, named, *hosts)
+
+        if self._graph is None:
+            run()
+            return
+        with _disable_current_modes():
+            run()
+        self._graph.add(run)
+
     # -- what tests ask ----------------------------------------------------------------------------
 
-    def configure(self, memory: int, devices: int) -> None:
+    def configure(
+        self, memory: int, devices: int, capability: tuple[int, int] | None = None
+    ) -> None:
         """Total bytes of a device, and how many devices there are. Disarms any fault."""
-        self._limit, self._count = memory, devices
+        self._limit, self._count, self._capability = memory, devices, capability
         self._library.simulated_configure(memory, devices)
         self.clear_fault()
 
