@@ -210,7 +210,7 @@ def test_flashinfer_takes_small_blocks_too() -> None:
 
 
 def test_steps_are_not_captured() -> None:
-    assert not FlashAttention.replayable and not FlashInferAttention.replayable
+    assert not FlashAttention.reuses and not FlashInferAttention.reuses
 
 
 def test_limits_name_the_way_out() -> None:

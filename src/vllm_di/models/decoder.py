@@ -55,7 +55,7 @@ VISION = (
 class Decoder(nn.Module, Model):
     """The model on one rank, or the layers [first, end) of it that make a stage of a pipeline."""
 
-    replayable = True
+    reuses = frozenset({"record", "capture"})
     families: ClassVar[Collection[str]] = FAMILIES
     """Architectures that it runs; a class built on this one names its own."""
 

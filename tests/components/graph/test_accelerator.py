@@ -144,7 +144,7 @@ def policy(
     layout = HndLayout(device, block_size=4, dtype="auto")
     ops = TorchOps()
     model = CountingModel(max_model_len=4 * COLUMNS)
-    model.replayable = True
+    model.reuses = frozenset({"capture"})
     quantization = NoQuantization(ops)
     return AcceleratorGraph(
         device,
@@ -229,14 +229,14 @@ def test_prefills_and_uncaptured_sizes_run_as_they_stand(caplog: pytest.LogCaptu
     assert "replay" not in MODULE.calls
 
 
-def test_a_part_that_is_not_replayable_keeps_steps_as_they_stand(
+def test_a_part_that_cannot_be_captured_keeps_steps_as_they_stand(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
     graph = policy(attention=SdpaAttention)
     runner = Runner(graph)
     runner.capture(1, 2)
-    assert "attention is not replayable" in caplog.text
+    assert "attention cannot be captured" in caplog.text
     assert torch.equal(runner(decodes(2, 2)), runner.eager(decodes(2, 2)))
     assert MODULE.calls == []
 

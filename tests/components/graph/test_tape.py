@@ -38,7 +38,7 @@ def test_replayed_steps_give_the_same_tokens(caplog: pytest.LogCaptureFixture) -
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("attention=sdpa", "attention is not replayable"),
+        ("attention=sdpa", "attention cannot be recorded"),
         ("ops=torch", "ops are not all of one library"),
         ("ops.silu_and_mul=torch", "torch computes mul, silu"),
         ("ops.rms_norm=torch", "torch computes .*rsqrt"),

@@ -15,6 +15,7 @@ from vllm_di.components.interfaces import (
     BatchPlan,
     KvLayout,
     LayerCache,
+    Reuse,
 )
 from vllm_di.errors import ConfigError
 
@@ -47,17 +48,17 @@ class HybridAttention(AttentionBackend):
                     f"{kv_layout.name!r}"
                 )
         self._prefill, self._decode = prefill, decode
-        self.replayable = decode.replayable  # type: ignore[misc]
+        self.reuses = decode.reuses
 
     def check(self, spec: AttentionSpec) -> None:
         self._prefill.check(spec)
         self._decode.check(spec)
 
-    def can_replay(self, metadata: Any) -> bool:
+    def reuses_step(self, metadata: Any) -> frozenset[Reuse]:
         halves: Halves = metadata
         if halves.prefill is None:
-            return self._decode.can_replay(halves.decode)
-        return self._prefill.replayable and self._prefill.can_replay(halves.prefill)
+            return self.reuses & self._decode.reuses_step(halves.decode)
+        return self.reuses & self._prefill.reuses_step(halves.prefill)
 
     def build(self, batch: BatchPlan, out: Any | None = None) -> Halves:
         inner = out or Halves(None, None, 0)

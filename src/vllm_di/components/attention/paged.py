@@ -27,7 +27,7 @@ class PagedAttention(AttentionBackend):
     """
 
     layouts = ("hnd",)
-    replayable = True
+    reuses = frozenset({"record", "capture"})
     rotates: ClassVar[bool] = True
     """Whether it may rotate queries and keys itself. A subclass with a ``forward`` of its own does
     not, unless it says so: ``forward`` would not see them."""

@@ -10,6 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from vllm_di.components.graph.reuse import unable
 from vllm_di.components.interfaces import (
     AttentionBackend,
     BatchPlan,
@@ -46,7 +47,7 @@ class AcceleratorGraph(GraphPolicy):
     ``shapes`` should pad to these sizes. Before a replay the plan is copied to where the graph
     reads; what is beyond its last sequence becomes padding: a query that sees nothing and whose
     key is dropped. Any other step runs as it stands, and the log says so once. Nothing is captured
-    where a part of the step is not replayable; the log says which.
+    where a part of the step cannot be captured; the log says which.
     """
 
     def __init__(
@@ -74,14 +75,8 @@ class AcceleratorGraph(GraphPolicy):
         """Size of the step that is being captured; 0 for none."""
         self._pool: Any = None
         self._told = False
-        parts = {
-            "attention": attention.replayable,
-            "quantization": quantization.replayable,
-            "model": model.replayable,
-        }
-        self.reason = "; ".join(
-            f"{slot} is not replayable" for slot, can in parts.items() if not can
-        )
+        reasons = unable("capture", attention=attention, quantization=quantization, model=model)
+        self.reason = "; ".join(reasons)
         """Why nothing is captured; empty when steps are."""
 
     def capture(self, sizes: Sequence[int], run: Callable[[int], object]) -> None:

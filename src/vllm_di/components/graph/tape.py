@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import msgspec
 from torch import Tensor
 
+from vllm_di.components.graph.reuse import unable
 from vllm_di.components.interfaces import (
     AttentionBackend,
     Communicator,
@@ -29,7 +30,7 @@ class TapeGraph(GraphPolicy):
     """Replays steps of up to ``max_tokens`` tokens; longer ones have little to gain.
 
     A step can be replayed when all that computes in it are kernels of one op library: the parts
-    must say so (``replayable``), torch is watched while it is recorded, and there is one rank. Any
+    must say so (``reuses``), torch is watched while it is recorded, and there is one rank. Any
     other runs as it stands, and the log says why.
     """
 
@@ -46,14 +47,9 @@ class TapeGraph(GraphPolicy):
     ) -> None:
         self._recorder = ops.recorder()
         self._max_tokens, self._max_tapes = max_tokens, max_tapes
-        self._can_replay = attention.can_replay
+        self._reuses_step = attention.reuses_step
         self._tapes: dict[Hashable, tuple[Tensor, Replay] | None] = {}
-        parts = {
-            "attention": attention.replayable,
-            "quantization": quantization.replayable,
-            "model": model.replayable,
-        }
-        reasons = [f"{slot} is not replayable" for slot, can in parts.items() if not can]
+        reasons = unable("record", attention=attention, quantization=quantization, model=model)
         if self._recorder is None:
             reasons.append("ops are not all of one library that records")
         if communicator.world_size > 1:
@@ -69,7 +65,7 @@ class TapeGraph(GraphPolicy):
 
         def run(step: ModelStep) -> Tensor:
             if len(step.token_ids) > self._max_tokens or not all(
-                map(self._can_replay, step.metadata)
+                "record" in self._reuses_step(metadata) for metadata in step.metadata
             ):
                 return forward(step)
             key = _key(step)

@@ -62,6 +62,7 @@ from vllm_di.components.interfaces.ops import (
     OpTable,
     Recorder,
     Replay,
+    Reuse,
 )
 from vllm_di.components.interfaces.server import (
     ChatTemplate,
@@ -136,6 +137,7 @@ __all__ = [
     "Recorder",
     "Replay",
     "RequestTimes",
+    "Reuse",
     "Sampler",
     "Scheduler",
     "SchedulerLimits",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vllm_di.components.interfaces.device import Device
+from vllm_di.components.interfaces.ops import Reuse
 from vllm_di.components.messages import KvSpec
 
 if TYPE_CHECKING:
@@ -250,12 +251,13 @@ class AttentionBackend(ABC):
 
     layouts: ClassVar[tuple[str, ...]] = ("hnd",)
     """Names of the KV layouts that it reads."""
-    replayable: ClassVar[bool] = False
-    """Whether all that ``forward`` computes are ops of the table, on tensors of the metadata."""
+    reuses: frozenset[Reuse] = frozenset()
+    """``record`` and ``capture``: all that ``forward`` computes are ops of the table, on tensors of
+    the metadata. A compiler asks for ``export`` instead."""
 
-    def can_replay(self, metadata: Any) -> bool:
-        """Whether the step of ``metadata`` is one of those; asked where ``replayable``."""
-        return True
+    def reuses_step(self, metadata: Any) -> frozenset[Reuse]:
+        """As ``reuses``, of the step of ``metadata``: one may be less than steps in general."""
+        return self.reuses
 
     @abstractmethod
     def build(self, batch: BatchPlan, out: Any | None = None) -> Any:

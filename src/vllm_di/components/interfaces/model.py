@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_di.components.interfaces.attention import BatchPlan, LayerCache, PlanShape
-from vllm_di.components.interfaces.ops import Activation
+from vllm_di.components.interfaces.ops import Activation, Reuse
 from vllm_di.components.messages import KvGroup, KvSpec
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ StepFunction = Callable[[ModelStep], "Tensor"]
 class Quantization(ABC):
     """(8) What becomes of a linear weight after loading, and the product that goes with it."""
 
-    replayable: ClassVar[bool] = False
-    """Whether all that its products compute are ops of the table."""
+    reuses: ClassVar[frozenset[Reuse]] = frozenset()
+    """``record`` and ``capture``: all that its products compute are ops of the table."""
     takes_quantized: ClassVar[bool] = False
     """Whether it wants weights as a quantised checkpoint holds them, not dequantised."""
 
@@ -117,8 +117,9 @@ class Model(ABC):
     """Whether it starts from token ids; else from the hidden states of the stage before."""
     last: bool = True
     """Whether it ends in logits; else in hidden states for the next stage."""
-    replayable: bool = False
-    """Whether all that ``forward`` computes are ops of the table, attention and collectives."""
+    reuses: frozenset[Reuse] = frozenset()
+    """``record`` and ``capture``: all that ``forward`` computes are ops of the table, attention and
+    collectives."""
     takes_quantized: bool = False
     """Whether ``load_weights`` wants quantised weights as they are."""
 

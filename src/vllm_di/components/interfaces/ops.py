@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 Activation = Literal["silu", "gelu_tanh"]
 """Of a gated MLP."""
+Reuse = Literal["record", "capture", "compile"]
+"""How a step is run again without its Python: calls of ops that were recorded, a graph that the
+device captured, a program that a compiler made. Each part of a step declares in ``reuses`` which of
+these it can be part of; what it does not name is refused, or leaves steps as they stand."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -81,8 +85,6 @@ class OpTable(ABC):  # noqa: B024 - a table or a library, never built as it is
     """Every op by name."""
     fusions: Sequence[str] = ()
     """Fused ops in force."""
-    opaque: Mapping[str, str] = {}
-    """Op to its library, for ops that a compiled program cannot take in: they are no torch code."""
 
     @OPS.op("RMS normalisation")
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -292,6 +294,10 @@ class OpTable(ABC):  # noqa: B024 - a table or a library, never built as it is
         table has no libraries."""
         return None
 
+    def refuses(self, how: Reuse) -> Mapping[str, str]:
+        """Op to its library, for the ops that cannot be part of such a step."""
+        return {}
+
     def recorder(self) -> Recorder | None:
         """None where ops cannot be recorded, or come from several libraries."""
         return None
@@ -321,8 +327,9 @@ class OpLibrary(OpTable, ABC):
     methods: ClassVar[frozenset[str]] = frozenset()
     """Ops that it computes or packs for with a method of its own, or of a class that it extends;
     the reference's methods do not count."""
-    traceable: ClassVar[bool] = False
-    """Whether its ops are torch code that can be traced, whatever the sizes of a batch."""
+    reuses: ClassVar[frozenset[Reuse]] = frozenset()
+    """``compile``: its ops are torch code that can be traced, whatever the sizes of a batch.
+    ``record``: it has a recorder. ``capture``: they leave the host alone."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

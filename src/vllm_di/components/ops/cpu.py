@@ -54,6 +54,8 @@ class CpuOps(OpLibrary):
     why. Kernels run on as many threads as torch had when this was built.
     """
 
+    reuses = frozenset({"record"})
+
     def __init__(
         self,
         device: Device,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from inspect import Parameter, Signature
 from typing import Literal
 
-from vllm_di.components.interfaces import OpLibrary, OpTable, Recorder
+from vllm_di.components.interfaces import OpLibrary, OpTable, Recorder, Reuse
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.errors import ConfigError, PortError, nearest
 
@@ -45,11 +45,6 @@ class SelectedOps(OpTable):
             if choices.get(fused, "auto") == "auto" and self._apart(fused):
                 self._owners[fused] = None
         self.fusions = tuple(op for op in self.OPS.fused if self._owners[op] is not None)
-        self.opaque = {
-            op: type(owner).__name__
-            for op, owner in self._owners.items()
-            if owner is not None and not owner.traceable
-        }
         for op, owner in self._owners.items():
             if owner is not None:
                 setattr(self, op, getattr(owner, op))
@@ -76,6 +71,13 @@ class SelectedOps(OpTable):
 
     def library_of(self, op: str) -> OpLibrary | None:
         return self._owners[op]
+
+    def refuses(self, how: Reuse) -> dict[str, str]:
+        return {
+            op: type(owner).__name__
+            for op, owner in self._owners.items()
+            if owner is not None and how not in owner.reuses
+        }
 
     def recorder(self) -> Recorder | None:
         """The main library's, when no other library has a hand in it: torch's ops can be seen in a

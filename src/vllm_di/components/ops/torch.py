@@ -20,7 +20,7 @@ class TorchOps(OpLibrary):
 
     implements = frozenset(OpLibrary.OPS)
     methods = frozenset()
-    traceable = True
+    reuses = frozenset({"compile"})
 
     def __init__(self) -> None: ...
 

@@ -40,6 +40,7 @@ class TritonOps(OpLibrary):
     torch reference stands in for each kernel.
     """
 
+    reuses = frozenset({"capture"})
     launch: Launch
     """A test puts its own in this place: to compile for another target, or to record."""
 

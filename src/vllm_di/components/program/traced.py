@@ -63,9 +63,9 @@ class TracedStep:
 
 def check_traceable(ops: OpTable, graph: GraphPolicy) -> None:
     """Raise ConfigError for what a traced step would have to ignore."""
-    opaque = {op: name for op, name in ops.opaque.items() if op not in SAMPLER_OPS}
+    opaque = [(op, name) for op, name in ops.refuses("compile").items() if op not in SAMPLER_OPS]
     if opaque:
-        op, name = next(iter(opaque.items()))
+        op, name = opaque[0]
         raise ConfigError(
             f"ops.{op}: {name} is no torch code, and the compiled step cannot take it in; choose "
             f"traced or torch (another library's are the sampler's alone: {', '.join(SAMPLER_OPS)})"

@@ -16,7 +16,7 @@ from vllm_di.components.quantized import QuantizedWeight
 class GgufQuantization(Quantization):
     """Never dequantises a linear weight. With weights from elsewhere it does what ``none`` does."""
 
-    replayable = True
+    reuses = frozenset({"record", "capture"})
     takes_quantized = True
 
     def __init__(self, ops: OpTable) -> None:

@@ -15,7 +15,7 @@ from vllm_di.components.quantized import QuantizedWeight
 class NoQuantization(Quantization):
     """``ops.pack_linear`` once, then ``ops.linear``."""
 
-    replayable = True
+    reuses = frozenset({"record", "capture"})
 
     def __init__(self, ops: OpTable) -> None:
         self._ops, self._fused = ops, "gated_linear" in ops.fusions

@@ -18,7 +18,7 @@ class RoundedWeights(Quantization):
     """``scales=channel``: one scale an output, 8 bits. ``scales=group``: scale and offset for 32
     weights. All linear weights and the head; embeddings and experts stay as they are."""
 
-    replayable = True
+    reuses = frozenset({"record", "capture"})
 
     def __init__(
         self, ops: OpTable, *, bits: Literal[4, 8], scales: Literal["channel", "group"]
