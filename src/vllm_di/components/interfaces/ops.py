@@ -259,6 +259,8 @@ class OpLibrary(OpTable, ABC):
     implements: frozenset[str] = frozenset(OpTable.OPS)
     traceable: ClassVar[bool] = False
     """Whether its ops are torch code that can be traced, whatever the sizes of a batch."""
+    asks_host: ClassVar[frozenset[str]] = frozenset()
+    """Ops that read values of tensors on the host: no graph of an accelerator can take them in."""
 
     @classmethod
     def preview(cls, **arguments: Any) -> OpLibrary:

@@ -16,6 +16,7 @@ class TorchOps(OpLibrary):
     """Plain torch on any device and dtype. Reductions run in fp32."""
 
     traceable = True
+    asks_host = frozenset({"fused_experts", "write_kv", "rotary_write_kv", "paged_attention"})
 
     def __init__(self) -> None: ...
 
