@@ -70,6 +70,10 @@ class Decoder(nn.Module, Model):
         config: DecoderConfig,
     ) -> None:
         super().__init__()
+        experts = ops.library_of("fused_experts") if config.num_experts else None
+        if experts is not None and "fused_experts" in experts.asks_host:
+            log.info("the model cannot be captured: ops.fused_experts asks the host")
+            self.reuses -= {"capture"}
         architecture = config.architecture
         if architecture is not None and architecture not in self.families:
             raise UnsupportedModelError(

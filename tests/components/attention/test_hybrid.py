@@ -117,7 +117,7 @@ def test_a_step_of_decodes_can_be_replayed() -> None:
     on = layout()
     paged, sdpa = PagedAttention(SelectedOps(TorchOps()), on), SdpaAttention(on)
     mixed = HybridAttention(on, prefill=sdpa, decode=paged)
-    assert mixed.reuses == {"record", "capture"}
+    assert mixed.reuses == {"record"}  # the reference asks the host, which no capture can
     asked = ["record" in mixed.reuses_step(mixed.build(batch(q))) for q in ([1, 1], [1, 3], [3])]
     assert asked == [True, False, False]
     assert not HybridAttention(on, prefill=paged, decode=sdpa).reuses

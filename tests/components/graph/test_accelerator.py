@@ -137,12 +137,18 @@ class Runner:
         MODULE.calls.clear()
 
 
+class DeviceOps(TorchOps):
+    """The reference as a device's library would have it: nothing is asked of the host."""
+
+    asks_host = frozenset()
+
+
 def policy(
     max_tokens: int = 8, attention: type = PagedAttention, graph_class: str = "CUDAGraph"
 ) -> AcceleratorGraph:
     device = HostDevice(threads=1, memory_budget=None, default_dtype="float32")
     layout = HndLayout(device, block_size=4, dtype="auto")
-    ops = TorchOps()
+    ops = DeviceOps()
     model = CountingModel(max_model_len=4 * COLUMNS)
     model.reuses = frozenset({"capture"})
     quantization = NoQuantization(ops)

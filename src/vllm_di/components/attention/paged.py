@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -17,6 +18,8 @@ from vllm_di.components.interfaces import (
     UnrotatedForward,
 )
 from vllm_di.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class PagedAttention(AttentionBackend):
@@ -46,6 +49,10 @@ class PagedAttention(AttentionBackend):
         self._write, self._attend = ops.write_kv, ops.paged_attention
         self._rotary_write = ops.rotary_write_kv
         self._fused = "rotary_write_kv" in ops.fusions
+        for op in ("write_kv", "paged_attention"):
+            if (owner := ops.library_of(op)) is not None and op in owner.asks_host:
+                log.info("attention cannot be captured: ops.%s asks the host", op)
+                self.reuses -= {"capture"}
 
     def check(self, spec: AttentionSpec) -> None:
         check_spec(spec)

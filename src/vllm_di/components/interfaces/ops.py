@@ -329,7 +329,10 @@ class OpLibrary(OpTable, ABC):
     the reference's methods do not count."""
     reuses: ClassVar[frozenset[Reuse]] = frozenset()
     """``compile``: its ops are torch code that can be traced, whatever the sizes of a batch.
-    ``record``: it has a recorder. ``capture``: they leave the host alone."""
+    ``record``: it has a recorder. ``capture``: a device's graph can hold them, but for those of
+    ``asks_host``."""
+    asks_host: ClassVar[frozenset[str]] = frozenset()
+    """Ops that read values of tensors on the host."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

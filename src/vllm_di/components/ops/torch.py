@@ -20,7 +20,8 @@ class TorchOps(OpLibrary):
 
     implements = frozenset(OpLibrary.OPS)
     methods = frozenset()
-    reuses = frozenset({"compile"})
+    reuses = frozenset({"compile", "capture"})
+    asks_host = frozenset({"fused_experts", "write_kv", "rotary_write_kv", "paged_attention"})
 
     def __init__(self) -> None: ...
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_di.components import products
-from vllm_di.components.interfaces import OpLibrary
+from vllm_di.components.interfaces import Activation, OpLibrary
 from vllm_di.components.ops import triton_stand_ins
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.errors import ConfigError, PortError
@@ -23,7 +23,7 @@ from vllm_di.errors import ConfigError, PortError
 log = logging.getLogger(__name__)
 Launch = Callable[..., None]
 """(kernel, grid, arguments, constants, num_warps, num_stages)"""
-KERNELS = ("attention", "elementwise", "norms", "sampling", "tiles", "runtime")
+KERNELS = ("attention", "elementwise", "experts", "norms", "sampling", "tiles", "runtime")
 LARGEST_HEAD = 256
 LEAST_SPLIT = 128
 """Keys that are worth a program of their own."""
@@ -60,7 +60,8 @@ class TritonOps(OpLibrary):
                 "ops=triton: the package triton is not installed; pip install 'vllm-di[cuda]' or "
                 "'vllm-di[rocm]'; an XPU build of torch brings Intel's own"
             ) from error
-        self._attention, self._elementwise, self._norms, self._sampling, tiles, runtime = found
+        self._attention, self._elementwise, self._experts = found[:3]
+        self._norms, self._sampling, tiles, runtime = found[3:]
         self.launch = runtime.launch
         self._power: Callable[[int], int] = runtime.power_of_2
         self._interpreted: bool = runtime.is_interpreted()
@@ -193,6 +194,60 @@ class TritonOps(OpLibrary):
             return self._reference.linear(x, weight, bias, out_dtype)
         out = products.wide_product(x, weight)
         return out if bias is None else out + bias
+
+    # -- experts --------------------------------------------------------------------------------
+
+    def fused_experts(
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: Activation,
+    ) -> Tensor:
+        tokens, k = topk_ids.shape
+        if not tokens:
+            return torch.empty_like(x)
+        ids, order = topk_ids.flatten().sort(stable=True)
+        experts = torch.arange(len(gate_up) + 1, dtype=ids.dtype, device=ids.device)
+        starts = torch.searchsorted(ids, experts, out_int32=True)
+        hidden = self._product_of_experts(x, gate_up, order, starts, k)
+        hidden = self._gate(hidden, gelu=activation != "silu")
+        hidden = self._product_of_experts(hidden, down, order, starts, 1)
+        shares = topk_weights.float().unsqueeze(-1)
+        out: Tensor = (hidden.unflatten(0, (tokens, k)).float() * shares).sum(1)
+        return out.to(x.dtype)
+
+    def _product_of_experts(
+        self, x: Tensor, weight: Tensor, order: Tensor, starts: Tensor, per_row: int
+    ) -> Tensor:
+        """x [pairs / per_row, in], weight [experts, out, in] -> [pairs, out]; ``order`` [pairs] are
+        the pairs by expert, ``starts`` [experts + 1] where each expert begins in it."""
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+        num_experts, num_outputs, num_inputs = weight.shape
+        pairs = len(order)
+        rows = 16 if pairs <= 32 * num_experts else 64
+        columns = 64
+        out = torch.empty(pairs, num_outputs, dtype=x.dtype, device=x.device)
+        self.launch(
+            self._experts.experts_kernel,
+            (pairs // rows + num_experts, -(-num_outputs // columns)),
+            (
+                *(out, x, weight, order, starts, num_experts, num_outputs, num_inputs),
+                *(x.stride(0), *weight.stride()[:2]),
+            ),
+            {
+                "PER_ROW": per_row,
+                "ROWS": rows,
+                "COLUMNS": columns,
+                "DEPTH": 32 if x.dtype == torch.float32 else 64,
+                "UPCAST": x.dtype == torch.float32 or self._interpreted,
+            },
+            num_stages=3,
+        )
+        return out
 
     # -- attention ------------------------------------------------------------------------------
 

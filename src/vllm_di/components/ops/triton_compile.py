@@ -123,6 +123,14 @@ def _rotary_write_kv(ops: TritonOps) -> object:
     return ops.rotary_write_kv(_ids(), q, k, v, _rotary_table(), False, cache, cache, _ids())
 
 
+def _fused_experts(ops: TritonOps, tokens: int) -> object:
+    """Eight experts, two of them for each token: Mixtral's, of another width."""
+    experts, inter = 8, 256
+    ids, shares = torch.zeros(tokens, 2, dtype=torch.int64), torch.zeros(tokens, 2)
+    up, down = _bf16(experts, 2 * inter, HIDDEN), _bf16(experts, HIDDEN, inter)
+    return ops.fused_experts(_bf16(tokens, HIDDEN), up, down, shares, ids, "silu")
+
+
 def _attention(ops: TritonOps, tokens: int, seqs: int) -> object:
     cache, (q, *_) = _cache(), _heads(tokens)
     starts, lengths = torch.zeros(seqs + 1, dtype=torch.int32), torch.zeros(seqs, dtype=torch.int32)
@@ -144,6 +152,8 @@ LAUNCHES: Mapping[str, Callable[[TritonOps], object]] = {
     "rotary_embedding": _rotary_embedding,
     "silu_and_mul": lambda ops: ops.silu_and_mul(_bf16(2, 2 * MLP)),
     "gelu_tanh_and_mul": lambda ops: ops.gelu_tanh_and_mul(_bf16(2, 2 * MLP)),
+    "fused_experts decode": lambda ops: _fused_experts(ops, 4),
+    "fused_experts prefill": lambda ops: _fused_experts(ops, 1024),
     "write_kv": _write_kv,
     "rotary_write_kv": _rotary_write_kv,
     "paged_attention decode": lambda ops: _attention(ops, *ATTENTION["decode"]),

@@ -7,6 +7,7 @@ it is cut into programs, is not shown: interpreter and compiler see to that.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -242,6 +243,27 @@ def merge(
     out[count:].zero_()
 
 
+def experts(
+    grid: tuple[int, ...],
+    constants: Constants,
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    num_experts: int,
+    num_outputs: int,
+    num_inputs: int,
+    *strides: int,
+) -> None:
+    rows = _view(x, (len(order) // constants["PER_ROW"], num_inputs), strides[0])
+    weights = _view(weight, (num_experts, num_outputs, num_inputs), *strides[1:])
+    for expert, (first, end) in enumerate(itertools.pairwise(starts.tolist())):
+        pairs = order[first:end]
+        seen = rows[pairs // constants["PER_ROW"]]
+        out[pairs] = REFERENCE.linear(seen, weights[expert])
+
+
 def greedy(
     grid: tuple[int, ...], constants: Constants, out: Tensor, logits: Tensor, *sizes: int
 ) -> None:
@@ -274,6 +296,7 @@ STAND_INS: dict[str, Callable[..., None]] = {
     "rotary_write_kv_kernel": rotary_write_kv,
     "attention_kernel": attention,
     "merge_kernel": merge,
+    "experts_kernel": experts,
     "greedy_kernel": greedy,
     "top_k_top_p_kernel": top_k_top_p,
 }
