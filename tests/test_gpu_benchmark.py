@@ -257,7 +257,7 @@ def test_the_parts_name_what_exists(tmp_path: Path) -> None:
             assert not word.startswith("tests/") or (ROOT / word).exists()
     assert {name for words in parts.CHECKS.values() for name in words.split()} <= BY_NAME.keys()
     tested = {name for name in FAMILIES if not name.startswith("attention-")} | {"paged_attention"}
-    assert tested == TritonOps.implements
+    assert tested == TritonOps.implements - {"fused_experts"}  # which the suite judges there
     with pytest.raises(SystemExit):
         gpu.main(["--only", "machin", "--logs", str(tmp_path)])
 

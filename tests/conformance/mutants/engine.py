@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -184,11 +184,9 @@ class StalePositions(EagerGraph):
 class OwnSampler(StandardModelRunner):
     """Ignores the sampler that was chosen."""
 
-    def execute(self, step: StepInput) -> StepResult:
-        if not hasattr(self, "_own"):
-            self._own = StandardSampler(self._model.ops)  # type: ignore[attr-defined]
-        self._sampler = self._own
-        return super().execute(step)
+    def warm_up(self) -> None:
+        self._sampler = StandardSampler(self._model.ops)  # type: ignore[attr-defined]
+        super().warm_up()
 
 
 class Fragile(StandardModelRunner):
@@ -218,10 +216,12 @@ class Fragile(StandardModelRunner):
 
 
 class Unclosed(InlineExecutor):
-    """Never closes its worker."""
+    """Never closes its worker, and somebody still holds it."""
+
+    held: ClassVar[list[InlineExecutor]] = []
 
     def close(self) -> None:
-        pass
+        self.held.append(self)
 
 
 class MissingIsZero(SafetensorsLoader):

@@ -16,6 +16,7 @@ class Altered(TorchOps):
     """Claims the ops that a subclass writes itself; all others come from the reference."""
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         cls.implements = frozenset(op for op in cls.OPS if op in vars(cls))
 
 
