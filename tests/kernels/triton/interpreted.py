@@ -316,12 +316,13 @@ def test_products_are_torchs() -> None:
 def test_experts(dtype: torch.dtype, experts: int, k: int, tokens: int) -> None:
     """Experts without a row, with one, with more than a tile; sizes that fill no tile."""
     x = random(tokens, 40, dtype=dtype)[:, 3:33]  # [tokens, 30]
-    up, down = random(experts, 2 * 24, 30, dtype=dtype) / 4, random(experts, 30, 24, dtype=dtype)
+    up, down = random(experts, 2 * 24, 30, dtype=dtype), random(experts, 30, 24, dtype=dtype)
+    up, down = up / 6, down / 5  # so that products of them are about 1
     shares, ids = random(tokens, experts).softmax(-1).topk(k)
     ids[: tokens // 2] = ids[0]
-    got = TRITON.fused_experts(x, up, down / 4, shares, ids, "silu")
-    want = REFERENCE.fused_experts(wide(x), wide(up), wide(down / 4), shares, ids, "silu")
-    close(got, want, scale=8.0)  # what a sum of 24 products comes to
+    got = TRITON.fused_experts(x, up, down, shares, ids, "silu")
+    want = REFERENCE.fused_experts(wide(x), wide(up), wide(down), shares, ids, "silu")
+    close(got, want, scale=4.0)  # bf16 is rounded between the products too, and cut off here
 
 
 def test_a_model_says_what_it_says_on_the_reference() -> None:
