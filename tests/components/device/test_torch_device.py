@@ -170,8 +170,8 @@ def test_a_package_that_breaks_says_why(
 
 
 def test_a_torch_without_the_module_or_the_runtime_is_refused(module: Accelerator) -> None:
-    with pytest.raises(PortError, match=r"has no module torch\.acme"):
-        device(backend="acme")
+    with pytest.raises(PortError, match=r"has no module torch\.nowhere"):
+        device(backend="nowhere")
     with pytest.raises(PortError, match=r"was built without acme_runtime"):
         device(runtime="acme_runtime")
 

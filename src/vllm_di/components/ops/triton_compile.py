@@ -105,7 +105,7 @@ def _ids(count: int = 2) -> Tensor:
 
 
 def _rotary_table() -> Tensor:
-    return torch.empty(9, HEAD_SIZE)
+    return torch.empty(9, HEAD_SIZE, dtype=torch.float32)
 
 
 def _rotary_embedding(ops: TritonOps) -> object:
@@ -126,7 +126,8 @@ def _rotary_write_kv(ops: TritonOps) -> object:
 def _fused_experts(ops: TritonOps, tokens: int) -> object:
     """Eight experts, two of them for each token: Mixtral's, of another width."""
     experts, inter = 8, 256
-    ids, shares = torch.zeros(tokens, 2, dtype=torch.int64), torch.zeros(tokens, 2)
+    ids = torch.zeros(tokens, 2, dtype=torch.int64)
+    shares = torch.zeros(tokens, 2, dtype=torch.float32)
     up, down = _bf16(experts, 2 * inter, HIDDEN), _bf16(experts, HIDDEN, inter)
     return ops.fused_experts(_bf16(tokens, HIDDEN), up, down, shares, ids, "silu")
 
@@ -138,9 +139,13 @@ def _attention(ops: TritonOps, tokens: int, seqs: int) -> object:
     return ops.paged_attention(q, cache, cache, starts, lengths, table, 0.1, None, None)
 
 
+def _logits() -> Tensor:
+    return torch.empty(2, VOCAB, dtype=torch.float32)
+
+
 def _sample(ops: TritonOps) -> object:
-    numbers = torch.empty(2)
-    return ops.top_k_top_p_sample(torch.empty(2, VOCAB), _ids(), numbers, numbers, numbers)
+    numbers = torch.empty(2, dtype=torch.float32)
+    return ops.top_k_top_p_sample(_logits(), _ids(), numbers, numbers, numbers)
 
 
 LAUNCHES: Mapping[str, Callable[[TritonOps], object]] = {
@@ -159,7 +164,7 @@ LAUNCHES: Mapping[str, Callable[[TritonOps], object]] = {
     "paged_attention decode": lambda ops: _attention(ops, *ATTENTION["decode"]),
     "paged_attention chunk": lambda ops: _attention(ops, *ATTENTION["chunk"]),
     "paged_attention prefill": lambda ops: _attention(ops, *ATTENTION["prefill"]),
-    "greedy_sample": lambda ops: ops.greedy_sample(torch.empty(2, VOCAB)),
+    "greedy_sample": lambda ops: ops.greedy_sample(_logits()),
     "top_k_top_p_sample": _sample,
 }
 """Name of a part of the report to a call of an op, on host tensors that nothing reads."""

@@ -210,7 +210,7 @@ class TpuProgram(ModelProgram):
         if not self._model.last:
             return to_torch(out)
         if not len(plan.logits_rows):
-            return torch.zeros(0, self._model.vocab_size)
+            return torch.zeros(0, self._model.vocab_size, dtype=torch.float32)
         return to_torch(self._call(self._head, self.constants, out, given["rows"]))
 
     def _call(self, function: Any, *args: Any) -> Any:
