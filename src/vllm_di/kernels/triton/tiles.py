@@ -40,7 +40,9 @@ class Tiling:
         columns = min(64, max(16, self.key_bytes // row_bytes))
         least = max(16, _power_of_2(group))
         most = 32 if itemsize > 2 else 128 if row_bytes <= 256 else 64
-        if rows <= least or most <= least:
+        if least > most:  # a large group: the queries alone take half of the shared memory
+            return Tile(least, max(16, columns // 2), 8)
+        if rows <= least or most == least:
             return Tile(least, columns, 4)
         if rows <= 64 or most <= 64:
             return Tile(min(64, most), columns, self.middle_warps)
