@@ -13,7 +13,6 @@ import vllm_di
 SOURCE = Path(vllm_di.__file__).parent
 ALLOWED = {
     "components/attention/paged.py": "which methods a class declares, read where it is declared",
-    "components/attention/sdpa.py": "whether a layout gathers in a way of its own",
     "components/interfaces/ops.py": "which methods a class declares, read where it is declared",
     "components/remote.py": "which methods a class declares as calls",
     "containers/schema.py": "signatures are the schema of YAML; names for messages",

@@ -42,11 +42,6 @@ class Answer(msgspec.Struct, kw_only=True):
     num_cached: int = 0
     error: str | None = None
 
-    @property
-    def own_logprobs(self) -> list[float]:
-        """Of the tokens that were chosen."""
-        return [found.logprobs[0] for found in self.logprobs]
-
 
 def greedy(count: int, **more: Any) -> SamplingParams:
     """``count`` tokens, whatever they are."""

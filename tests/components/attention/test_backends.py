@@ -10,15 +10,19 @@ from vllm_di.components.attention.sdpa import SdpaAttention
 from vllm_di.components.device.host import HostDevice
 from vllm_di.components.interfaces import AttentionSpec, BatchPlan, TracedCache
 from vllm_di.components.kv_layout.hnd import HndLayout
+from vllm_di.components.kv_layout.nhd import NhdLayout
 from vllm_di.components.messages import KvSpec
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.errors import ConfigError
 
 
+def device() -> HostDevice:
+    return HostDevice(threads=2, memory_budget=None, default_dtype="float32")
+
+
 def layout() -> HndLayout:
-    device = HostDevice(threads=2, memory_budget=None, default_dtype="float32")
-    return HndLayout(device, block_size=4, dtype="auto")
+    return HndLayout(device(), block_size=4, dtype="auto")
 
 
 def spec(**changes: object) -> AttentionSpec:
@@ -65,9 +69,8 @@ def test_all_give_one_answer(changes: dict[str, object]) -> None:
 
 
 def test_export_wants_a_layout_that_can_be_traced() -> None:
-    other = layout()
-    other.name = "nhd"
-    with pytest.raises(ConfigError, match="reads the KV layout 'hnd', not 'nhd'"):
+    other = NhdLayout(device(), block_size=4, dtype="auto")
+    with pytest.raises(ConfigError, match="gathers_blocks, and 'nhd' does not; kv_layout=hnd"):
         SdpaAttention(other).export()
     with pytest.raises(ConfigError, match=r"no export\(\) .* attention=sdpa has one"):
         PagedAttention(SelectedOps(TorchOps()), layout()).export()

@@ -81,11 +81,10 @@ class SdpaAttention(AttentionBackend):
         return out
 
     def export(self) -> Callable[[BatchPlan], PaddedBatch]:
-        own = type(self._layout).gather_blocks is not KvLayout.gather_blocks
-        if self._layout.name != "hnd" and not own:
+        if not self._layout.gathers_blocks:
             raise ConfigError(
-                "in a compiled program attention=sdpa reads the KV layout 'hnd', not "
-                f"{self._layout.name!r}"
+                "in a compiled program attention=sdpa needs a KV layout that declares "
+                f"gathers_blocks, and {self._layout.name!r} does not; kv_layout=hnd does"
             )
         return self._padded
 

@@ -186,6 +186,8 @@ class KvLayout(ABC):
     """Where the cache is allocated."""
     dtype_name: str = "auto"
     """The cache's dtype; ``auto`` is the model's."""
+    gathers_blocks: bool = False
+    """Whether it has ``gather_blocks``."""
 
     @abstractmethod
     def describe(self, spec: KvSpec, dtype: torch.dtype) -> tuple[CacheTensor, ...]:
@@ -219,14 +221,9 @@ class KvLayout(ABC):
 
     def gather_blocks(self, cache: LayerCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """All tokens behind a block table [seqs, columns] int64: k, v [seqs, columns * block_size,
-        kv_heads, head_size], in torch ops that a compiled program can trace. Raises ConfigError
-        where there are none."""
-        if self.name != "hnd":
-            from vllm_di.errors import ConfigError
-
-            raise ConfigError(f"the KV layout {self.name!r} has no gather_blocks()")
-        k, v = (x[blocks].transpose(2, 3).flatten(1, 2) for x in cache.tensors)
-        return k, v
+        kv_heads, head_size], in torch ops that a compiled program can trace. Called only of
+        layouts that say ``gathers_blocks``."""
+        raise NotImplementedError(f"the KV layout {self.name!r} has no gather_blocks()")
 
 
 class UnrotatedForward(Protocol):

@@ -257,7 +257,7 @@ class PagedKvCacheManager(KvCacheManager):
     def _take(self) -> int:
         """A block that nobody holds, for a sequence."""
         self._version += 1
-        block, _nothing = self._free.popitem(last=False)
+        block, _ = self._free.popitem(last=False)
         self._forget(block)
         self._users[block] = 1
         return block

@@ -15,6 +15,7 @@ class HndLayout(PairLayout):
     """Keys and values in a tensor each, one pair a layer."""
 
     name = "hnd"
+    gathers_blocks = True
 
     def shape_of_block(self, spec: KvSpec) -> tuple[int, int, int]:
         return (spec.num_kv_heads, self.block_size, spec.head_size)
@@ -35,3 +36,8 @@ class HndLayout(PairLayout):
             return cached[used].transpose(1, 2).flatten(0, 1)[:length]
 
         return rows(cache.key), rows(cache.value)
+
+    def gather_blocks(self, cache: LayerCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        # [seqs, columns, kv_heads, block_size, head_size] -> [seqs, tokens, kv_heads, head_size]
+        k, v = (x[blocks].transpose(2, 3).flatten(1, 2) for x in cache.tensors)
+        return k, v

@@ -44,7 +44,6 @@ class Batch:
         self._step_rows: list[int] = []
         self._row_of: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._max_num_seqs, self._max_model_len = max_num_seqs, max_model_len
         self._block_size, self._mark = block_size, device.mark
         self._copied: Callable[[], None] = device.mark()
         """Returns when the last plan's arrays have been copied and may be written again."""

@@ -19,7 +19,6 @@ from vllm_di.conformance.subject import Subject
 
 SHARED = [(11 * i) % 240 for i in range(130)]
 """The beginning that several prompts have in common: some blocks long."""
-FEW_BLOCKS = 12
 
 
 def exact(subject: Subject, *more: str) -> list[str]:

@@ -34,6 +34,7 @@ class OpenVinoLayout(KvLayout):
         if dtype != "uint8":
             self._floats = HndLayout(device, block_size=BLOCK, dtype=dtype)
         self.name = "hnd" if self._floats else "openvino_u8"
+        self.gathers_blocks = self._floats is not None
 
     def describe(self, spec: KvSpec, dtype: torch.dtype) -> tuple[CacheTensor, ...]:
         if self._floats is not None:
@@ -74,6 +75,11 @@ class OpenVinoLayout(KvLayout):
         found = (_keys(cache.key[used]), (values[..., PARAMS:].float() - zero) * scale)
         k, v = (x.transpose(1, 2).flatten(0, 1)[:length] for x in found)
         return k, v
+
+    def gather_blocks(self, cache: LayerCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        if self._floats is None:
+            return super().gather_blocks(cache, blocks)
+        return self._floats.gather_blocks(cache, blocks)
 
 
 def _rounded(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

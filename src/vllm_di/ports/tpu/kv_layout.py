@@ -23,6 +23,7 @@ class TpuLayout(KvLayout):
     ``packing`` of them share 32 bits: 2 in bfloat16, 1 in float32."""
 
     name = "tpu"
+    gathers_blocks = True
 
     def __init__(
         self, device: Device, *, block_size: Annotated[int, msgspec.Meta(ge=1, le=1024)]
