@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -51,6 +52,11 @@ def greedy(count: int, **more: Any) -> SamplingParams:
 def ask(prompt: Sequence[int], count: int, **params: Any) -> Ask:
     """A greedy request."""
     return Ask(prompt=list(prompt), params=greedy(count, **params))
+
+
+def apart(asks: Iterable[Ask]) -> list[Ask]:
+    """The same requests, each with a salt of its own: none shares blocks with any other."""
+    return [msgspec.structs.replace(one, salt=uuid.uuid4().hex) for one in asks]
 
 
 def run(

@@ -15,6 +15,7 @@ import msgspec
 import torch
 
 from vllm_di.components.interfaces import Engine, Placement
+from vllm_di.components.messages import EngineRequest, SamplingParams
 from vllm_di.conformance import tiny
 from vllm_di.conformance.outcomes import NotDeclared, NotRun
 from vllm_di.containers.assembly import Assembly, assemble
@@ -28,6 +29,8 @@ from vllm_di.errors import ConfigError, PortError, nearest
 
 OWN = ("model", "model.path", "loader", "tokenizer", "chat_template")
 """Keys that the suite sets itself: it brings its models."""
+PREFIX_CACHING = "kv_cache_manager.prefix_caching"
+"""Key of the cache managers that can do with and without; another port's may lack it."""
 BLOCKS = 96
 """KV blocks of a worker: several full sequences of a tiny model."""
 USUAL_HEAD = 32
@@ -208,9 +211,37 @@ class Subject:
             yield container.engine()
 
     def has_key(self, key: str) -> bool:
-        """Whether a worker's node has a key, ``device.memory_budget``."""
+        """Whether a node of the engine, or of every worker, has a key, ``device.memory_budget``."""
         slot, _, name = key.partition(".")
-        return all(name in node[slot] for node in self.assembly().stages)
+        engine, stages = self.assembly().engine, self.assembly().stages
+        return all(name in node[slot] for node in ([engine] if slot in engine else stages))
+
+    @property
+    def prefix_cache_off(self) -> list[str]:
+        """The override that turns the prefix cache off; none for a cache manager that has no such
+        key. Requests that must share nothing are kept ``apart`` by their salts as well."""
+        return [f"{PREFIX_CACHING}=false"] if self.has_key(PREFIX_CACHING) else []
+
+    def need_prefix_cache(self) -> None:
+        """Raises NotDeclared where prompts share no blocks: the manager's key says so or, where it
+        has no such key, it looks nothing up."""
+        if self.has_key(PREFIX_CACHING):
+            if not self.assembly().engine["kv_cache_manager"]["prefix_caching"]:
+                raise NotDeclared(f"{PREFIX_CACHING} is false")
+        elif not self._looks_up_prefixes:
+            raise NotDeclared(
+                "its cache manager has no key prefix_caching and, by its stats(), looks nothing up"
+            )
+
+    @cached_property
+    def _looks_up_prefixes(self) -> bool:
+        params = SamplingParams(temperature=0, max_tokens=1)
+        request = EngineRequest(request_id="any", prompt_token_ids=[*range(64)], params=params)
+        with self.engine() as engine:
+            engine.add(request)
+            while engine.has_work():
+                engine.step()
+            return engine.step().stats.prefix_cache_queries > 0
 
     def target(self, slot: str, stage: int = 0) -> str:
         """The class that fills a slot, as its dotted name."""
@@ -222,8 +253,12 @@ class Subject:
 
     @cached_property
     def config_hash(self) -> str:
+        """Of what is judged, as ``hash_of``."""
+        return self.hash_of(self.assembly())
+
+    @staticmethod
+    def hash_of(a: Assembly) -> str:
         """SHA-256 of the composed config, but for where the suite's models lie."""
-        a = self.assembly()
         workers = [
             {**node, "model": {k: v for k, v in node["model"].items() if k != "path"}}
             for node in a.stages

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_di.components.interfaces import Engine
 from vllm_di.conformance.compare import assert_same
-from vllm_di.conformance.driving import PATIENCE, Answer, add, ask, run
+from vllm_di.conformance.driving import PATIENCE, Answer, add, apart, ask, run
 from vllm_di.conformance.golden import prompts
 from vllm_di.conformance.numbers import DTYPES
 from vllm_di.conformance.outcomes import NotDeclared, Record
@@ -26,9 +26,9 @@ def exact(subject: Subject, *more: str) -> list[str]:
 
 
 def uncached(subject: Subject, prompts: list[list[int]], length: int = 8) -> list[Answer]:
-    more = exact(subject, "kv_cache_manager.prefix_caching=false")
-    with subject.engine(*more) as engine:
-        return [run(engine, [ask(prompt, length, logprobs=20)])[0] for prompt in prompts]
+    asks = apart(ask(prompt, length, logprobs=20) for prompt in prompts)
+    with subject.engine(*exact(subject, *subject.prefix_cache_off)) as engine:
+        return [run(engine, [one])[0] for one in asks]
 
 
 def common(one: list[int], other: list[int]) -> int:
@@ -43,6 +43,7 @@ def used(engine: Engine) -> float:
 
 
 def test_cached_equals_uncached(subject: Subject) -> None:
+    subject.need_prefix_cache()
     texts = [[*SHARED, 1, 2], [*SHARED, 3], [*SHARED[:70], 9, 9], SHARED, [*SHARED, 1, 2]]
     # the same tokens at the same places behind another beginning: their blocks are others
     texts.append([77] * len(SHARED[:64]) + SHARED[64:])
@@ -64,6 +65,7 @@ def test_cached_equals_uncached(subject: Subject) -> None:
 
 
 def test_salts_do_not_share(subject: Subject) -> None:
+    subject.need_prefix_cache()
     with subject.engine(*exact(subject)) as engine:
         if engine.report.block_size > len(SHARED):
             raise NotDeclared("its blocks are longer than a tiny model's prompts")
@@ -75,6 +77,7 @@ def test_salts_do_not_share(subject: Subject) -> None:
 
 
 def test_a_reset_forgets(subject: Subject) -> None:
+    subject.need_prefix_cache()
     with subject.engine(*exact(subject)) as engine:
         run(engine, [ask(SHARED, 2)])
         engine.reset_prefix_cache()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
+from vllm_di.components.messages import LimitsReport
 from vllm_di.conformance.compare import assert_same
-from vllm_di.conformance.driving import Answer, ask, run
+from vllm_di.conformance.driving import Answer, Ask, apart, ask, run
 from vllm_di.conformance.outcomes import NotDeclared
 from vllm_di.conformance.subject import Subject
 from vllm_di.conformance.tiny import CONTEXT
@@ -15,21 +14,21 @@ from vllm_di.conformance.tiny import CONTEXT
 LENGTHS = (1, 2, 31, 32, 33, 64, 65, 100, 150)
 
 
-def asks(subject: Subject) -> list[Any]:
-    return [
+def asks() -> list[Ask]:
+    return apart(
         ask([(7 * i + 3 * length) % 251 for i in range(length)], 6, logprobs=5, prompt_logprobs=0)
         for length in LENGTHS
-    ]
+    )
 
 
 def alone(subject: Subject) -> list[Answer]:
     """Each prompt whole and by itself."""
     with subject.engine(*exact(subject)) as engine:
-        return [run(engine, [one])[0] for one in asks(subject)]
+        return [run(engine, [one])[0] for one in asks()]
 
 
 def exact(subject: Subject) -> list[str]:
-    more = [f"model.dtype={subject.exact_dtype}", "kv_cache_manager.prefix_caching=false"]
+    more = [f"model.dtype={subject.exact_dtype}", *subject.prefix_cache_off]
     return [*more, f"scheduler.max_num_batched_tokens={CONTEXT}"]
 
 
@@ -41,8 +40,8 @@ def test_any_split_of_a_prompt(subject: Subject, budget: int) -> None:
     more = [*exact(subject), f"scheduler.max_num_batched_tokens={budget}"]
     wanted = alone(subject)
     with subject.engine(*more) as engine:
-        each = [run(engine, [one])[0] for one in asks(subject)]
-        together = run(engine, asks(subject))
+        each = [run(engine, [one])[0] for one in asks()]
+        together = run(engine, asks())
     assert_same(each, wanted, subject.slack, f"in chunks of {budget}")
     assert_same(together, wanted, subject.slack, f"in chunks of {budget}, together")
 
@@ -51,10 +50,11 @@ def test_mixed_batches(subject: Subject) -> None:
     """Prompts that arrive while others decode."""
     wanted = alone(subject)
     with subject.engine(*exact(subject)) as engine:
-        found = run(engine, asks(subject), start=lambda index: 2 * index)
+        found = run(engine, asks(), start=lambda index: 2 * index)
     assert_same(found, wanted, subject.slack, "beside decodes")
 
 
-def limits(subject: Subject) -> Any:
+def limits(subject: Subject) -> LimitsReport:
     with subject.parts("limits") as container:
-        return container.limits().report()
+        found: LimitsReport = container.limits().report()
+        return found

@@ -7,7 +7,7 @@ import torch
 
 from vllm_di.components.interfaces import BatchPlan
 from vllm_di.conformance.compare import assert_same
-from vllm_di.conformance.driving import Answer, Ask, ask, run
+from vllm_di.conformance.driving import Answer, Ask, apart, ask, run
 from vllm_di.conformance.golden import prompts
 from vllm_di.conformance.outcomes import NotDeclared, Record
 from vllm_di.conformance.subject import Subject
@@ -78,8 +78,8 @@ def eager(subject: Subject) -> Subject:
 
 def answers(subject: Subject, asked: list[list[Ask]]) -> list[Answer]:
     dtype = f"model.dtype={subject.exact_dtype}"
-    with subject.engine(dtype, "kv_cache_manager.prefix_caching=false") as engine:
-        return [answer for batch in asked for answer in run(engine, batch)]
+    with subject.engine(dtype, *subject.prefix_cache_off) as engine:
+        return [answer for batch in asked for answer in run(engine, apart(batch))]
 
 
 def test_replay_equals_eager(subject: Subject, record: Record) -> None:
