@@ -11,6 +11,7 @@ from typing import Any
 from vllm_di.commands.arguments import Arguments, no_words
 from vllm_di.commands.say import say, warn
 from vllm_di.components.messages import WorkerReport
+from vllm_di.components.warm_ups import shown
 from vllm_di.containers.assembly import Assembly, assemble
 from vllm_di.server.engine_client import ProcessEngineClient
 from vllm_di.server.sockets import check_address
@@ -84,9 +85,10 @@ def _where(server: dict[str, Any]) -> str:
 
 def _ready(report: WorkerReport) -> str:
     tokens = report.num_blocks * report.block_size
+    warm_up = f", warm-up {shown(report.warm_up)}" if report.warm_up is not None else ""
     return (
         f"ready: {report.dtype} weights of {report.weight_bytes / 2**20:.0f} MiB, "
-        f"KV cache for {tokens} tokens"
+        f"KV cache for {tokens} tokens" + warm_up
     )
 
 

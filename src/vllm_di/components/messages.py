@@ -372,6 +372,18 @@ class Peer(msgspec.Struct, frozen=True):
     """Whether its heartbeat has stopped."""
 
 
+class WarmUp(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker measured while it compiled and warmed up; of several workers together the
+    longest time, and the sums of the rest."""
+
+    seconds: float
+    num_programs: int
+    """``ModelProgram.num_compiles``: one for each shape where shapes are static."""
+    program_bytes: int | None = None
+    """What compiled programs, captured graphs and workspaces took, by the device's memory report,
+    so that on a host what others took meanwhile counts too; None where a device has no report."""
+
+
 class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     """What only the device knows, told once by ``executor.start()``; cache manager and scheduler
     are built from it."""
@@ -392,6 +404,8 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_block: int = 0
     """Over all ranks of one stage alike, summed over the stages."""
     kv_groups: list[KvGroup] = []
+    warm_up: WarmUp | None = None
+    """Known once the cache is allocated; None also where a worker measures nothing."""
     details: dict[str, Any] = {}
     """For people: which instruction path each op runs on, fusions in force, load time."""
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 
 import httpx
@@ -27,6 +28,8 @@ TINY = ("model=tiny", "model.dtype=float32", "model.max_model_len=256")
 STRICT = ("platform=strict", "trust=[tests]")
 FEW = ("shapes.decode_seqs=[4]", "shapes.prefill_queries=[32]", "shapes.columns=[16]")
 """Three programs instead of twelve."""
+PROGRAMS, PROGRAM_BYTES = 12, 64 * 1024
+"""Compiled with the shapes as they are, and what each takes: see conf."""
 RANKS = ("executor=multiprocess", "executor.tensor_parallel_size=2")
 PROMPTS = ("a", "hello there", "x" * 70, "the quick brown fox", "z" * 5)
 
@@ -55,7 +58,7 @@ def test_it_serves_over_http(want: list[list[int]], tmp_path: Path) -> None:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as served:
         assert served.stderr is not None
         try:
-            assert any("listening" in line for line in served.stderr)
+            said = list(takewhile(lambda line: "listening" not in line, served.stderr))
             transport = httpx.HTTPTransport(uds=str(socket))
             with httpx.Client(transport=transport, timeout=60) as client:
                 while client.get("http://engine/readyz").status_code != 200:
@@ -64,13 +67,25 @@ def test_it_serves_over_http(want: list[list[int]], tmp_path: Path) -> None:
                 metrics = client.get("http://engine/metrics").text
         finally:
             served.terminate()
+        said += served.stderr
     assert "choices" in answer, answer
     assert [choice["token_ids"] for choice in answer["choices"]] == want
     assert re.search(r"^vllm_di:compiles_after_ready_total\{.*\} 0.0$", metrics, re.M)
+    found = dict(re.findall(r"^vllm_di:warm_up_(\w+)\{.*\} (\S+)$", metrics, re.M))
+    assert float(found["programs"]) == PROGRAMS and float(found["seconds"]) > 0
+    assert float(found["program_bytes"]) == PROGRAMS * PROGRAM_BYTES
+    assert any(re.search(rf"ready: .* warm-up .* s, {PROGRAMS} programs, ", line) for line in said)
 
 
 def test_two_ranks_meet_in_marked_collectives(want: list[list[int]]) -> None:
-    assert tokens(*STRICT, *FEW, *RANKS) == want
+    greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    overrides = [*TINY, *STRICT, *FEW, *RANKS]
+    with LLM(overrides=overrides, config_dirs=[FOLDER]) as llm:
+        found = [one.outputs[0].token_ids for one in llm.generate(list(PROMPTS), greedy)]
+        warm_up = llm.engine.report.warm_up
+    assert found == want
+    assert warm_up is not None and warm_up.num_programs == 2 * 3  # those of both ranks
+    assert warm_up.program_bytes == 2 * 3 * PROGRAM_BYTES
 
 
 SLOW = {"program=SwapsShardDims"}

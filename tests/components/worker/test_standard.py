@@ -187,10 +187,10 @@ def test_the_order_of_a_worker_s_life() -> None:
     assert events == ["load", "synchronize", "memory"]
     size = one.prepare(GROUPS)
     # the cache is sized once the weights are in and the program is compiled
-    assert events[3:] == ["prepare", "compile", "synchronize", "memory"]
+    assert events[3:] == ["memory", "prepare", "compile", "synchronize", "memory"]
     one.allocate(size.num_blocks)
     assert one.execute(StepInput(StepPlan(4, [], [], []))).step == 4
-    assert events[7:] == ["memory", "allocate 9", "memory", "warm_up", "memory", "execute"]
+    assert events[8:] == ["memory", "allocate 9", "memory", "warm_up", "memory", "execute"]
 
 
 def test_a_warm_up_that_eats_what_the_cache_was_promised_is_an_error(
@@ -204,6 +204,36 @@ def test_a_warm_up_that_eats_what_the_cache_was_promised_is_an_error(
     monkeypatch.setattr(one._runner, "warm_up", lambda: setattr(one._device, "_free", 800_000))
     with pytest.raises(ConfigError, match=r"the warm-up left .* 900 blocks .* worker\.num_blocks"):
         one.allocate(size.num_blocks)
+
+
+def test_it_says_what_compiling_and_warming_up_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = worker(num_blocks=9)
+    one.load()
+
+    def takes(method: str, size: int) -> None:
+        def take(*_: Any) -> None:
+            one._device._free -= size  # type: ignore[attr-defined]
+
+        monkeypatch.setattr(one._runner, method, take)
+
+    takes("prepare", 5000)
+    takes("allocate", 9 * BLOCK_BYTES)
+    takes("warm_up", 300)
+    monkeypatch.setattr(Prepared, "num_compiles", 4)
+    one.prepare(GROUPS)
+    told = one.allocate(9)
+    assert (told.num_programs, told.program_bytes) == (4, 5300)  # the cache is not among it
+    assert told.seconds >= 0
+    takes("prepare", -7000)  # weights that the program has, too, were given back
+    one.prepare(GROUPS)
+    assert one.allocate(9).program_bytes == 0
+
+
+def test_a_device_without_a_memory_report_tells_the_time_alone() -> None:
+    one = worker(free=None, num_blocks=9)
+    one.load()
+    one.prepare(GROUPS)
+    assert one.allocate(9).program_bytes is None
 
 
 def test_the_report_says_what_only_the_device_knows() -> None:

@@ -13,6 +13,7 @@ from vllm_di.components.interfaces import Executor, Placement, Worker, WorkerLau
 from vllm_di.components.kv_groups import group_layers, sized
 from vllm_di.components.messages import StepInput, StepPlan, StepResult, WorkerReport
 from vllm_di.components.remote import RemoteMethod, RemoteMethods
+from vllm_di.components.warm_ups import warmed
 
 
 class InlineExecutor(Executor):
@@ -79,5 +80,5 @@ def start_alone(worker: Worker) -> WorkerReport:
     report = worker.load()
     groups = group_layers([report.kv_specs])
     size = worker.prepare(groups)
-    worker.allocate(size.num_blocks)
-    return sized(report, groups, [size])
+    report = sized(report, groups, [size])
+    return warmed(report, [worker.allocate(size.num_blocks)])

@@ -31,6 +31,7 @@ from vllm_di.components.messages import (
     WorkerReport,
 )
 from vllm_di.components.transport import GroupStore
+from vllm_di.components.warm_ups import warmed
 from vllm_di.errors import EngineDeadError
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -67,7 +68,7 @@ class MultiprocessExecutor(Executor):
             sizes: list[CacheSize] = self._start_call("prepare", groups)
             fewest = min(sizes, key=lambda size: size.num_blocks)  # ranks hold like shares
             report = sized(_agreed(reports), groups, [fewest])
-            self._start_call("allocate", report.num_blocks)
+            report = warmed(report, self._start_call("allocate", report.num_blocks))
         except BaseException:
             self.close()
             raise

@@ -27,6 +27,7 @@ from vllm_di.components.messages import (
     StepResult,
     WorkerReport,
 )
+from vllm_di.components.warm_ups import warmed
 from vllm_di.errors import ConfigError, EngineDeadError, RequestError
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -63,7 +64,8 @@ class PipelineExecutor(Executor):
             sizes: list[CacheSize] = self._call("prepare", groups, timeout=self._start_timeout)
             report = sized(report, groups, sizes)
             check_fit(reports, sizes, self._launcher)
-            self._call("allocate", report.num_blocks, timeout=self._start_timeout)
+            warm_ups = self._call("allocate", report.num_blocks, timeout=self._start_timeout)
+            report = warmed(report, warm_ups)
         except BaseException:
             self.close()
             raise

@@ -15,6 +15,7 @@ from vllm_di.components.messages import (
     SamplingParams,
     StepInput,
     StepResult,
+    WarmUp,
     WorkerReport,
 )
 from vllm_di.components.remote import remote
@@ -127,9 +128,10 @@ class Worker(ABC):
 
     @remote
     @abstractmethod
-    def allocate(self, num_blocks: int) -> None:
-        """Allocate the agreed number of blocks (the minimum over ranks) and warm up. Raises
-        ConfigError where the warm-up took memory that the cache was promised."""
+    def allocate(self, num_blocks: int) -> WarmUp | None:
+        """Allocate the agreed number of blocks (the minimum over ranks) and warm up -> what that
+        and ``prepare`` took; None where it is not measured. Raises ConfigError where the warm-up
+        took memory that the cache was promised."""
 
     @remote
     @abstractmethod

@@ -159,6 +159,13 @@ class PrometheusMetrics(Metrics):
         self._gauge("vllm:cache_config_info", "The KV cache.", **cache).set(1)
         lora = {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""}
         self._gauge("vllm:lora_requests_info", "LoRA adapters: none.", **lora).set(1)
+        if (warm_up := report.warm_up) is not None:
+            g = self._gauge
+            g("vllm_di:warm_up_seconds", "Compiling and warm-up.").set(warm_up.seconds)
+            g("vllm_di:warm_up_programs", "Programs compiled by then.").set(warm_up.num_programs)
+            if warm_up.program_bytes is not None:
+                text = "Memory that programs, graphs and workspaces took."
+                g("vllm_di:warm_up_program_bytes", text).set(warm_up.program_bytes)
         parts = {"interface_version": INTERFACE_VERSION, "device": report.device}
         parts |= {"dtype": report.dtype} | self._components | dict(labels)
         self._gauge("vllm_di_components_info", "What fills the slots.", **parts).set(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -12,6 +12,7 @@ from vllm_di.components.device.sizes import parse_size, show_size
 from vllm_di.components.interfaces import (
     AttentionBackend,
     Device,
+    DeviceMemory,
     KvLayout,
     Loader,
     Model,
@@ -23,10 +24,24 @@ from vllm_di.components.interfaces import (
     Worker,
 )
 from vllm_di.components.kv_groups import Groups
-from vllm_di.components.messages import CacheSize, KvGroup, StepInput, StepResult, WorkerReport
+from vllm_di.components.messages import (
+    CacheSize,
+    KvGroup,
+    StepInput,
+    StepResult,
+    WarmUp,
+    WorkerReport,
+)
+from vllm_di.components.warm_ups import shown
 from vllm_di.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+
+class _Cost(NamedTuple):
+    seconds: float
+    memory: int | None
+    """Bytes; below 0 where memory was given back."""
 
 
 class StandardWorker(Worker):
@@ -68,6 +83,8 @@ class StandardWorker(Worker):
         self._max_num_batched_tokens = max_num_batched_tokens
         self._groups: list[KvGroup] = []
         self._block_bytes = 0
+        self._compiled = _Cost(0.0, None)
+        """What ``prepare`` took."""
         self._num_blocks, self._fraction = num_blocks, memory_fraction
         self._memory = (
             None if kv_cache_memory is None else parse_size(kv_cache_memory, "kv_cache_memory")
@@ -106,30 +123,44 @@ class StandardWorker(Worker):
 
     def prepare(self, groups: list[KvGroup]) -> CacheSize:
         self._groups = groups
+        before, begin = self._device.memory(), time.perf_counter()
         self._program.prepare(groups)
         self._runner.prepare(groups)
         self._device.synchronize()
         pool = Groups(self._model.kv_specs(), groups).pool
         self._block_bytes = block_bytes = self._layout.bytes_per_block(pool, self._model.dtype)
         memory = self._device.memory()
+        self._compiled = _Cost(time.perf_counter() - begin, _taken(before, memory))
         free = None if memory is None else memory.free
         return CacheSize(self._blocks(block_bytes, free), block_bytes)
 
-    def allocate(self, num_blocks: int) -> None:
-        before, begin = self._device.memory(), time.perf_counter()
+    def allocate(self, num_blocks: int) -> WarmUp:
+        before = self._device.memory()
         self._runner.allocate(self._groups, num_blocks)
-        cached = self._device.memory()
+        cached, begin = self._device.memory(), time.perf_counter()
         self._runner.warm_up()
         seconds, after = time.perf_counter() - begin, self._device.memory()
-        if before is None or cached is None or after is None:
-            log.info("the warm-up took %.1f s", seconds)
-            return
-        log.info(
-            "cache and warm-up took %.1f s and %s; %s are free",
-            seconds,
-            show_size(max(0, before.free - after.free)),
-            show_size(after.free),
+        parts = (self._compiled.memory, _taken(cached, after))
+        report = WarmUp(
+            seconds=round(self._compiled.seconds + seconds, 3),
+            num_programs=self._program.num_compiles,
+            program_bytes=None if None in parts else max(0, sum(n or 0 for n in parts)),
         )
+        log.info("warm-up: %s", shown(report))
+        self._check_promise(num_blocks, before, cached, after)
+        return report
+
+    def _check_promise(
+        self,
+        num_blocks: int,
+        before: DeviceMemory | None,
+        cached: DeviceMemory | None,
+        after: DeviceMemory | None,
+    ) -> None:
+        """Raise ConfigError where what is free after the warm-up is less than the cache will take.
+        Memory as it was before the cache was allocated, with the cache, after the warm-up."""
+        if before is None or cached is None or after is None:
+            return
         # on a host the cache's pages may be taken when they are first used
         promised = num_blocks * self._block_bytes if self._device.on_host else 0
         promised = max(0, promised - max(0, before.free - cached.free))
@@ -196,3 +227,7 @@ class StandardWorker(Worker):
     def _keys_to_raise(self) -> str:
         also = ", or set worker.kv_cache_memory"
         return self._key_of_size() + (also if self._num_blocks is self._memory is None else "")
+
+
+def _taken(before: DeviceMemory | None, after: DeviceMemory | None) -> int | None:
+    return None if before is None or after is None else before.free - after.free

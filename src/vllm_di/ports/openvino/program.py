@@ -69,7 +69,12 @@ class OpenVinoProgram(ModelProgram):
         except ConfigError as error:
             raise ConfigError(f"{error}; on this platform attention=openvino has, too") from None
         self._pool: list[LayerCache] = []
+        self._num_compiles = 0
         self._groups: Groups
+
+    @property
+    def num_compiles(self) -> int:
+        return self._num_compiles
 
     def prepare(self, groups: Sequence[KvGroup]) -> None:
         self._groups = layers = Groups(self._model.kv_specs(), groups)
@@ -90,6 +95,7 @@ class OpenVinoProgram(ModelProgram):
         wanted = self._layout.describe(layers.pool[0], self._model.dtype)
         dtype = wanted[0].dtype
         compiled = self._device.compile(converted, self._model.dtype, dtype, folder)
+        self._num_compiles += 1  # one program suits every shape
         _check_ports(compiled, names, wanted)
         self._names = {name: i for i, name in enumerate(names)}
         self._request = compiled.create_infer_request()
