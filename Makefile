@@ -65,6 +65,7 @@ interfaces: venv  ## record the interfaces after a change to them
 
 matrix: venv  ## the support matrix's page, after a report was recorded
 	$(BIN)/python -m vllm_di.conformance.matrix docs/support-matrix.md
+	$(BIN)/python -m vllm_di.conformance.matrix_html docs
 
 format: venv  ## format the sources
 	$(BIN)/ruff format .

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import re
+import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import yaml
 
 from vllm_di import cli
-from vllm_di.conformance import matrix
+from vllm_di.conformance import matrix, matrix_html
 from vllm_di.conformance.report import Case, CheckResult, Outcome, Report, ReportError
 from vllm_di.containers.evidence import report_files
 from vllm_di.containers.manifest import LEVELS
@@ -188,6 +190,31 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
 def test_the_page_is_that_of_the_reports() -> None:
     tree = ConfigFiles([conf_of_project()])
     assert PAGE.read_text(encoding="utf-8") == matrix.page(tree, PAGE), "run make matrix"
+    for file, text in matrix_html.pages(PAGE.parent):
+        assert file.read_text(encoding="utf-8") == text, "run make matrix"
+
+
+def test_html_shows_each_cell_with_its_evidence(
+    tree: ConfigFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = matrix.build(tree, [write(tmp_path / "reports", days=200)], "0.1.0", TODAY)
+    found.platforms[0].besides.append("the <graph> by eager")
+    text = matrix_html.html(found, tmp_path / "docs" / "page.html")
+    assert 'href="../reports/chip.json" class="mark declared expired">declared<' in text
+    assert "the &lt;graph&gt; by eager" in text
+    assert "was contract-tested" in text
+    assert cli.run(["matrix", "--html"]) == 0
+    assert "<th>hybrid_cpu_openvino</th>" in capsys.readouterr().out
+
+
+def test_the_picture_has_a_dot_for_each_cell(tree: ConfigFiles, tmp_path: Path) -> None:
+    found = matrix.build(tree, [write(tmp_path)], "0.1.0", TODAY)
+    text = matrix_html.picture(found)
+    assert xml.etree.ElementTree.fromstring(text).tag.endswith("svg")
+    dots = re.findall(r"<title>chip, (.*): (\w+)</title>", text)
+    words = {f: matrix.cell_text(c) for f, c in found.platforms[0].cells.items()}
+    shown = {f: w.lower() for f, w in words.items() if w not in ("-", "not run", "waived")}
+    assert dict(dots) == {f: "fail" if w == "fails" else w for f, w in shown.items()}
 
 
 def test_every_platform_has_the_level_of_its_reports() -> None:

@@ -70,7 +70,11 @@ OPTIONS = {"--config-dir": "a folder of your own config groups; may be repeated"
 
 VERB_SWITCHES: dict[str, dict[str, str]] = {
     "explain": {"--json": "as data", "--no-ops": "do not build the op table"},
-    "matrix": {"--json": "as data", "--markdown": "as tables for a page in this folder"},
+    "matrix": {
+        "--json": "as data",
+        "--markdown": "as tables for a page in this folder",
+        "--html": "as a page in this folder",
+    },
     "conform": {
         "--full": "the long forms of the long checks",
         "--list": "the checks, by the names that --only takes; nothing is run",

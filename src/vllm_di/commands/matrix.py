@@ -11,14 +11,14 @@ import msgspec
 from vllm_di.commands.arguments import Arguments, UsageError, no_words
 from vllm_di.commands.say import warn
 from vllm_di.commands.table import print_table
-from vllm_di.conformance import matrix
+from vllm_di.conformance import matrix, matrix_html
 from vllm_di.containers.evidence import report_files
 from vllm_di.containers.tree import ConfigFiles
 from vllm_di.version import __version__
 
 
 def run(arguments: Arguments) -> int:
-    """A table, data (``--json``) or Markdown (``--markdown``), as of today."""
+    """A table, data (``--json``), Markdown (``--markdown``) or a page (``--html``), as of today."""
     no_words(arguments)
     if arguments.overrides:
         raise UsageError(f"matrix takes no overrides, and {arguments.overrides[0]!r} is one")
@@ -35,6 +35,8 @@ def run(arguments: Arguments) -> int:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
     elif "--markdown" in arguments.switches:
         sys.stdout.write(matrix.markdown(found, Path.cwd() / "page.md"))
+    elif "--html" in arguments.switches:
+        sys.stdout.write(matrix_html.html(found, Path.cwd() / "page.html"))
     else:
         print_table(matrix.HEAD, matrix.evidence_rows(found))
         print()

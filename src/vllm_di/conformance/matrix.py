@@ -72,6 +72,8 @@ class Column(msgspec.Struct, frozen=True, kw_only=True):
     evidence: list[Evidence]
     """The newest run of each device and each set of overrides; the strongest first."""
     cells: dict[str, Cell]
+    besides: list[str] = []
+    """What ran besides the suite, a line each, by the manifest; it lifts no level."""
 
 
 class Matrix(msgspec.Struct, frozen=True):
@@ -210,6 +212,7 @@ def _column(name: str, manifest: Manifest | None, runs: Sequence[Evidence]) -> C
         maintainer=manifest.maintainer if manifest else None,
         evidence=evidence,
         cells=cells,
+        besides=list(manifest.besides) if manifest else [],
     )
 
 
@@ -274,12 +277,17 @@ def markdown(matrix: Matrix, page: Path) -> str:
     """The tables with links to the evidence, for a page at ``page``."""
     names = [column.name for column in matrix.platforms]
     files = {Path(run.file).name: run.file for c in matrix.platforms for run in c.evidence}
-    levels = [[*row[:-1], _link(row[-1], files, page)] for row in evidence_rows(matrix)]
+    besides = {column.name: "; ".join(column.besides) or NOTHING for column in matrix.platforms}
+    levels = [
+        [*row[:-1], _link(row[-1], files, page), besides[row[0]]] for row in evidence_rows(matrix)
+    ]
     features = [
         [feature, *(_linked_cell(c.cells.get(feature), page) for c in matrix.platforms)]
         for feature in matrix.features
     ]
-    return "\n".join([*_table(HEAD, levels), "", *_table(["feature", *names], features), ""])
+    return "\n".join(
+        [*_table([*HEAD, "ran besides"], levels), "", *_table(["feature", *names], features), ""]
+    )
 
 
 def _link(name: str, files: Mapping[str, str], page: Path) -> str:
@@ -310,16 +318,25 @@ report older than 180 days or two minors has lost its level.
 
 A cell says how far the feature was shown to work: `contract` on a simulated device, `compile` by
 the real target's compiler alone, `runtime` on the platform's real software, a tick on the hardware
-alone. `declared` is a claim of the manifest that no report bears out.
+alone. `declared` is a claim of the manifest that no report bears out. What ran besides the suite
+stands in a column of its own and lifts no level.
+
+The same as a [page](support-matrix.html) and as a picture:
+
+![platforms, levels and features](support-matrix.svg)
 """
+
+
+def of_project(tree: ConfigFiles) -> Matrix:
+    """The project's own platforms, as of the day of the newest report."""
+    files = report_files(tree)
+    days = [Report.read(file).started.date() for file in files]
+    return build(tree, files, __version__, max(days, default=datetime.date.min))
 
 
 def page(tree: ConfigFiles, path: Path) -> str:
     """The page as it should stand at ``path``, of the project's own platforms."""
-    files = report_files(tree)
-    days = [Report.read(file).started.date() for file in files]
-    day = max(days, default=datetime.date.min)
-    return f"{INTRODUCTION}\n{markdown(build(tree, files, __version__, day), path)}"
+    return f"{INTRODUCTION}\n{markdown(of_project(tree), path)}"
 
 
 def main(path: Path) -> None:

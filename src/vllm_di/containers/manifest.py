@@ -92,6 +92,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     versions; the suite takes them away to see what the port says."""
     detect: Detect = Detect()
     capabilities: Capabilities = Capabilities()
+    besides: tuple[str, ...] = ()
+    """What ran of it besides the suite, a line each with the command or test that shows it. The
+    support matrix has them in a column of their own; they lift no level."""
     compile: CompileTargets | None = None
     """null: nothing is compiled ahead, and the platform is never compile-checked."""
 
