@@ -13,7 +13,16 @@ class VllmDiError(Exception):
 
 
 class ConfigError(VllmDiError, ValueError):
-    """The config is wrong: group, option, key, type, value, class or cycle."""
+    """The config is wrong: group, option, key, type, value, class or cycle.
+
+    ``key`` names a key (``worker.num_blocks``) or a slot of a worker, where a component raises
+    after it was built, and does not know where the key was set: ``WorkerLauncher.placed`` puts
+    file and line before the message.
+    """
+
+    def __init__(self, message: str, *, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class PortError(ConfigError):

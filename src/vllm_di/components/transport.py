@@ -137,17 +137,22 @@ class Failure(msgspec.Struct, tag=True, frozen=True):
 
     kind: str
     message: str
+    key: str | None = None
+    """Of a ConfigError."""
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
         """The traceback of what is no user's error goes to this process's log, not to the peer."""
         if not isinstance(error, errors.VllmDiError):
             log.error("this process failed", exc_info=error)
-        return cls(type(error).__name__, str(error) or type(error).__name__)
+        key = error.key if isinstance(error, errors.ConfigError) else None
+        return cls(type(error).__name__, str(error) or type(error).__name__, key)
 
     def error(self) -> Exception:
         """The exception to raise on this side."""
         kind = getattr(errors, self.kind, None)
+        if isinstance(kind, type) and issubclass(kind, errors.ConfigError):
+            return kind(self.message, key=self.key)
         if isinstance(kind, type) and issubclass(kind, errors.VllmDiError):
             return kind(self.message)
         return EngineDeadError(f"{self.kind}: {self.message}")

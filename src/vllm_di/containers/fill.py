@@ -153,8 +153,10 @@ class Launcher(WorkerLauncher):
 
     def place(self, stage: int, key: str) -> str:
         slot, _, rest = key.partition(".")
-        path = f"{self._assembly.path(WorkerContainer, slot, stage)}.{rest}"
-        return f"{self._assembly.place(path)}: {path}"
+        path = self._assembly.path(WorkerContainer, slot, stage)
+        if not rest:
+            return f"{self._assembly.place(f'{path}._target_')}: {path}"
+        return f"{self._assembly.place(f'{path}.{rest}')}: {path}.{rest}"
 
     def command(self, placement: Placement, address: str) -> tuple[list[str], bytes]:
         placement = self._checked(placement)

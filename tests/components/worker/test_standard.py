@@ -308,9 +308,10 @@ def test_a_wrong_size_is_named() -> None:
 def test_a_device_without_a_memory_report_needs_a_size() -> None:
     events: list[str] = []
     with pytest.raises(
-        ConfigError, match=r"^worker\.num_blocks: .*SmallDevice has no memory report"
-    ):
+        ConfigError, match=r"^must be set .*SmallDevice has no memory report"
+    ) as caught:
         worker(events, free=None).load()
+    assert caught.value.key == "worker.num_blocks"
     assert "load" not in events  # said before the weights are read
     assert sized(free=None, num_blocks=9).num_blocks == 9
     assert sized(free=None, kv_cache_memory=9 * BLOCK_BYTES).num_blocks == 9

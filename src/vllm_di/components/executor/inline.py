@@ -34,7 +34,8 @@ class InlineExecutor(Executor):
     def start(self) -> WorkerReport:
         self._worker = self._stack.enter_context(self._launcher.open(Placement()))
         self._methods = RemoteMethods(type(self._worker))
-        return start_alone(self._worker)
+        with self._launcher.placed(0):
+            return start_alone(self._worker)
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         return Done(self._worker.execute(StepInput(plan)))

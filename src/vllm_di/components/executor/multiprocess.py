@@ -133,7 +133,8 @@ class MultiprocessExecutor(Executor):
     def _start_call(self, method: str, *args: Any) -> list[Any]:
         """Before the thread runs."""
         call = self._methods.call(method)
-        return self._send(call, call.frame(*args), self._start_timeout)
+        with self._launcher.placed(0):
+            return self._send(call, call.frame(*args), self._start_timeout)
 
     def _send(self, call: Call, frame: bytes, timeout: float) -> list[Any]:
         """A call to every rank -> results in rank order. Raises a rank's failure."""

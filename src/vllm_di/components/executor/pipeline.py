@@ -122,7 +122,11 @@ class PipelineExecutor(Executor):
         """A call to every stage, which no stage sees unless it is right for all."""
         for stage in self._stages:
             stage.check(method, args)
-        return [stage.run(stage.call, method, args, timeout) for stage in self._stages]
+        results = []
+        for index, stage in enumerate(self._stages):
+            with self._launcher.placed(index):
+                results.append(stage.run(stage.call, method, args, timeout))
+        return results
 
     def check_alive(self) -> None:
         for stage in self._stages:

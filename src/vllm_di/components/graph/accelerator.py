@@ -137,8 +137,9 @@ class AcceleratorGraph(GraphPolicy):
                 captured.output = step()
         except Exception as error:  # drivers raise many types
             raise ConfigError(
-                f"graph: a step of {len(captured.plan.token_ids)} tokens cannot be captured: "
-                f"{error}; choose graph=eager"
+                f"a step of {len(captured.plan.token_ids)} tokens cannot be captured: {error}; "
+                "choose graph=eager",
+                key="graph",
             ) from error
         captured.graph = graph
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,8 +57,20 @@ class WorkerLauncher(ABC):
         return Worker
 
     def place(self, stage: int, key: str) -> str:
-        """Where a stage's dotted key was set and how it is called there, for messages."""
+        """Where a stage's dotted key, or the class of its slot, was set and how it is called there,
+        for messages."""
         return f"stages.{stage}.{key}"
+
+    @contextmanager
+    def placed(self, stage: int) -> Iterator[None]:
+        """Around calls to a stage's worker: a ConfigError with a ``key`` goes on with the key's
+        ``place`` before its message."""
+        try:
+            yield
+        except ConfigError as error:
+            if error.key is None:
+                raise
+            raise type(error)(f"{self.place(stage, error.key)}: {error}") from error
 
 
 class Executor(ABC):

@@ -175,7 +175,8 @@ class TritonOps(OpLibrary):
         if weight.is_cpu and not self._interpreted:
             raise ConfigError(
                 "ops=triton runs on an accelerator, and the weights are on the host; "
-                "choose a platform that has one, or ops=cpu"
+                "choose a platform that has one, or ops=cpu",
+                key="ops",
             )
         return weight
 
@@ -319,7 +320,8 @@ class TritonOps(OpLibrary):
         if head_size > LARGEST_HEAD:
             raise ConfigError(
                 f"ops.paged_attention=triton has head sizes up to {LARGEST_HEAD}, not {head_size}; "
-                "choose ops.paged_attention=torch"
+                "choose ops.paged_attention=torch",
+                key="ops.paged_attention",
             )
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         if not tokens or not num_seqs:

@@ -36,8 +36,9 @@ def launch(
     module = torch.get_device_module(arguments[0].device)
     if not hasattr(module, "launch"):
         raise ConfigError(
-            f"ops.library.simulated: the tensors are on {arguments[0].device}, which is no "
-            "simulated device; leave the key out, it follows device.simulated"
+            f"the tensors are on {arguments[0].device}, which is no simulated device; leave the "
+            "key out, it follows device.simulated",
+            key="ops.library.simulated",
         )
     stand_in = STAND_INS[kernel.__name__]
     module.launch(stand_in, grid, arguments, constants)

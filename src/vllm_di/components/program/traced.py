@@ -159,7 +159,8 @@ def trace_step(
     except Exception as error:  # whatever torch raises over code that depends on values
         raise ConfigError(
             f"{type(model).__name__} cannot be compiled as one step: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{str(error).strip().splitlines()[0]}",
+            key="program",
         ) from error
     _check(graph, names, tensors, count, fixed)
     weights = _name_weights(graph, model)
@@ -283,12 +284,15 @@ def _check(
             size = place.meta["val"].shape[dim]
             if isinstance(size, int) or size.node.maybe_as_int() is not None:
                 raise ConfigError(
-                    f"the step cannot be compiled: its code depends on dimension {dim} of {name}"
+                    f"the step cannot be compiled: its code depends on dimension {dim} of {name}",
+                    key="program",
                 )
     for node in graph.graph.nodes:
         target = node.target
         if isinstance(target, OpOverload) and target.namespace == "aten" and _mutates(target):
-            raise ConfigError(f"the step cannot be compiled: {target} works in place")
+            raise ConfigError(
+                f"the step cannot be compiled: {target} works in place", key="program"
+            )
 
 
 def _without_unused(graph: GraphModule, names: list[str]) -> list[str]:

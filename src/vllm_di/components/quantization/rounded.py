@@ -49,7 +49,7 @@ class RoundedWeights(Quantization):
         try:
             return by_group(weight, self._bits)
         except ValueError as error:
-            raise ConfigError(f"quantization by groups of {GROUP}: {error}") from None
+            raise ConfigError(f"by groups of {GROUP}: {error}", key="quantization") from None
 
     def num_bytes(self, weight: Tensor | QuantizedWeight) -> int:
         if isinstance(weight, QuantizedWeight):

@@ -167,7 +167,8 @@ class StandardWorker(Worker):
         if after.free < promised:
             raise ConfigError(
                 f"the warm-up left {show_size(after.free)} free, but a KV cache of {num_blocks} "
-                f"blocks will take {show_size(promised)}; lower {self._key_of_size()}"
+                f"blocks will take {show_size(promised)}; lower {self._key_of_size()}",
+                key=self._key_of_size(),
             )
 
     def execute(self, step: StepInput) -> StepResult:
@@ -177,8 +178,9 @@ class StandardWorker(Worker):
         """Raise ConfigError where neither the config nor the device can size the cache."""
         if self._num_blocks is None and self._memory is None and self._device.memory() is None:
             raise ConfigError(
-                f"worker.num_blocks: it must be set (or worker.kv_cache_memory): "
-                f"{type(self._device).__name__} has no memory report to size the KV cache by"
+                f"must be set (or worker.kv_cache_memory): {type(self._device).__name__} has no "
+                "memory report to size the KV cache by",
+                key="worker.num_blocks",
             )
 
     def _blocks(self, block_bytes: int, free: int | None) -> int:
@@ -202,12 +204,14 @@ class StandardWorker(Worker):
                 f"the KV cache has room for {blocks} blocks ({source}), but one sequence of "
                 f"{self._model.max_model_len} tokens needs {per_sequence + reserved} "
                 f"({show_size((per_sequence + reserved) * block_bytes)}); raise "
-                f"{self._keys_to_raise()}, or lower model.max_model_len"
+                f"{self._keys_to_raise()}, or lower model.max_model_len",
+                key=self._key_of_size(),
             )
         if free is not None and (wanted := blocks * block_bytes) > free:
             raise ConfigError(
                 f"a KV cache of {blocks} blocks ({source}) takes {show_size(wanted)}, but "
-                f"{show_size(free)} are free; lower it"
+                f"{show_size(free)} are free; lower it",
+                key=self._key_of_size(),
             )
         return blocks
 

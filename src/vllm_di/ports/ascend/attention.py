@@ -133,8 +133,9 @@ class AscendAttention(AttentionBackend):
         m: Metadata = metadata
         if cache.key.dtype is not q.dtype:
             raise ConfigError(
-                f"kv_layout.dtype: the kernels of attention=ascend take a cache of the model's "
-                f"dtype, {q.dtype}, and it is {cache.key.dtype}; leave it auto"
+                f"the kernels of attention=ascend take a cache of the model's dtype, {q.dtype}, "
+                f"and it is {cache.key.dtype}; leave it auto",
+                key="kv_layout.dtype",
             )
         if m.written is not None:
             k, v = k[m.written], v[m.written]

@@ -30,7 +30,8 @@ def convert(step: TracedStep) -> Any:
     except Exception as error:  # of the frontend's own kinds, that have nothing in common
         lines = [line for line in str(error).splitlines() if line.startswith("-- ")]
         raise ConfigError(
-            f"OpenVINO's frontend cannot convert the step: {'; '.join(lines) or error}"
+            f"OpenVINO's frontend cannot convert the step: {'; '.join(lines) or error}",
+            key="program",
         ) from error
     for name, parameter in zip(step.inputs, model.get_parameters(), strict=True):
         parameter.output(0).get_tensor().set_names({name})

@@ -72,8 +72,9 @@ class OpenVinoDevice(Device):
         if cache_dtype not in CACHE_OF[dtype]:
             pairs = ", ".join(f"{NAMES[c]}" for c in CACHE_OF[dtype])
             raise ConfigError(
-                f"kv_layout.dtype {NAMES[cache_dtype]}: with model.dtype {NAMES[dtype]} OpenVINO's "
-                f"PagedAttention takes a KV cache of {pairs}"
+                f"{NAMES[cache_dtype]}: with model.dtype {NAMES[dtype]} OpenVINO's PagedAttention "
+                f"takes a KV cache of {pairs}",
+                key="kv_layout.dtype",
             )
         options = {
             "INFERENCE_PRECISION_HINT": NAMES[dtype],

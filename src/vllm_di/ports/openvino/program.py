@@ -157,5 +157,6 @@ def _check_ports(compiled: Any, names: Sequence[str], wanted: Sequence[CacheTens
             if kind != NAMES[tensor.dtype] or not same:
                 raise PortError(
                     f"the compiled model wants {name} as {kind} {port.partial_shape}, but "
-                    f"kv_layout gives {NAMES[tensor.dtype]} [?,{','.join(map(str, ours))}]"
+                    f"kv_layout gives {NAMES[tensor.dtype]} [?,{','.join(map(str, ours))}]",
+                    key="kv_layout",
                 )

@@ -1,0 +1,73 @@
+"""What a worker raises while it loads, compiles and allocates names the key at fault and where it
+was set, in every executor."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from tests.containers.two_platforms import TWO, config_dir
+
+from vllm_di.components.transport import Failure
+from vllm_di.containers.assembly import assemble
+from vllm_di.containers.fill import Launcher, open_engine
+from vllm_di.errors import CheckpointError, ConfigError, PortError, VllmDiError
+
+TINY = ("model=tiny", "model.dtype=float32", "device.threads=1")
+CPU = ("platform=cpu", *TINY)
+PROCESS = ("executor=multiprocess",)
+RANKS = (*PROCESS, "executor.tensor_parallel_size=2")
+YAML = r"conf/worker/standard\.yaml:"
+
+LOAD = (
+    ("trust=[tests]", "quantization=int4", "model.hidden_size=80", "model.head_dim=20"),
+    r"conf/quantization/int4\.yaml:2: quantization: by groups of 32: ",
+)
+PREPARE = (
+    ("worker.num_blocks=1",),
+    r"command line: worker\.num_blocks=1: worker\.num_blocks: the KV cache has room for 1 blocks",
+)
+OF_FILE = (
+    ("device.memory_budget=1MiB",),
+    YAML + r"\d+: worker\.memory_fraction: the KV cache has room for \d+ blocks",
+)
+
+
+@pytest.mark.parametrize("executor", [(), PROCESS, RANKS], ids=["inline", "process", "ranks"])
+@pytest.mark.parametrize("case", [LOAD, PREPARE, OF_FILE], ids=["load", "prepare", "file"])
+def test_key_and_place_come_first(case: tuple[tuple[str, ...], str], executor: tuple[str]) -> None:
+    overrides, message = case
+    assembly = assemble([*CPU, *executor, *overrides])
+    with pytest.raises(ConfigError) as caught, open_engine(assembly):
+        pass
+    assert re.match(rf"(\S*/)?{message}", str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize("processes", ["false", "true"], ids=["threads", "processes"])
+def test_a_stage_is_named_by_its_own_key(tmp_path: Path, processes: str) -> None:
+    folder = config_dir(tmp_path, TWO)
+    stages = ("stages.0.worker.num_blocks=512", "stages.1.worker.num_blocks=1")
+    overrides = ["platform=two", "model=tiny", *stages, f"executor.processes={processes}"]
+    with pytest.raises(ConfigError) as caught, open_engine(assemble(overrides, [folder])):
+        pass
+    told = "command line: stages.1.worker.num_blocks=1: stages.1.worker.num_blocks: the KV cache"
+    assert str(caught.value).startswith(told)
+
+
+def test_a_slot_is_placed_by_its_class() -> None:
+    launcher = Launcher(assemble([*CPU, "graph=eager"]))
+    with pytest.raises(PortError) as caught, launcher.placed(0):
+        raise PortError("no", key="graph")
+    assert str(caught.value).endswith("conf/graph/eager.yaml:2: graph: no")
+    with pytest.raises(ConfigError, match=r"^as it is$"), launcher.placed(0):
+        raise ConfigError("as it is")
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("a", key="b.c"), PortError("a"), CheckpointError("a")], ids=repr
+)
+def test_a_key_crosses_processes(error: VllmDiError) -> None:
+    there = Failure.of(error).error()
+    assert (type(there), str(there)) == (type(error), str(error))
+    assert getattr(there, "key", None) == getattr(error, "key", None)
