@@ -69,7 +69,8 @@ def judge(subject: Subject, dtype: str) -> Iterator[Judge]:
 
 
 def shapes(subject: Subject) -> list[tuple[int, int, int]]:
-    """(heads, kv heads, head size): groups of 1, 4 and 8 on the declared sizes of 64, 80, 128."""
+    """(heads, kv heads, head size): groups of 1, 4 and 8 query heads for each kv head, at the
+    declared sizes among 64, 80 and 128."""
     declared = subject.declared.head_sizes
     sizes = [s for s in (64, 80, 128) if declared is None or s in declared] or [declared[0]]  # type: ignore[index]
     found = [(8, 2, size) for size in sizes]

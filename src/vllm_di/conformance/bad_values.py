@@ -1,5 +1,5 @@
-"""Values that a key must refuse, by its annotation: found without asking the engine's own
-converter."""
+"""Values that a key must refuse, derived from its annotation alone: the engine's own converter is
+not asked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Bad(typing.NamedTuple):
 
 
 def hints(cls: type) -> dict[str, Any]:
-    """Key to annotation, of a constructor; those of a ``config`` struct are keys themselves."""
+    """Key to annotation of a constructor. The fields of a ``config`` struct count as keys."""
     found = typing.get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
     known = {}
     for name, one in inspect.signature(cls).parameters.items():
@@ -69,7 +69,7 @@ def unchecked(cls: type, node: Mapping[str, Any]) -> list[str]:
 
 
 def accepts(hint: Any, value: Any) -> bool:
-    """Whether plain data may stand for ``hint``. Where that is hard to say: True."""
+    """Whether plain data may be given for ``hint``; True where that is hard to decide."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return accepts(args[0], value) and _within(args[1:], value)

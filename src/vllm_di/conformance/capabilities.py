@@ -1,5 +1,5 @@
-"""Which checks read which capability of a manifest, as their sources say: a claim that no check
-reads would be shown and never judged."""
+"""Which checks read which capability of a manifest, found in their sources. A claim that no check
+reads would be shown and never tested."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _tree(path: Path) -> ast.Module:
 
 
 def _reads(path: Path) -> set[str]:
-    """What is read of ``X.declared`` in a file."""
+    """Attributes of ``X.declared`` that a file reads."""
     return _reads_of(_tree(path))
 
 
@@ -56,7 +56,7 @@ def _attributes(path: Path) -> set[str]:
 
 
 def _helpers(check: Path) -> list[Path]:
-    """Modules of the suite that a check imports, other checks and the subject apart."""
+    """Modules of the suite that a check imports, except other checks and the subject."""
     names = [n.module or "" for n in ast.walk(_tree(check)) if isinstance(n, ast.ImportFrom)]
     stems = [n.rpartition(".")[2] for n in names if n.startswith("vllm_di.conformance.")]
     files = [FOLDER / f"{stem}.py" for stem in stems if stem not in ("subject", "plugin", "run")]

@@ -12,7 +12,7 @@ class Check(NamedTuple):
     number: int
     name: str
     required: Required
-    """The level from which on it is asked for."""
+    """The lowest level that requires it."""
     title: str
 
 

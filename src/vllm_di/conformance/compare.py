@@ -9,8 +9,9 @@ from vllm_di.conformance.driving import Answer
 
 
 def assert_same(found: Sequence[Answer], wanted: Sequence[Answer], slack: float, what: str) -> None:
-    """Equal tokens and near log-probs. Where two tokens are within ``slack`` of each other, either
-    may come, and what follows is another text. Raises AssertionError that says ``what`` differs."""
+    """Equal tokens and nearly equal log-probs. Where two tokens are within ``slack`` of each other
+    either may be chosen, and the rest of the answer is not compared. Raises AssertionError that
+    says ``what`` differs."""
     for i, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
         where = f"{what}, request {i}"
         assert ours.error is None, f"{where}: {ours.error}"
@@ -39,7 +40,7 @@ def _near(
 
 
 def _gap(told: Sequence[TokenLogprobs], token: int) -> float:
-    """Nats between the token that stood there and another."""
+    """Nats between the chosen token and another."""
     if not told or token not in told[0].token_ids:
         return float("inf")
     return told[0].logprobs[0] - told[0].logprobs[told[0].token_ids.index(token)]

@@ -1,4 +1,4 @@
-"""What the compile check runs: each part that a platform compiles, for each of its targets."""
+"""The cases of the compile check: each part that a platform compiles, for each of its targets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vllm_di.containers.schema import find_class
 from vllm_di.errors import ConfigError, VllmDiError, nearest
 
 COMPILED = "compiles for "
-"""What a feature of the matrix begins with that this check alone speaks for."""
+"""Prefix of the features of the matrix that only this check proves."""
 NOTHING = [("none", "nothing")]
 
 

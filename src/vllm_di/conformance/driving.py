@@ -19,7 +19,7 @@ from vllm_di.components.messages import (
 )
 
 PATIENCE = 120.0
-"""Seconds after which an engine that has work but gives no end counts as hung."""
+"""Seconds after which an engine that still has work counts as hung."""
 IDLE = 1.0
 """Seconds that an engine with work may go without scheduling anything."""
 
@@ -34,7 +34,7 @@ class Ask(msgspec.Struct, kw_only=True):
 
 
 class Answer(msgspec.Struct, kw_only=True):
-    """What came of it."""
+    """Its result."""
 
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] = []

@@ -28,7 +28,7 @@ class Footprint(msgspec.Struct, frozen=True):
     """Entries of /dev/shm that no other process holds."""
 
     def beyond(self, base: Footprint) -> list[str]:
-        """What is more than in ``base``."""
+        """What exceeds ``base``."""
         names = self.__struct_fields__
         return [
             f"{name}: {getattr(base, name)} became {getattr(self, name)}"
@@ -48,7 +48,7 @@ def footprint() -> Footprint:
 
 
 def settled(base: Footprint) -> list[str]:
-    """What is still more than in ``base`` after a moment: threads and children take one to end."""
+    """What still exceeds ``base`` after a moment: threads and children take one to end."""
     gc.collect()
     deadline = time.monotonic() + SETTLE_SECONDS
     while (more := footprint().beyond(base)) and time.monotonic() < deadline:
@@ -58,7 +58,7 @@ def settled(base: Footprint) -> list[str]:
 
 
 def resident() -> int:
-    """Bytes, once what is garbage is gone."""
+    """Bytes, after a garbage collection."""
     gc.collect()
     return system.resident_bytes()
 
@@ -88,7 +88,7 @@ def _shared() -> set[str]:
 
 
 def _children() -> int:
-    """Child processes that are no zombies."""
+    """Child processes, zombies left out."""
     own, count = str(os.getpid()), 0
     for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
         if entry.name.isdigit():

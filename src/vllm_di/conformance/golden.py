@@ -26,7 +26,7 @@ ROOMY = ("worker.num_blocks=192",)
 
 
 def prompts(count: int) -> list[list[int]]:
-    """``count`` prompts of 1 to 40 tokens; the same ones first, however many are asked for."""
+    """``count`` prompts of 1 to 40 tokens; a smaller count gives the first of the same prompts."""
     generator = torch.Generator().manual_seed(41)
     found = []
     for _ in range(count):

@@ -34,7 +34,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     required: bool = False
     """An abstract method, or a value without a default."""
     deprecated: str = ""
-    """What takes its place, of a name that will go."""
+    """What replaces a deprecated name."""
     text: str = ""
     """Hash of its docstring, which holds the shapes, dtypes and units."""
 
@@ -57,7 +57,7 @@ class Change(msgspec.Struct, frozen=True):
     what: Literal["added", "removed", "changed", "extended", "deprecated", "described differently"]
     detail: str
     breaks: bool
-    """Whether a component written for the version before may no longer do."""
+    """Whether a component written for the version before may fail."""
 
 
 def record(sources: tuple[Path, ...] = SOURCES) -> Record:

@@ -48,7 +48,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     overrides: list[str]
     versions: dict[str, str]
     failed: int
-    """Cases."""
+    """Number of cases."""
     features: dict[str, Outcome]
 
 
@@ -125,7 +125,7 @@ def _evidence_of(file: Path) -> Report:
 
 
 def declared(capabilities: Capabilities) -> list[str]:
-    """The features that a manifest claims, by the names that reports use."""
+    """The features that a manifest claims, under the names that reports use."""
     found: list[str] = list(capabilities.dtypes)
     found += [f"KV cache in {dtype}" for dtype in capabilities.kv_dtypes]
     flags = {
@@ -217,7 +217,7 @@ def _column(name: str, manifest: Manifest | None, runs: Sequence[Evidence]) -> C
 
 
 def _level_of(feature: str, run: Evidence) -> Level:
-    """What a run gives a feature: that kernels compile says nothing of what else they can do."""
+    """The level that a run gives a feature: that kernels compile proves only that they compile."""
     if run.counts_as == "compile-checked" and not feature.startswith(COMPILED):
         return "contract-tested"
     return run.counts_as

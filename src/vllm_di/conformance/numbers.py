@@ -13,7 +13,7 @@ TOLERANCES = {
 }
 """(relative, absolute): the figures of PyTorch's kernel tests."""
 LONG = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
-"""Absolute, where many terms are added up: attention, long products."""
+"""Absolute tolerance, where many terms are summed: attention, long GEMMs."""
 LEAST_COSINE = 0.999
 
 

@@ -20,7 +20,7 @@ WIDTHS = (1, 2, 8, 30, 64, 97, 128, 200)
 WIDE = 70_001
 """Outputs: more than 16 bits count, and no multiple of any tile."""
 FAR = (0, 300, 301, 2047, 2048, 5000, 100_000)
-"""Positions. Rounded to bf16, 301 and 5,000 are others, and from 2,048 on some tables end."""
+"""Positions. In bf16, 301 and 5,000 round to other numbers; some tables end at 2,048."""
 POISON = (float("nan"), float("inf"), float("-inf"))
 
 
@@ -32,11 +32,11 @@ class OpCase(NamedTuple):
     pack: str = ""
     """The method through which the second argument goes first."""
     long: bool = False
-    """Whether many terms are added up."""
+    """Whether many terms are summed."""
     poisoned: bool = False
     """Whether it holds NaN or infinities."""
     slack: float | Tensor = 0.0
-    """What the result may be off beyond the tolerance, where the interface allows roundings."""
+    """Error that is allowed beyond the tolerance, where the interface allows rounding."""
     writes: tuple[int, ...] = ()
     """Places of the arguments that it writes into, which are results too."""
 
@@ -67,8 +67,8 @@ class Maker:
 
 
 def with_gaps(x: Tensor) -> Tensor:
-    """The same numbers in rows of a wider tensor, with NaN between them: whoever reads what is not
-    its own shows it."""
+    """The same numbers in rows of a wider tensor, with NaN between them: a kernel that reads beyond
+    its own rows returns NaN."""
     *rest, last = x.shape
     wide = torch.full((*rest, last + 3), float("nan"), dtype=x.dtype)
     wide[..., 1 : last + 1] = x
@@ -76,8 +76,7 @@ def with_gaps(x: Tensor) -> Tensor:
 
 
 def heads_with_gaps(x: Tensor) -> Tensor:
-    """[tokens, heads, head_size], with NaN between tokens, as q, k and v are views of one
-    product."""
+    """[tokens, heads, head_size], with NaN between tokens: q, k and v are views of one GEMM too."""
     viewed: Tensor = with_gaps(x.flatten(1)).unflatten(1, x.shape[1:])
     return viewed
 
@@ -228,7 +227,8 @@ def gated_linear(make: Maker) -> Iterator[OpCase]:
 
 
 def _rounding(x: Tensor, dense: Tensor) -> Tensor:
-    """What rounding x to signed bytes may move x @ dense.T: half a step of each input."""
+    """Bound of the error from rounding x to signed bytes in x @ dense.T: half a step of each
+    input."""
     peak = x.float().abs().amax(-1, keepdim=True) if len(x) else x.float()[:, :1]
     return peak / 254 * dense.abs().sum(1)
 

@@ -80,7 +80,7 @@ def kv_spec(spec: AttentionSpec) -> KvSpec:
 
 
 def num_blocks(loads: Sequence[Load], block_size: int) -> int:
-    """What ``loads`` need, and some that nobody holds."""
+    """Blocks for ``loads``, and some that no sequence holds."""
     return sum(-(-load.length // block_size) for load in loads) + 5
 
 
@@ -156,7 +156,7 @@ def poison(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """NaN in every slot: whoever reads one that it was not told to read shows it."""
+    """NaN in every slot: a kernel that reads a wrong slot returns NaN."""
     count = total_blocks * layout.block_size
     nan = torch.full((count, *heads), float("nan"), dtype=dtype, device=device)
     layout.write(cache, nan, nan, torch.arange(count, device=device))

@@ -54,7 +54,7 @@ class Conformance:
         self.cases: list[tuple[str, Case]] = []
         """(name of its check, case), as they ended."""
         self.errors: list[str] = []
-        """What broke before a test began."""
+        """What failed before a test began."""
 
     def results(self) -> list[CheckResult]:
         """The checks that ran, in order."""
@@ -78,12 +78,12 @@ class Conformance:
 
     @pytest.fixture
     def subject(self) -> Subject:
-        """What is judged."""
+        """The platform under test."""
         return self._subject
 
     @pytest.fixture
     def record(self, request: pytest.FixtureRequest) -> Record:
-        """What the test tells the report."""
+        """Facts for the report."""
         self._records[request.node.nodeid] = found = Record()
         return found
 

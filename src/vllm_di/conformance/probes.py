@@ -52,7 +52,7 @@ def __getattr__(name: str) -> type:
 
 
 NO_USE = ("close", "describe", "recorder")
-"""Methods that only look at a part or put it away: a call of them is no use of it."""
+"""Methods that only describe or close a part: calling them does not count as using it."""
 
 
 def counting(base: type, slot: str) -> type:

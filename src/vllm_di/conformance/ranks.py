@@ -21,7 +21,7 @@ SECONDS = 40.0
 
 
 class Answers(msgspec.Struct, kw_only=True):
-    """What one rank saw. Rank r brings [10 r, 10 r + 1, 10 r + 2, 10 r + 3]."""
+    """One rank's results. Rank r contributes [10 r, 10 r + 1, 10 r + 2, 10 r + 3]."""
 
     rank: int
     world_size: int
@@ -31,12 +31,12 @@ class Answers(msgspec.Struct, kw_only=True):
     float_sum: list[float] = []
     float_expected: list[float] = []
     noticed_after: float | None = None
-    """Seconds until a collective without a peer failed."""
+    """Seconds until a collective without its peer failed."""
     error: str | None = None
 
 
 def on_ranks(assembly: Assembly, world: int, *, deserter: int | None = None) -> list[Answers]:
-    """Every rank's answers. A ``deserter`` dies before a last collective; it gives none. Raises
+    """Every rank's results. A ``deserter`` dies before a last collective and gives none. Raises
     AssertionError for a rank that failed or did not end."""
     if world == 1:
         return [_collectives(assembly, Placement())]

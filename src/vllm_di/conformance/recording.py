@@ -1,4 +1,4 @@
-"""An executor that remembers what it was told to run."""
+"""An executor that records the plans that it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_di.containers.slots import EngineContainer
 
 
 class RecordingExecutor(Executor):
-    """Passes everything on to another executor, and looks at each plan on its way."""
+    """Passes everything on to another executor, and checks each plan."""
 
     def __init__(self, inner: Executor) -> None:
         self._inner, self.depth, self.patience = inner, inner.depth, inner.patience

@@ -22,10 +22,10 @@ Reached = manifest.Level | Literal["none"]
 """What one run shows; ``none`` when not even the first checks hold, or only some were run."""
 
 Required = Literal["declared", "contract", "compile", "runtime"]
-"""The level from which on a check is asked for. ``declared`` are the checks 1 to 5."""
+"""The lowest level that requires a check. ``declared`` are checks 1 to 5."""
 
 WORST_FIRST: tuple[Outcome, ...] = ("fail", "not-run", "waived", "pass", "not-declared")
-"""What becomes of a check whose cases differ: the first of these that is among them."""
+"""The outcome of a check whose cases differ: the first of these that occurs."""
 
 LONGEST_WAIVER = datetime.timedelta(days=90)
 
@@ -35,7 +35,7 @@ class ReportError(VllmDiError):
 
 
 class Waiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A failure that somebody answers for, for a while."""
+    """A failure that a named owner accepts until a date."""
 
     id: str
     """Name of a check (``sampler``) or id of a case (``sampler/test_greedy[float32]``)."""
@@ -56,7 +56,7 @@ class Case(msgspec.Struct, kw_only=True, omit_defaults=True):
     replay: str = ""
     """The command that runs this case alone, for one that failed."""
     features: list[str] = []
-    """What of the matrix it speaks for: ``float16``, ``sliding window``."""
+    """Rows of the matrix that it proves: ``float16``, ``sliding window``."""
     figures: dict[str, Any] = {}
     """What it measured or counted."""
 

@@ -114,7 +114,7 @@ def report(
 
 
 def device_name(subject: Subject) -> str:
-    """What ran: the accelerator's own name, or the processor's where the work was the host's."""
+    """The hardware: the accelerator's own name, or the processor's where the host computed."""
     if subject.simulated or subject.lacks_driver:
         return system.cpu_name()
     with subject.parts("device") as container:

@@ -1,4 +1,4 @@
-"""What is judged: an assembly, opened through the seams that every user has."""
+"""The platform under test: an assembly, opened through the public seams."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from vllm_di.containers.stages import prefix, split
 from vllm_di.errors import ConfigError, PortError, nearest
 
 OWN = ("model", "model.path", "loader", "tokenizer", "chat_template")
-"""Keys that the suite sets itself: it brings its models."""
+"""Keys that the suite sets itself, because it brings its own models."""
 PREFIX_CACHING = "kv_cache_manager.prefix_caching"
-"""Key of the cache managers that can do with and without; another port's may lack it."""
+"""Key of cache managers whose prefix cache can be turned off; one of a port may lack it."""
 BLOCKS = 96
 """KV blocks of a worker: several full sequences of a tiny model."""
 USUAL_HEAD = 32

@@ -69,9 +69,9 @@ LARGER: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2560,
     },
 }
-"""Models that the other checks are spared: a vocabulary of more than 16 bits, a long context."""
+"""Models that only one check runs: a vocabulary of more than 16 bits, a long context."""
 FEATURES = {"moe": "mixture of experts", "window": "sliding window", "tied": "tied embeddings"}
-"""Model to the row of the matrix that it stands for."""
+"""Model to the row of the matrix that it proves."""
 
 
 def hf_config(name: str, head_size: int) -> dict[str, Any]:
@@ -149,9 +149,9 @@ def write(
 
 
 class _Scales:
-    """Standard deviations with which narrow dtypes differ little from fp32: embeddings weigh more
-    than layers, routers choose clearly, and experts add little, so that a swap of two is no other
-    text."""
+    """Standard deviations with which narrow dtypes differ little from fp32: embeddings outweigh
+    layers, routers choose clearly, and experts add little, so that another expert does not change
+    the answer."""
 
     def __init__(self, *, tied: bool) -> None:
         self._tied = tied

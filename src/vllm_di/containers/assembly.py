@@ -48,12 +48,12 @@ GIVE_WEIGHTS = (
     "weights: loader=dummy"
 )
 MISSING = "missing: model.path; set it to FOLDER, FILE.gguf or a hub name, or take loader=dummy"
-"""Stands in an incomplete assembly for what a checkpoint would bring."""
+"""Placeholder in an incomplete assembly for a value of the checkpoint."""
 STAND_INS = {"tokenizer": "bytes", "chat_template": "plain"}
-"""Options for a model without a checkpoint, unless somebody chose others."""
+"""Options for a model without a checkpoint, unless the user chose others."""
 
 SHIPPED_MODEL = "vllm_di.models.decoder.Decoder"
-"""The one class that transformers' code may stand in for."""
+"""The only class that transformers' code may replace."""
 TRANSFORMERS_MODEL = "vllm_di.models.transformers_fallback.TransformersModel"
 
 
@@ -65,7 +65,7 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class Assembly(msgspec.Struct):
-    """Everything that any process needs to build its container. Plain data through and through."""
+    """All that any process needs to build its container, as plain data."""
 
     server: dict[str, Any]
     engine: dict[str, Any]
@@ -78,16 +78,15 @@ class Assembly(msgspec.Struct):
     packages: list[str]
     """Packages whose classes a node may name."""
     warnings: list[str] = []
-    """What this assembly does not use: a port that is broken, a sampling value that is not
-    supported."""
+    """Parts of the config that are not used: a broken port, an unsupported sampling value."""
     missing: dict[str, str] = {}
     """Dotted key of a slot that cannot be filled yet, and what to set for it. Empty in an assembly
     that can run."""
     role: str = DEFAULT_ROLE
-    """Whose workers ``stages``, ``nodes``, ``path`` and ``platform_of`` look at."""
+    """The role whose workers ``stages``, ``nodes``, ``path`` and ``platform_of`` return."""
 
     def of_role(self, role: str) -> Assembly:
-        """The same assembly, looked at for another role. Raises ConfigError."""
+        """The same assembly as seen by another role. Raises ConfigError."""
         if role not in self.workers:
             raise ConfigError(
                 f"{self.choices['platform'].origin}: platform={self.platform.name} has no workers "
@@ -102,7 +101,7 @@ class Assembly(msgspec.Struct):
         return self.workers[self.role]
 
     def prefix(self, stage: int) -> str:
-        """What stands before the keys of one of them: ``stages.1.``, ``decode.``, or nothing."""
+        """Prefix of a worker's keys: ``stages.1.``, ``decode.``, or nothing."""
         return prefix(self.role, stage, len(self.stages))
 
     def nodes(self, container: type[DeclarativeContainer], stage: int = 0) -> dict[str, Any]:
@@ -118,11 +117,11 @@ class Assembly(msgspec.Struct):
 
     @property
     def announcement(self) -> str:
-        """What a start says of the platform and its level, in one line."""
+        """The line about the platform and its level that a start prints."""
         return self.platform.announcement(self.settings["claimed_level"])
 
     def platform_of(self, stage: int) -> Manifest:
-        """That of a stage, which is the whole's where there are no stages."""
+        """A stage's manifest; the whole platform's where there are no stages."""
         platforms = self.settings.get(WORKERS)
         if not platforms:
             return self.platform
@@ -229,7 +228,7 @@ def _add_workers(
 def _resolved(
     tree: ConfigTree, composition: Composition, reports: list[Recorded], incomplete: bool
 ) -> dict[str, Any]:
-    """Plain data, with what the checkpoint decides, checked for slots and settings."""
+    """Plain data, with the values of the checkpoint, checked for slots and settings."""
     if not isinstance(composition.values.get("platform"), DictConfig):
         path = tree.options("platform")[composition.choices["platform"][0]]
         raise ConfigError(f"{shown(path)}: platform: expected a mapping")
@@ -370,7 +369,7 @@ def _resolve_checkpoint(tree: ConfigTree, composition: Composition, incomplete: 
 
 
 def _note_missing(composition: Composition) -> None:
-    """Say in the place of each value of the checkpoint what is missing."""
+    """Put what is missing in place of each value of the checkpoint."""
     values, missing = composition.values, composition.missing
     values.checkpoint.weights = values.checkpoint.tokenizer = MISSING
     values.loader._target_ = missing["loader"] = MISSING
@@ -395,7 +394,7 @@ def _takes_sampling(composition: Composition) -> bool:
 
 
 def _pop_architectures(composition: Composition) -> list[str]:
-    """What the model's option registers; the key is none of its class."""
+    """The architectures that a model option registers; the key is not an argument of its class."""
     model = composition.values.model
     with open_dict(model):
         names = model.pop(ARCHITECTURES, None)
@@ -411,13 +410,13 @@ def _pop_architectures(composition: Composition) -> list[str]:
 
 
 def _is_own_class(composition: Composition) -> bool:
-    """Whether the model's class is another than ours."""
+    """Whether the model's class is not ours."""
     return composition.values.model.get("_target_") not in (SHIPPED_MODEL, TRANSFORMERS_MODEL)
 
 
 def _fall_back(composition: Composition) -> None:
-    """Put transformers' code in place of the shipped decoder, where that has no such architecture
-    or the user asks for it. A class that somebody named stays."""
+    """Replace the shipped decoder by transformers' code, where ours lacks the architecture or the
+    user asks for it. A class that the user named stays."""
     from vllm_di.models.hf_config import is_native
 
     model, origins = composition.values.model, composition.origins
@@ -443,7 +442,7 @@ def _fall_back(composition: Composition) -> None:
 
 
 def _is_chosen(composition: Composition, slot: str) -> bool:
-    """Whether somebody chose the slot's option, or one of its keys on the command line."""
+    """Whether the user chose the slot's option, or set one of its keys on the command line."""
     if composition.choices[slot][1].chosen_by != "default":
         return True
     return any(
@@ -475,12 +474,12 @@ def _take(composition: Composition, key: str, value: Any) -> None:
 
 
 DEEPEST = 8
-"""Of lists and mappings inside each other in a checkpoint's config; published ones have three."""
+"""Nesting depth of lists and mappings in a checkpoint's config; published configs have three."""
 
 
 def _refuse_odd(composition: Composition, key: str, value: Any, depth: int = 0) -> None:
-    """No number of an architecture is infinite, and no text of a checkpoint asks for values of our
-    config (``${...}``). Raises CheckpointError."""
+    """Architecture values must be finite, and texts of a checkpoint must not interpolate our config
+    (``${...}``). Raises CheckpointError."""
     if isinstance(value, Mapping | list) and depth < DEEPEST:
         for inner in value.values() if isinstance(value, Mapping) else value:
             _refuse_odd(composition, key, inner, depth + 1)

@@ -82,7 +82,7 @@ class ConfigTree(ConfigFiles):
     # -- overrides ---------------------------------------------------------------------------
 
     def _with_platform(self, parsed: list[Override]) -> tuple[list[Override], str | None]:
-        """Replace ``platform=auto`` (or no platform) by what is found on this machine."""
+        """Replace ``platform=auto`` (or no platform) by the platform detected on this machine."""
         chosen = [o for o in parsed if o.key_or_group == "platform"]
         if chosen and chosen[-1].value() != "auto":
             return parsed, None
@@ -300,7 +300,7 @@ def _plain_node(path: Path) -> DictConfig | None:
 
 def _hint(group: str, value: str, options: Iterable[str]) -> str:
     """The nearest name. Names of hardware are short and look alike (hpu, cpu, npu): for a platform
-    only a slip of the pen counts, else it is told how one is added."""
+    only a typing error gets a suggestion; any other name is told how to add a platform."""
     if group != "platform":
         return nearest(value, options)
     close = difflib.get_close_matches(value, options, n=1, cutoff=0.75)
@@ -310,7 +310,7 @@ def _hint(group: str, value: str, options: Iterable[str]) -> str:
 
 
 def _folder(group: str, value: str) -> str:
-    """A hint for who names a folder of this place as if it were an option."""
+    """A hint for a user who gives an existing file or folder as if it were an option."""
     there = group == "model" and Path(value).exists()
     return f"; for the folder or file of this name: --model ./{value}" if there else ""
 
@@ -331,7 +331,7 @@ class Sources:
 
 
 def parse(text: str, sources: Sources) -> Override:
-    """One override, understood. Raises ConfigError."""
+    """One override, parsed. Raises ConfigError."""
     parser = OverridesParser.create()
     try:
         override = parser.parse_override(text)

@@ -28,7 +28,7 @@ from vllm_di.server import wire
 from vllm_di.server.sharing import Borrower
 
 IDLE_SECONDS = 1.0
-"""An idle engine looks after its workers this often."""
+"""Seconds between two checks of the workers by an idle engine."""
 Inbox = queue.SimpleQueue[wire.ToEngine | None]
 
 
@@ -60,13 +60,14 @@ def main() -> None:
 
 
 def tell_stage(connection: Connection[wire.ToEngine], text: str) -> None:
-    """What the start is at. A peer that is gone is noticed by the next message."""
+    """Tell the peer which stage the start has reached. A peer that is gone is noticed by the next
+    message."""
     with contextlib.suppress(OSError):
         connection.send(wire.Stage(text))
 
 
 class Pulse:
-    """What the heartbeat tells of the engine."""
+    """The content of the engine heartbeat."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -74,7 +75,7 @@ class Pulse:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """The engine is at work in the block."""
+        """Marks the engine as busy inside the block."""
         self._began = time.monotonic()
         try:
             yield
@@ -130,7 +131,7 @@ def _read(connection: Connection[wire.ToEngine], inbox: Inbox) -> None:
 
 
 def _drain(inbox: Inbox, *, wait: bool) -> list[wire.ToEngine | None]:
-    """All messages that are there; with ``wait`` none only after ``IDLE_SECONDS``."""
+    """All messages that have arrived; with ``wait`` returns none only after ``IDLE_SECONDS``."""
     messages = []
     try:
         if wait:

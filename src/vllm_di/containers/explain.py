@@ -46,7 +46,7 @@ class Row(msgspec.Struct, frozen=True):
     """File and line, the override as typed, or the reason of an automatic choice."""
     alternatives: list[str]
     missing: str | None = None
-    """What keeps the slot from being filled here, and what to do for it."""
+    """Why the slot cannot be filled here, and how to fix that."""
 
 
 class OpRow(msgspec.Struct, frozen=True):
@@ -62,13 +62,13 @@ class Explanation(msgspec.Struct, frozen=True):
     platform: str
     platform_reason: str
     level: str
-    """That its recorded reports show."""
+    """The level that its recorded reports prove."""
     claimed_level: str | None
-    """That the manifest claims beyond it."""
+    """The higher level that the manifest claims, if any."""
     interface: str
     """Version of the interfaces of this engine."""
     announcement: str
-    """The platform and its level as a start says them."""
+    """The platform and its level, as a start prints them."""
     rows: list[Row]
     ops: list[OpRow]
     """Empty where the op table cannot be built here: a row says why."""
@@ -174,7 +174,7 @@ def _rows(
 
 
 def _waits_for(node: dict[str, Any]) -> str | None:
-    """What a value of the node waits for."""
+    """``MISSING``, where a value of the node waits for the checkpoint; else None."""
     return MISSING if MISSING in node.values() else None
 
 

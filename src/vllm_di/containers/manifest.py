@@ -20,7 +20,7 @@ Level = Literal[
     "declared", "contract-tested", "compile-checked", "runtime-tested", "hardware-tested"
 ]
 LEVELS: tuple[Level, ...] = typing.get_args(Level)
-"""From the least to the most that was run."""
+"""From the least to the most proven."""
 
 DType = Literal[
     "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "int4"
@@ -28,7 +28,7 @@ DType = Literal[
 
 
 class Detect(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``platform=auto`` looks for; all of it must be there. Nothing named: never chosen."""
+    """Conditions of ``platform=auto``; all must hold. None given: never chosen."""
 
     modules: tuple[str, ...] = ()
     """Python packages that must be installed. They are not imported."""
@@ -51,7 +51,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     dtypes: tuple[DType, ...] = ("float32",)
     """Of weights and activations; the conformance suite runs each."""
     kv_dtypes: tuple[DType, ...] = ()
-    """Of the KV cache; none named: the same as ``dtypes``."""
+    """Of the KV cache; none given: the same as ``dtypes``."""
     head_sizes: tuple[int, ...] | None = None
     """Of attention; null: any."""
     block_sizes: tuple[int, ...] | None = None
@@ -76,7 +76,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """A platform, in its own words."""
+    """A platform's own description."""
 
     name: str
     """The option's name."""
@@ -86,15 +86,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     interface: str | None = None
     """Version of the interfaces that it was written for; required of a port out of tree."""
     maintainer: str | None = None
-    """Who answers for it: a name and an address."""
+    """The maintainer: a name and an address."""
     requires: tuple[str, ...] = ()
     """Python packages beside torch that it runs on, as they are imported. Reports record their
     versions; the suite takes them away to see what the port says."""
     detect: Detect = Detect()
     capabilities: Capabilities = Capabilities()
     besides: tuple[str, ...] = ()
-    """What ran of it besides the suite, a line each with the command or test that shows it. The
-    support matrix has them in a column of their own; they lift no level."""
+    """Evidence beside the suite, a line each with the command or test that produced it. The support
+    matrix has it in a column of its own; it does not raise the level."""
     compile: CompileTargets | None = None
     """null: nothing is compiled ahead, and the platform is never compile-checked."""
 
@@ -105,7 +105,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return list(dict.fromkeys(names))
 
     def announcement(self, claimed: Level | None = None) -> str:
-        """What a start says of it, in one line. ``claimed`` is a level that no report shows."""
+        """The line about the platform that a start prints. ``claimed`` is a level that no report
+        proves."""
         caution = "" if self.level == LEVELS[-1] else f" (not {LEVELS[-1]})"
         if claimed:
             caution = f" ({claimed} is claimed; no recorded report shows it)"

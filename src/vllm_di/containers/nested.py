@@ -34,8 +34,8 @@ class Named(NamedTuple):
 
 
 def resolve_nested(tree: ConfigTree, composition: Composition) -> None:
-    """Put nodes in the place of names: ``ops.rms_norm=torch``, ``attention.prefill=sdpa``,
-    ``_option_``. Raises ConfigError with the place of a name that is none."""
+    """Replace names by nodes: ``ops.rms_norm=torch``, ``attention.prefill=sdpa``, ``_option_``.
+    Raises ConfigError with the place of an unknown name."""
     for _ in range(DEEPEST):
         plain: Any = OmegaConf.to_container(composition.values, resolve=False)
         names = [named for slot, node in plain.items() for named in _named(node, slot, slot)]

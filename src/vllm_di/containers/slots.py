@@ -71,7 +71,7 @@ GIVEN: dict[Container, tuple[str, ...]] = {
     EngineContainer: ("launcher",),
     WorkerContainer: ("placement",),
 }
-"""Values that whoever opens a container hands in."""
+"""Values that are passed in by whoever opens a container."""
 
 DERIVED: dict[Container, dict[str, tuple[str, str]]] = {
     EngineContainer: {"worker_report": ("executor", "start")}

@@ -33,7 +33,7 @@ _AROUND = tuple(slot for slot in SLOTS if slot not in _WORKER)
 
 
 class Stage(msgspec.Struct, frozen=True):
-    """What one stage is composed of, in the order of precedence."""
+    """The overrides of one stage, in the order of precedence."""
 
     overrides: list[str]
     sources: dict[str, Origin]
@@ -88,8 +88,8 @@ def split(
 
 
 def prefix(role: str, stage: int, num_stages: int) -> str:
-    """What stands before the keys of one worker: ``prefill.``, ``stages.1.``,
-    ``decode.stages.0.``, or nothing."""
+    """Prefix of one worker's keys: ``prefill.``, ``stages.1.``, ``decode.stages.0.``, or
+    nothing."""
     of_role = "" if role == DEFAULT_ROLE else f"{role}."
     return f"{of_role}{KEY}.{stage}." if num_stages > 1 else of_role
 
@@ -275,7 +275,7 @@ def _of_worker(
 
 
 def _refuse_worker_keys(tree: ConfigTree, path: Path) -> None:
-    """What a platform with stages says of a worker would reach none of its workers."""
+    """Keys that a platform with stages sets for a worker would reach none of its workers."""
     file = tree.read(path)
     worker_keys = {key: line for key, line in file.lines.items() if key.split(".")[0] in _WORKER}
     worker_keys |= {group: line for group, (_, line) in file.chooses.items() if group in _WORKER}
@@ -305,5 +305,5 @@ def _checked(tree: ConfigTree, before: str, stage: Stage) -> Stage:
 
 
 def _last_of_each(overrides: list[str]) -> list[str]:
-    """One override for each key: the last."""
+    """The last override of each key."""
     return list({read(text).key: text for text in overrides}.values())

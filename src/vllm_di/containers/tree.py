@@ -62,8 +62,7 @@ class ConfigFiles:
         return self._files[path]
 
     def values(self, path: Path) -> dict[str, Any]:
-        """What a file holds as it stands: not composed, nothing interpolated. Raises
-        ConfigError."""
+        """The raw content of a file: not composed, nothing interpolated. Raises ConfigError."""
         self.read(path)
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         if not isinstance(content, dict):
@@ -103,9 +102,9 @@ class ConfigFiles:
 
     @cached_property
     def clashes(self) -> dict[tuple[str, str], str]:
-        """(group, option) to why nobody may have it. One option, one owner: Hydra would take the
-        first file and say nothing. The same holds of a platform's name, and of what an option
-        includes."""
+        """(group, option) to the reason why it cannot be used. An option has one owner: of two
+        files Hydra would silently take the first. The same holds for the name of a platform, and
+        for files that an option includes."""
         clashes: dict[tuple[str, str], str] = {}
         owners: dict[tuple[str, str], Path] = {}
         for root in self.roots:
@@ -140,7 +139,8 @@ class ConfigFiles:
         return options
 
     def warnings(self) -> list[str]:
-        """What is wrong with ports, a line each: an error only where their names are asked for."""
+        """Problems of ports, a line each: they become errors only where their options are asked
+        for."""
         broken = [
             f"port {port.name!r} ({port.distribution}) cannot be used: {port.problem}"
             for port in self.ports

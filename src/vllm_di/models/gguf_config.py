@@ -16,7 +16,7 @@ from vllm_di.models.gguf_keys import refuse_unknown_keys
 Facts = Mapping[str, Any]
 Config = dict[str, Any]
 Vector = Callable[[str], Sequence[float] | None]
-"""The values of a small tensor, None where the file has none of that name."""
+"""The values of a small tensor; None where the file has no tensor of that name."""
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -55,7 +55,8 @@ LLAMA3: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""What all of Meta's Llama 3.x share; a GGUF holds the divisors that follow from it instead."""
+"""Rope scaling that all of Meta's Llama 3.x share; a GGUF holds the divisors that follow from
+it."""
 REQUIRED = (
     "embedding_length",
     "feed_forward_length",
@@ -64,13 +65,13 @@ REQUIRED = (
     "context_length",
 )
 BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
-"""Settings that a GGUF has no key for: the tensors are there, or not."""
+"""Settings that a GGUF has no key for: the presence of tensors decides them."""
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 def hf_config(facts: Facts, *, vocab_size: int, tied: bool, vector: Vector) -> Config:
-    """``config.json`` of a native family. Raises UnsupportedModelError for what cannot be said in
-    one."""
+    """``config.json`` of a native family. Raises UnsupportedModelError for a setting that it cannot
+    express."""
     arch = str(facts.get("general.architecture"))
     if arch not in CLASSES:
         raise UnsupportedModelError(
@@ -132,7 +133,7 @@ def hf_config(facts: Facts, *, vocab_size: int, tied: bool, vector: Vector) -> C
 
 
 def end_tokens(facts: Facts) -> list[int]:
-    """Ids that end an answer: of the text, of a turn, of a message."""
+    """Ids that end an answer: end of text, of turn, of message."""
     found = (facts.get(f"tokenizer.ggml.{name}") for name in ENDS)
     return list(dict.fromkeys(int(token) for token in found if token is not None))
 
@@ -186,7 +187,7 @@ def _family(arch: str, facts: Facts, config: Config, size: int) -> Config:
 
 
 def _layer_types(pattern: int | Sequence[bool], layers: int) -> list[str]:
-    """One flag for each layer, or n for windows in all but each n-th."""
+    """One flag for each layer; or n: a window in all layers except each n-th."""
     if isinstance(pattern, int):
         slides = [pattern == 0 or (i + 1) % pattern != 0 for i in range(layers)]
     else:
@@ -259,7 +260,7 @@ def _yarn(values: dict[str, Any], factor: float) -> Config:
 
 
 def _llama3(divisors: Sequence[float], rotated: int, theta: float) -> Config | None:
-    """The divisors' largest is the factor; the others must follow from it."""
+    """The largest divisor is the factor; the others must follow from it."""
     scaling = LLAMA3 | {"factor": round(max(divisors), 3)}
     factor, old = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

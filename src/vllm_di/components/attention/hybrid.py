@@ -22,7 +22,7 @@ from vllm_di.errors import ConfigError
 
 @dataclass(slots=True)
 class Halves:
-    """Metadata of one step. A half without rows is None."""
+    """Metadata of one step. A half without rows has None."""
 
     decode: Any
     prefill: Any
@@ -35,7 +35,7 @@ class HybridAttention(AttentionBackend):
     (the rest, padding included). Both read and write the same blocks."""
 
     layouts = ("*",)
-    """Those that both halves read: the constructor refuses others."""
+    """Layouts that both halves read: the constructor refuses others."""
 
     def __init__(
         self, kv_layout: KvLayout, *, prefill: AttentionBackend, decode: AttentionBackend

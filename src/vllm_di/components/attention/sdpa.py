@@ -41,7 +41,7 @@ class SdpaAttention(AttentionBackend):
     """One sequence at a time, on any KV layout: it reads and writes through the layout alone."""
 
     layouts = ("*",)
-    """Any."""
+    """Any layout."""
 
     def __init__(self, kv_layout: KvLayout) -> None:
         self._layout = kv_layout

@@ -1,4 +1,4 @@
-"""What no attention backend of ours can do."""
+"""Limits of all attention backends here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention with the Triton kernels, and no other."""
+"""Attention on the Triton kernels alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllm_di.errors import ConfigError
 
 
 class TritonAttention(PagedAttention):
-    """Paged attention that insists on ``ops=triton`` for its two ops, and knows their limits."""
+    """Paged attention that requires ``ops=triton`` for its two ops, and checks their limits."""
 
     def __init__(self, ops: OpTable, kv_layout: KvLayout) -> None:
         super().__init__(ops, kv_layout)

@@ -80,8 +80,8 @@ class AcceleratorGraph(GraphPolicy):
         """Why nothing is captured; empty when steps are."""
 
     def capture(self, sizes: Sequence[int], run: Callable[[int], object]) -> None:
-        """The largest first: the smaller ones then fit into its memory. Raises ConfigError for a
-        step that cannot be captured."""
+        """Captures the largest size first: the smaller ones then fit into its memory. Raises
+        ConfigError for a step that cannot be captured."""
         if self.reason:
             log.info("steps are not captured: %s", self.reason)
             return
@@ -172,7 +172,7 @@ class AcceleratorGraph(GraphPolicy):
         )
 
     def _copy(self, plan: BatchPlan, static: BatchPlan) -> None:
-        """``plan`` of n sequences into ``static`` of as many or more."""
+        """Copy ``plan`` of n sequences into ``static``, which has n or more."""
         static.token_ids.copy_(plan.token_ids, non_blocking=True)
         static.positions.copy_(plan.positions, non_blocking=True)
         _copy_tables(plan, static)

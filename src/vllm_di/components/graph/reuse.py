@@ -1,4 +1,4 @@
-"""Which parts of a step stand in the way of running it again without its Python."""
+"""Which parts of a step prevent running it again without its Python."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from vllm_di.components.interfaces import AttentionBackend, Model, Quantization,
 
 
 def unable(how: Reuse, **parts: AttentionBackend | Quantization | Model) -> list[str]:
-    """Of parts by slot, a reason for each that does not declare ``how``."""
+    """A reason for each part that does not declare ``how``; parts by slot."""
     done = {"record": "recorded", "capture": "captured", "compile": "compiled"}[how]
     return [f"{slot} cannot be {done}" for slot, part in parts.items() if how not in part.reuses]

@@ -100,7 +100,7 @@ def _key(step: ModelStep) -> Hashable:
 
 
 def _tensors(metadata: Any) -> list[Tensor]:
-    """Those in its fields; a field may be metadata itself."""
+    """The tensors in its fields, also in fields that are metadata themselves."""
     found: list[Tensor] = []
     for name in getattr(metadata, "__dataclass_fields__", ()):
         value = getattr(metadata, name)

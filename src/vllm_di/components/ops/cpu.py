@@ -41,7 +41,7 @@ from vllm_di.kernels.tape import record
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 NO_GATE = 0
 GATES: dict[Activation, int] = {"silu": 1, "gelu_tanh": 2}
-"""Gates by the numbers that the kernels know."""
+"""Numbers of the gates in the C++ interface."""
 SMALL_BATCH = 8
 UNBUILT = "will be compiled at the first start"
 
@@ -97,7 +97,7 @@ class CpuOps(OpLibrary):
 
     @classmethod
     def preview(cls, **arguments: Any) -> OpLibrary:
-        """Compiles nothing; a subclass is built as it is."""
+        """Compiles nothing. A subclass is built in the usual way."""
         return CpuOpsPreview(**arguments) if cls is CpuOps else cls(**arguments)
 
     def _build(self, cache: Path) -> Built | None:
@@ -122,7 +122,7 @@ class CpuOps(OpLibrary):
         self.kernels = kernels
 
     def describe(self) -> dict[str, str]:
-        """For an op that it does not implement: why."""
+        """Op to where it runs, or to the reason why it has no kernel here."""
         missing = "no C++ kernel" if self.implements else self._where
         return {op: self._where if op in self.implements else missing for op in self.OPS}
 
@@ -158,7 +158,7 @@ class CpuOps(OpLibrary):
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """The sum takes the memory of ``residual``."""
+        """The sum is written to the memory of ``residual``."""
         kind = TYPES.get(x.dtype)
         if (
             kind is None
@@ -367,7 +367,7 @@ class CpuOps(OpLibrary):
     def packed_embedding(
         self, weight: Any, dtype: torch.dtype
     ) -> Callable[[Tensor], Tensor] | None:
-        """All formats but the one by channel."""
+        """All formats, except scales by channel."""
         if isinstance(weight, PackedWeight) and weight.dtype is dtype and not weight.gated:
             return partial(self._embed_packed, weight)
         if isinstance(weight, PackedBytes) and weight.bits and dtype in TYPES and not weight.gated:
@@ -554,8 +554,8 @@ class CpuOps(OpLibrary):
         return out
 
     def _numbers(self, rows: int) -> Tensor:
-        """[rows] int64. Those of small batches are made many at once: a step of the model leaves
-        none of torch's code in the caches, and then a call takes 50 us."""
+        """[rows] int64. Small ones are made many at a time: after a model step torch code has left
+        the CPU caches, and a single call takes 50 us."""
         if not 0 < rows <= SMALL_BATCH or self._empty is not _empty:
             return self._empty((rows,), torch.int64)
         if not self._ready.get(rows):
@@ -589,7 +589,7 @@ class CpuOps(OpLibrary):
         return CpuRecorder(self) if self.implements else None
 
     def allocating(self, empty: Allocate) -> Allocate:
-        """Take outputs from ``empty`` from now on; returns what they came from."""
+        """Take outputs from ``empty`` from now on; returns the allocator used before."""
         before, self._empty = self._empty, empty
         return before
 
@@ -609,7 +609,7 @@ class CpuRecorder(Recorder):
 
 
 class CpuOpsPreview(CpuOps):
-    """What CpuOps is going to be: it describes itself, computes nothing and compiles nothing."""
+    """A preview of CpuOps: it describes itself, computes nothing and compiles nothing."""
 
     def _build(self, cache: Path) -> Built | None:
         is_there = is_whole(recipe(self.isa, cache, loaded_openmp()).target)
@@ -624,12 +624,12 @@ def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _rows(x: Tensor) -> bool:
-    """[rows, n] of a dtype that the kernels know, each row in one run."""
+    """Whether x is [rows, n] of a dtype that the kernels know, with contiguous rows."""
     return x.dim() == 2 and x.stride()[1] == 1 and x.dtype in TYPES
 
 
 def _heads_side_by_side(x: Tensor) -> bool:
-    """[tokens, heads, head_size] whose heads lie one behind the other."""
+    """Whether x is [tokens, heads, head_size] with contiguous heads."""
     _, heads, size = x.shape
     _, stride, step = x.stride()
     return step == 1 and (stride == size or heads == 1)

@@ -12,14 +12,14 @@ from vllm_di.kernels.bindings import CpuKernels
 from vllm_di.kernels.memory import huge_zeros
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""What the kernels compute in, by the numbers that they know; fp16 goes to the reference."""
+"""Dtypes that the kernels compute in, to their numbers in C++; fp16 goes to the reference."""
 PAIR = 32
 """Outputs that are packed side by side: two panels of 16."""
 
 
 class PackedWeight:
-    """A weight [out, in] in panels of outputs, and the plain one where many rows go through
-    oneDNN."""
+    """A weight [out, in] in panels of outputs, and the plain weight where oneDNN runs large
+    batches."""
 
     __slots__ = ("data", "dtype", "gated", "inputs", "outputs", "plain")
 
@@ -68,7 +68,7 @@ def pack_linear(
 
 
 def _beside_gates(outputs: int) -> Tensor:
-    """Rows in the order in which each 16 gates stand beside the 16 that they let through."""
+    """Rows reordered so that each 16 gate rows stand beside the 16 rows that they multiply."""
     rows = torch.arange(outputs, dtype=torch.int64)
     return rows.view(2, -1, PAIR // 2).transpose(0, 1).flatten()
 

@@ -113,13 +113,13 @@ class SelectedOps(OpTable):
         )
 
     def _apart(self, fused: str) -> list[str]:
-        """The members that do not run where the fused op would."""
+        """The members that run on another library than the fused op would."""
         whole = self._owner(fused, "auto")
         return [m for m in self.OPS[fused].stands_for if self._owners[m] is not whole]
 
 
 def _is_reference(library: OpLibrary) -> bool:
-    """Whether it is the reference and nothing else."""
+    """Whether it is the plain reference, not a subclass with ops of its own."""
     return (
         isinstance(library, TorchOps)
         and not library.methods

@@ -13,9 +13,9 @@ from vllm_di.components.ops.torch import TorchOps
 from vllm_di.components.quantized import QuantizedWeight
 
 SAMPLER_OPS = ("greedy_sample", "top_k_top_p_sample")
-"""Those that the sampler calls, outside the compiled step."""
+"""Ops that the sampler calls, outside the compiled step."""
 CACHE_OPS = ("write_kv", "rotary_write_kv", "paged_attention")
-"""Those that attention exports in a form of its own."""
+"""Ops that attention exports in a form of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Compressed:
 
 
 class TracedOps(TorchOps):
-    """The torch reference, traced into the step. What depends on values there is written here
-    without. ``compiler`` is a name for ``explain``."""
+    """The torch reference, traced into the step. Ops whose reference depends on values of tensors
+    are rewritten here without. ``compiler`` is a name for ``explain``."""
 
     implements = frozenset(TorchOps.OPS) - {*CACHE_OPS, *SAMPLER_OPS}
 
@@ -45,8 +45,8 @@ class TracedOps(TorchOps):
     def rotary_embedding(
         self, positions: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool
     ) -> tuple[Tensor, Tensor]:
-        """In the form that compilers know as one node, with fp32 cosines in any precision:
-        x * cos + rotate_half(x) * sin over four dimensions."""
+        """In the form that compilers recognise as one node, with fp32 cosines in any precision: x *
+        cos + rotate_half(x) * sin over four dimensions."""
         if interleaved:
             return super().rotary_embedding(positions, q, k, cos_sin, interleaved)
         cos, sin = cos_sin[positions].chunk(2, -1)  # [tokens, rotary_dim / 2] each
@@ -92,7 +92,7 @@ class TracedOps(TorchOps):
         topk_ids: Tensor,
         activation: Activation,
     ) -> Tensor:
-        """Every expert on every token, weighted with zero where it was not chosen."""
+        """Every expert on every token, with weight zero where it was not chosen."""
         act = self.silu_and_mul if activation == "silu" else self.gelu_tanh_and_mul
         inner = act(products.matmul(x, gate_up.mT))  # [experts, tokens, inter]
         out = products.matmul(inner, down.mT).float()  # [experts, tokens, hidden]

@@ -1,5 +1,5 @@
-"""Ops as Triton kernels, for the GPUs that Triton compiles for. Products are torch's, which takes
-the vendor's library (cuBLAS, hipBLASLt, oneDNN)."""
+"""Ops as Triton kernels, for the GPUs that Triton compiles for. GEMMs are torch's, which calls the
+vendor's library (cuBLAS, hipBLASLt, oneDNN)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Launch = Callable[..., None]
 KERNELS = ("attention", "elementwise", "experts", "norms", "sampling", "tiles", "runtime")
 LARGEST_HEAD = 256
 LEAST_SPLIT = 128
-"""Keys that are worth a program of their own."""
+"""The fewest keys that are worth a separate program."""
 MOST_SPLITS = 64
 
 
@@ -42,7 +42,7 @@ class TritonOps(OpLibrary):
 
     reuses = frozenset({"capture"})
     launch: Launch
-    """A test puts its own in this place: to compile for another target, or to record."""
+    """The launcher. Tests replace it, to compile for another target or to record."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class TritonOps(OpLibrary):
             self._where = "simulated: the reference stands in for the Triton kernel"
 
     def describe(self) -> dict[str, str]:
-        """For an op that it does not implement: why."""
+        """Op to where it runs, or to the reason why it has no kernel here."""
         rows = {op: self._where if op in self.methods else "no Triton kernel" for op in self.OPS}
         return rows | {"linear": "the vendor's library of products, through torch"}
 
@@ -111,7 +111,7 @@ class TritonOps(OpLibrary):
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """In place: the sum takes the memory of ``residual``, its norm that of ``x``."""
+        """In place: the sum is written to the memory of ``residual``, its norm to that of ``x``."""
         if x.dim() != 2 or x.stride(1) != 1 or residual.stride(1) != 1 or x.dtype != residual.dtype:
             total = x + residual
             return self.rms_norm(total, weight, eps), total
@@ -280,7 +280,7 @@ class TritonOps(OpLibrary):
         value_cache: Tensor,
         slot_mapping: Tensor,
     ) -> Tensor:
-        """q in place; k is turned on its way to the cache and left as it was."""
+        """Rotates q in place; k is rotated on its way to the cache, and its tensor is unchanged."""
         num_kv_heads, block_size, head_size = key_cache.shape[1:]
         half = cos_sin.shape[1] // 2
         if len(q):
@@ -371,13 +371,13 @@ class TritonOps(OpLibrary):
         return out
 
     def _splits(self, programs: int, context: int) -> int:
-        """Into how many parts contexts are cut, so that the device is full: a power of two."""
+        """Number of splits of the contexts, so that the device is full: a power of two."""
         wanted = min(-(-self._wanted_programs // programs), context // LEAST_SPLIT, MOST_SPLITS)
         return self._power(max(1, wanted))
 
     @cached_property
     def architecture(self) -> str:
-        """Of the device: ``sm_90``, ``gfx942``. A compiler for another one puts its name here."""
+        """Target of the device: ``sm_90``, ``gfx942``. Set to another one to compile for it."""
         return self._architecture_of_device()
 
     @cached_property

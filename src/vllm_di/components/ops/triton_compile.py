@@ -1,4 +1,5 @@
-"""The launches of ``TritonOps`` at Llama-3-8B's shapes, compiled for GPUs that are not here."""
+"""The launches of ``TritonOps`` at the shapes of Llama-3-8B, compiled for GPUs that are not
+present."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, MLP, VOCAB = 4096, 32, 8, 128, 14336, 128256
 """Of Llama-3-8B (its config.json)."""
 PAGE = 32
 PROGRAMS = 528
-"""What keeps an H100 busy: four programs for each of its 132 multiprocessors."""
+"""Programs that keep an H100 busy: four for each of its 132 multiprocessors."""
 ATTENTION = {"decode": (1, 1), "chunk": (16, 1), "prefill": (4096, 2)}
 """(tokens, sequences): one for each of attention's tiles."""
 KERNEL = "vllm_di.components.ops.triton.TritonOps"
@@ -91,7 +92,7 @@ def _bf16(*shape: int) -> Tensor:
 
 
 def _heads(tokens: int) -> list[Tensor]:
-    """q, k and v as the model has them: views of one product."""
+    """q, k and v as the model has them: views of the output of one GEMM."""
     sizes = [HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE]
     return [p.unflatten(1, (-1, HEAD_SIZE)) for p in _bf16(tokens, sum(sizes)).split(sizes, -1)]
 
@@ -124,7 +125,7 @@ def _rotary_write_kv(ops: TritonOps) -> object:
 
 
 def _fused_experts(ops: TritonOps, tokens: int) -> object:
-    """Eight experts, two of them for each token: Mixtral's, of another width."""
+    """Eight experts, two for each token, as in Mixtral, with another width."""
     experts, inter = 8, 256
     ids = torch.zeros(tokens, 2, dtype=torch.int64)
     shares = torch.zeros(tokens, 2, dtype=torch.float32)

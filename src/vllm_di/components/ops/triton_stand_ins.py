@@ -19,7 +19,7 @@ from vllm_di.errors import ConfigError
 
 REFERENCE = TorchOps()
 MULTIPROCESSORS = 4
-"""Of the simulated device: few, so that contexts are cut into a few splits only."""
+"""Of the simulated device: few, so that contexts are cut into few splits."""
 Constants = Mapping[str, Any]
 
 
@@ -45,7 +45,7 @@ def launch(
 
 
 def _view(tensor: Tensor, shape: tuple[int, ...], *strides: int) -> Tensor:
-    """What a kernel sees behind a pointer: contiguous in its last dimension."""
+    """The tensor that a kernel sees behind a pointer: contiguous in its last dimension."""
     return tensor.as_strided(shape, (*strides, 1), tensor.storage_offset())
 
 
@@ -159,7 +159,7 @@ def rotary_write_kv(
     q_head_stride: int,
     *rest: int,
 ) -> None:
-    """``rest`` are a cache write's numbers with the query heads among them, and ``half``."""
+    """``rest``: sizes of the cache write, the number of query heads, and ``half``."""
     *strides, block_size, num_heads, num_kv_heads, head_size, half = rest
     k_stride, k_head_stride = strides[:2]
     k = _view(k, (grid[0], num_kv_heads, head_size), k_stride, k_head_stride)
@@ -195,7 +195,7 @@ def attention(
     q_head_stride: int,
     *strides: int,
 ) -> None:
-    """All of a context is the first split's; the others find nothing."""
+    """The first split takes the whole context; the others take nothing."""
     *cache_strides, table_stride = strides
     size, block_size, splits = (constants[n] for n in ("HEAD_SIZE", "PAGE", "SPLITS"))
     num_kv_heads = num_heads // constants["GROUP"]

@@ -33,8 +33,8 @@ def exact(subject: Subject, *more: str) -> list[str]:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("caching", [True, False], ids=["cached", "uncached"])
 def test_same_answers_in_any_batch(subject: Subject, size: int, caching: bool) -> None:
-    """In any order, with the prefix cache on and off: the same tokens, log-probs within rounding;
-    the same bits where the platform says so."""
+    """In any order, with the prefix cache on and off: equal tokens, and log-probs within rounding,
+    or bit-equal where the platform declares batch invariance."""
     slack = 0.0 if subject.declared.batch_invariant else subject.slack
     if caching:
         subject.need_prefix_cache()
@@ -49,7 +49,7 @@ def test_same_answers_in_any_batch(subject: Subject, size: int, caching: bool) -
 
 
 def test_bit_equal_answers(subject: Subject, record: Record) -> None:
-    """If the platform declares batch invariance: full batches, in three orders, bit for bit."""
+    """Where batch invariance is declared: full batches in three orders, bit for bit."""
     if not subject.declared.batch_invariant:
         raise NotDeclared("batch_invariant")
     record.feature("batch invariance")
@@ -65,7 +65,7 @@ def test_bit_equal_answers(subject: Subject, record: Record) -> None:
 
 
 def test_seeds_survive_the_batch(subject: Subject) -> None:
-    """A seeded request draws the same tokens alone and beside others; another seed, others."""
+    """A seeded request draws the same tokens alone and in a batch; another seed draws others."""
 
     def drawn(seed: int, prompt: list[int]) -> Ask:
         params = SamplingParams(seed=seed, max_tokens=LENGTH, ignore_eos=True, temperature=0.9)

@@ -18,7 +18,7 @@ from vllm_di.conformance.recording import recorded
 from vllm_di.conformance.subject import Subject
 
 SHARED = [(11 * i) % 240 for i in range(130)]
-"""The beginning that several prompts have in common: some blocks long."""
+"""A prefix that several prompts share, several blocks long."""
 
 
 def exact(subject: Subject, *more: str) -> list[str]:
@@ -38,7 +38,7 @@ def common(one: list[int], other: list[int]) -> int:
 
 
 def used(engine: Engine) -> float:
-    """Share of the blocks that live sequences hold."""
+    """Share of the blocks that live sequences hold, 0 to 1."""
     return engine.step().stats.kv_cache_usage
 
 
@@ -85,7 +85,7 @@ def test_a_reset_forgets(subject: Subject) -> None:
 
 
 def test_preempted_equals_not_preempted(subject: Subject) -> None:
-    """So few blocks that requests drive each other out and start again."""
+    """With so few blocks that requests preempt each other and are computed again."""
     texts = [[(5 * i + n) % 240 for i in range(90 + 9 * n)] for n in range(6)]
     wanted = uncached(subject, texts, 48)
     few = exact(subject, f"worker.num_blocks={blocks_for(subject, 2)}")
@@ -98,14 +98,14 @@ def test_preempted_equals_not_preempted(subject: Subject) -> None:
 
 
 def blocks_for(subject: Subject, sequences: int) -> int:
-    """Blocks for that many full sequences, and one."""
+    """Enough blocks for that many full sequences, and one more."""
     with subject.parts("kv_layout", "model") as container:
         size, longest = container.kv_layout().block_size, container.model().max_model_len
     return max(-(-longest // size) + 1, -(-180 // size) * sequences)
 
 
 def test_aborts_return_all_blocks(subject: Subject, record: Record) -> None:
-    """Requests aborted at random steps; those that stay get what they would have got."""
+    """Requests are aborted at random steps; the others get the answers that they get alone."""
     count = 1000 if subject.full else 120
     chance = random.Random(subject.seed)
     keep = prompts(4)
@@ -147,7 +147,7 @@ KV_DTYPES = (*DTYPES, "uint8")
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_kv_dtypes(subject: Subject, record: Record, dtype: str) -> None:
-    """A cache of another dtype than the model's: near the same answers."""
+    """A cache of another dtype than the model's gives nearly the same answers."""
     if dtype not in (subject.declared.kv_dtypes or subject.declared.dtypes):
         raise NotDeclared(f"kv_dtypes are {', '.join(subject.declared.kv_dtypes)}")
     record.feature(f"KV cache in {dtype}")

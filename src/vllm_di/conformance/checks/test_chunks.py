@@ -1,4 +1,4 @@
-"""A prompt in pieces, and beside others, is the same prompt."""
+"""A prompt that is computed in chunks, or in a batch with others, gives the same answer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def exact(subject: Subject) -> list[str]:
 
 @pytest.mark.parametrize("budget", [8, 13, 32, 50])
 def test_any_split_of_a_prompt(subject: Subject, budget: int) -> None:
-    """Chunks of ``budget`` tokens, shared by whoever runs."""
+    """Chunks of ``budget`` tokens, shared by all running requests."""
     if not limits(subject).chunked_prefill:
         raise NotDeclared("chunked_prefill")
     more = [*exact(subject), f"scheduler.max_num_batched_tokens={budget}"]
@@ -47,7 +47,7 @@ def test_any_split_of_a_prompt(subject: Subject, budget: int) -> None:
 
 
 def test_mixed_batches(subject: Subject) -> None:
-    """Prompts that arrive while others decode."""
+    """Prompts that arrive while other requests decode."""
     wanted = alone(subject)
     with subject.engine(*exact(subject)) as engine:
         found = run(engine, asks(), start=lambda index: 2 * index)

@@ -1,4 +1,4 @@
-"""The config composes, round-trips, and refuses what is wrong with its place."""
+"""The config composes, survives a round trip, and wrong values are refused with their place."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_bad_values_are_refused(subject: Subject, record: Record) -> None:
 
 
 def with_value(plain: Assembly, container: Any, slot: str, bad: Bad) -> Assembly:
-    """The assembly with one value changed, or one key gone."""
+    """The assembly with one value changed, or one key removed."""
     changed = copy.deepcopy(plain)
     node = changed.nodes(container)[slot]
     if bad.value is ...:
@@ -96,7 +96,7 @@ def test_no_key_takes_just_anything(subject: Subject) -> None:
 
 @pytest.mark.parametrize("slot", sorted(SLOTS))
 def test_a_wrong_class_is_refused(subject: Subject, slot: str) -> None:
-    """One outside the project, and one that fills another slot."""
+    """A class from outside the project, and a class that fills another slot."""
     plain = subject.assembly()
     container = next(c for c, s, _ in each_node(plain) if s == slot)
     other = next(s for s in slots(container) if SLOTS[s] is not SLOTS[slot])

@@ -1,4 +1,4 @@
-"""What the device says of itself: memory and dtypes."""
+"""The memory and dtypes that the device reports."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def free(device: Device) -> int:
 
 @pytest.mark.parametrize("budget", [False, True], ids=["whole", "budget"])
 def test_memory_falls_and_recovers(subject: Subject, record: Record, budget: bool) -> None:
-    """Falls by at least 90 % of 64 MiB, and comes back. A host's free memory is everybody's: there
-    it is the declared budget that must tell."""
+    """Free memory falls by at least 90 % of 64 MiB, and comes back. A host's free memory changes
+    with other processes: there the declared budget is checked instead."""
     if budget and not subject.has_key("device.memory_budget"):
         raise NotDeclared("the device has no memory_budget")
     more = [f"device.memory_budget={BUDGET}"] if budget else []
@@ -60,7 +60,7 @@ def test_memory_falls_and_recovers(subject: Subject, record: Record, budget: boo
 
 
 def test_a_cache_beyond_the_memory_is_refused(subject: Subject) -> None:
-    """At the start, with figures."""
+    """At the start, with both sizes in the error."""
     budget = subject.has_key("device.memory_budget")
     more = [f"device.memory_budget={BUDGET}"] if budget else []
     more += ["worker.num_blocks=null", f"worker.kv_cache_memory={2**50}"]
@@ -75,7 +75,7 @@ def test_a_cache_beyond_the_memory_is_refused(subject: Subject) -> None:
 
 
 def test_dtypes(subject: Subject, record: Record) -> None:
-    """The declared ones work, one that it lacks is an error and never a cast."""
+    """Declared dtypes work; a dtype that the device lacks is an error, never a cast."""
     with subject.parts("device") as container:
         device = container.device()
         supported = {str(d).removeprefix("torch.") for d in device.supported_dtypes}

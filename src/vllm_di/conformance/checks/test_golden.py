@@ -25,15 +25,15 @@ from vllm_di.conformance.outcomes import NotDeclared, Record
 from vllm_di.conformance.subject import Subject
 
 SHARE = 0.1
-"""Of the prompts that may differ in a narrow dtype."""
+"""Share of prompts that may differ in a narrow dtype."""
 GAP = 0.05
-"""Nats between two tokens that a narrow dtype may swap."""
+"""Nats between two tokens that may swap in a narrow dtype."""
 AMONG = 5
 
 
 NARROW_LENGTH = 16
-"""Tokens that a narrow dtype is compared over: an untrained model has near ties in plenty, and
-behind one of them two texts have nothing in common."""
+"""Tokens that are compared in a narrow dtype: an untrained model has many near ties, and after one
+of them two answers have nothing in common."""
 
 
 def size(subject: Subject, dtype: str) -> tuple[int, int]:
@@ -79,8 +79,8 @@ def test_tokens(subject: Subject, record: Record, model: str, dtype: str) -> Non
     ("model", "context"), [("wide", 40), ("long", 1024), ("long", 2300)], ids=str
 )
 def test_larger_models(subject: Subject, record: Record, model: str, context: int) -> None:
-    """A vocabulary of 70,001 tokens, most of whose answers lie beyond 32,768; contexts of more
-    positions than small whole numbers of a narrow dtype."""
+    """A vocabulary of 70,001 tokens, where most answers are ids above 32,768; contexts with more
+    positions than a narrow dtype can count exactly."""
     if context > 1024 and not subject.full:
         raise NotDeclared("in the full form")
     wanted = larger_goldens(model, subject.head_size, context)

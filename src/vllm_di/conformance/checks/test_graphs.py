@@ -17,13 +17,13 @@ EAGER = ("graph=eager", "shapes=dynamic")
 
 
 def plain(subject: Subject) -> bool:
-    """Whether steps run eagerly and in any shape as it is."""
+    """Whether steps run eagerly and unpadded."""
     names = [subject.target(slot).rpartition(".")[2] for slot in ("graph", "shapes")]
     return names == ["EagerGraph", "DynamicShapes"]
 
 
 def check_comparable(subject: Subject) -> None:
-    """Raise NotDeclared where there are no two ways to run a step."""
+    """Raise NotDeclared where there is only one way to run a step."""
     if plain(subject):
         raise NotDeclared("steps are eager and of any shape")
     if subject.declared.static_shapes:
@@ -42,7 +42,7 @@ def sizes(subject: Subject) -> list[int]:
 
 
 def decodes(count: int) -> BatchPlan:
-    """A step of so many sequences with one token each."""
+    """A decode step of so many sequences."""
     slots = torch.arange(count, dtype=torch.int64)
     lengths = torch.ones(count, dtype=torch.int32)
     return BatchPlan(
@@ -70,7 +70,7 @@ def batches(subject: Subject) -> list[list[Ask]]:
 
 
 def eager(subject: Subject) -> Subject:
-    """The same platform without graphs and padding, whatever was asked of these."""
+    """The same platform without graphs and padding, even where the overrides ask for them."""
     ours = ("graph", "shapes")
     rest = [o for o in subject.overrides if read(o).slot not in ours]
     return Subject([*rest, *EAGER], config_dirs=subject.config_dirs)

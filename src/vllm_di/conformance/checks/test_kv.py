@@ -1,4 +1,4 @@
-"""What is written to the cache is there bit for bit, and nothing else changed."""
+"""What is written to the cache is there bit for bit, and no other slot changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def everything(layout: KvLayout, cache: LayerCache, blocks: int) -> tuple[Tensor
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_size", [16, 64, 128])
 def test_writes(subject: Subject, record: Record, dtype: str, head_size: int) -> None:
-    """In any order, some dropped, some overwritten: only addressed slots change."""
+    """In any order, with dropped and overwritten tokens: only the addressed slots change."""
     kind = subject.dtype(dtype)
     _declared(subject, head_size)
     record.feature(dtype)
@@ -66,8 +66,8 @@ def tails(plan: BatchPlan, block_size: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_writes(subject: Subject, record: Record, dtype: str) -> None:
-    """What attention itself writes: the new tokens, at their slots, and nothing more, but for zeros
-    in what a sequence's last block does not hold yet where that is declared."""
+    """What attention itself writes: the new tokens, at their slots, and nothing else, except zeros
+    in the unused rest of a sequence's last block where that is declared."""
     kind = subject.dtype(dtype)
     record.feature(dtype)
     size = 64 if subject.declared.head_sizes is None else subject.declared.head_sizes[0]
@@ -108,7 +108,8 @@ def test_attention_writes(subject: Subject, record: Record, dtype: str) -> None:
 
 
 def test_block_sizes(subject: Subject, record: Record) -> None:
-    """Each that is declared, or two where any is: the layout has it, and blocks hold that many."""
+    """Each declared block size, or two sizes where any is allowed: the layout has it, and blocks
+    hold that many tokens."""
     declared, kind = subject.declared.block_sizes, subject.dtype(subject.declared.dtypes[0])
     settable = subject.has_key("kv_layout.block_size")
     size = 64 if subject.declared.head_sizes is None else subject.declared.head_sizes[0]
@@ -136,7 +137,7 @@ def test_block_sizes(subject: Subject, record: Record) -> None:
 
 
 def test_bytes_per_block(subject: Subject) -> None:
-    """What the layout says a block takes is what it takes."""
+    """A block takes the bytes that the layout says."""
     kind = subject.dtype(subject.declared.dtypes[0])
     size = 64 if subject.declared.head_sizes is None else subject.declared.head_sizes[0]
     specs = [KvSpec(layer=i, num_kv_heads=2, head_size=size) for i in range(3)]
@@ -149,7 +150,7 @@ def test_bytes_per_block(subject: Subject) -> None:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the first to behind the last, what lies between rows included."""
+    """Bytes from the first element to the end of the last, with the gaps between rows."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return max(size * stride for size, stride in sizes) * tensor.element_size()
 

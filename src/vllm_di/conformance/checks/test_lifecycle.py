@@ -1,4 +1,4 @@
-"""Start and stop, again and again and in the middle of a start: nothing is left behind."""
+"""Start and stop, repeatedly and in the middle of a start: nothing is left behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vllm_di.errors import PortError
 
 CYCLES, WARM = 50, 25
 LEAK_PER_CYCLE = 320 * 1024
-"""Resident bytes: what an allocator keeps is not this much, cycle after cycle."""
+"""Resident bytes. Growth by this much in each cycle is a leak: an allocator's caches grow less."""
 DEVICE_BYTES = 2**20
 STEPS = {
     "worker.load": ("worker", "FailingLoad"),
@@ -69,7 +69,7 @@ def with_probes(plain: Assembly, failing: str, kind: str) -> Assembly:
 
 
 def warm(subject: Subject) -> None:
-    """One whole start: pools of threads that libraries keep for good are there afterwards."""
+    """One whole start first: thread pools that libraries keep for good exist afterwards."""
     with subject.engine() as engine:
         run(engine, [ask(prompts(1)[0], 2)])
 

@@ -16,16 +16,17 @@ from vllm_di.conformance.outcomes import Record
 from vllm_di.conformance.subject import Subject
 
 LARGEST = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
-"""Of a token that stands there, in nats."""
+"""Largest difference of one token's log-prob, in nats."""
 MEAN_DIVERGENCE = 1e-3
-"""Of the reference's distribution from ours (Kullback-Leibler), in nats, over all positions."""
+"""Kullback-Leibler divergence of the reference's distribution from ours, in nats; the mean over all
+positions."""
 COUNT, LENGTH = 12, 32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", tiny.MODELS)
 def test_logprobs(subject: Subject, record: Record, model: str, dtype: str) -> None:
-    """The reference's prompts and answers together are the prompts here: every position is scored,
+    """The reference's prompts with their answers are the prompts here: every position is scored,
     and nothing depends on what was sampled before."""
     subject.dtype(dtype)
     check_model(subject, model)
@@ -52,8 +53,8 @@ def test_logprobs(subject: Subject, record: Record, model: str, dtype: str) -> N
 
 
 def kl(one: TokenLogprobs, other: TokenLogprobs) -> float:
-    """Of ``one`` from ``other``: tokens that both name, and all the rest as one. Never more than
-    that over the whole vocabulary (by the log sum inequality)."""
+    """The divergence of ``one`` from ``other`` over the tokens that both name, with all others as
+    one. Never more than that over the whole vocabulary (log sum inequality)."""
     p = dict(zip(one.token_ids, map(math.exp, one.logprobs), strict=True))
     q = dict(zip(other.token_ids, map(math.exp, other.logprobs), strict=True))
     both = p.keys() & q.keys()

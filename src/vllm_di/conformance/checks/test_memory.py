@@ -1,4 +1,5 @@
-"""Full to the last block, asked for too much, and out of memory in the middle of a step."""
+"""All blocks in use, more memory asked for than there is, and out of memory in the middle of a
+step."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def test_full_cache(subject: Subject, record: Record) -> None:
 
 
 def test_too_much_is_refused_at_the_start(subject: Subject) -> None:
-    """With figures: how much was asked for, how much is there."""
+    """With both sizes in the error: what was asked for, and what is free."""
     subject.need_driver()
     more = [f"worker.num_blocks={2**40}"]
     with pytest.raises(ConfigError) as error, subject.engine(*more):
@@ -53,7 +54,7 @@ def test_too_much_is_refused_at_the_start(subject: Subject) -> None:
 
 
 class OutOfMemory(Sampler):
-    """Passes on to another sampler, but for one step."""
+    """Passes calls on to another sampler, except in the step that is to fail."""
 
     def __init__(self, inner: Sampler) -> None:
         self._inner, self.fail = inner, False
@@ -67,7 +68,7 @@ class OutOfMemory(Sampler):
 
 @pytest.mark.parametrize("step", [0, 3])
 def test_out_of_memory_in_the_model(subject: Subject, step: int) -> None:
-    """While prompts run, and while tokens do: what the step did not write is never taken from the
+    """In a prefill and in a decode: what the failed step did not write is never taken from the
     prefix cache."""
     if len(subject.stages) > 1:
         raise NotDeclared("stages in the middle of a step wait for each other")

@@ -81,7 +81,7 @@ def compare(ops: OpTable, op: str, case: OpCase, device: torch.device) -> None:
 
 
 def _compare_poisoned(found: Tensor, wanted: Tensor, *, long: bool) -> None:
-    """What is finite in the reference is the same here, what is not is not."""
+    """Finite values agree, and what is not finite in the reference is not finite here."""
     finite = wanted.isfinite()
     host = found.detach().cpu()
     assert torch.equal(host.isfinite(), finite), "NaN or infinities do not propagate alike"
@@ -99,7 +99,7 @@ def _compare_rounded(found: Tensor, wanted: Tensor, slack: Tensor) -> None:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """On the device, with the strides that it has on the host and what lies in the gaps."""
+    """A copy on the device with the same strides and the same values in the gaps."""
     if not isinstance(value, Tensor) or value.device == device:
         return value
     if value.is_contiguous():

@@ -136,7 +136,7 @@ def test_only_the_allowed_set_is_drawn_and_all_of_it(
 
 
 def allowed_set(logits: Tensor, params: dict[str, Any]) -> dict[int, float]:
-    """Token to its probability among those that may be drawn."""
+    """Token to its probability, for the tokens that may be drawn."""
     wide = logits.double() / params.get("temperature", 1.0)
     if allowed := params.get("allowed_token_ids"):
         mask = torch.full_like(wide, -math.inf)
@@ -168,7 +168,7 @@ def allowed_set(logits: Tensor, params: dict[str, Any]) -> dict[int, float]:
     ids=str,
 )
 def test_penalties_and_biases(subject: Subject, params: dict[str, Any]) -> None:
-    """Greedy after the formulas of vLLM's documentation, over several steps."""
+    """Greedy, by the formulas of vLLM's documentation, over several steps."""
     with opened_sampler(subject) as (sampler, device):
         generator = torch.Generator().manual_seed(subject.seed)
         rows, wanted, found = [], [], []

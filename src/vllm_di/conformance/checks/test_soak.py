@@ -15,14 +15,16 @@ from vllm_di.conformance.subject import Subject
 
 SECONDS = {"short": 4.0, "full": 600.0}
 WINDOWS = {"short": 6, "full": 2}
-"""Times ``SECONDS`` in which memory must come to rest: until then, caches of kernels for each shape
-of a batch may fill."""
+"""Periods of ``SECONDS`` within which memory must stop growing: until then, caches of kernels for
+each batch shape may fill."""
 ROUNDS = 6
-"""Of requests, repeated all the time: libraries keep about 200 KB for each new shape of a product,
-and with the same requests there are soon no new shapes. What grows then grows with the requests."""
+"""Rounds of requests, which are repeated all the time: libraries keep about 200 KB for each new
+shape of a GEMM, and repeated requests soon bring no new shapes. Growth after that is growth with
+the number of requests."""
 BATCH = 24
 SLOPE = {"short": 16 * 1024, "full": 100}
-"""Resident bytes a request. In the short form an allocator's own pages weigh on few requests."""
+"""Resident bytes for each request. The short form has few requests, among which an allocator's own
+pages weigh more."""
 
 
 def mixed(chance: random.Random) -> Ask:
@@ -76,7 +78,7 @@ def window_of_load(engine: Engine, rounds: list[list[Ask]], seconds: float) -> t
 
 
 def once(engine: Engine, rounds: list[list[Ask]]) -> int:
-    """Each round through the engine; returns the tokens that came back."""
+    """Runs each round in the engine; returns the generated tokens."""
     tokens = 0
     for asks in rounds:
         for answer in run(engine, asks, start=lambda index: index // 2):

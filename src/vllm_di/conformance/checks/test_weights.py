@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint is taken, and what does not fit is refused by name."""
+"""Every tensor of a checkpoint is used, and a tensor that does not fit is refused by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from vllm_di.conformance.subject import Subject
 from vllm_di.errors import CheckpointError
 
 LEAST_COSINE = 0.99
-"""Of a quantised product with the whole one: 4 bits in groups of 32 come to 0.999 with the bias."""
+"""Cosine of a quantised GEMM with the exact one: 4 bits in groups of 32 reach 0.999 with the
+bias."""
 PROMPTS = [[5, 17, 200, 33, 8, 90], [1], list(range(40, 80))]
 
 
@@ -96,10 +97,10 @@ def test_a_damaged_file_is_refused(subject: Subject) -> None:
 
 
 COSTS = {"int8": 0.2, "int4": 1.5}
-"""Nats that a token's log-prob may be off on average; a port's own quantization may cost what 4
-bits do."""
+"""Nats that a token's log-prob may be off on average: a port's own quantization may lose as much as
+4 bits do."""
 SHAPES = ((64, 33), (96, 130), (32, 70_001))
-"""(inputs, outputs) of the products."""
+"""(inputs, outputs) of the GEMMs."""
 
 
 def quantized(subject: Subject, option: str) -> list[str]:
@@ -111,8 +112,8 @@ def quantized(subject: Subject, option: str) -> list[str]:
 
 
 def test_quantised_weights(subject: Subject, record: Record, declared_quantization: str) -> None:
-    """Near the whole ones: off by what fewer bits cost, no more. One that wants weights as a
-    quantised checkpoint holds them leaves those of another as they are."""
+    """Near the exact answers: off by what fewer bits cost, and no more. A quantization that wants
+    weights as a quantised checkpoint holds them leaves plain weights as they are."""
     more = quantized(subject, declared_quantization)
     record.feature(f"quantization {declared_quantization}")
     with subject.parts("quantization", more=more) as container:
@@ -131,7 +132,7 @@ def test_quantised_weights(subject: Subject, record: Record, declared_quantizati
 def test_quantised_products(
     subject: Subject, record: Record, declared_quantization: str, size: tuple[int, int]
 ) -> None:
-    """What a quantization makes of one weight, by itself: also where a model has none so wide."""
+    """What a quantization makes of a single weight, also of widths that no tiny model has."""
     more = quantized(subject, declared_quantization)
     inputs, outputs = size
     make = Maker(subject.dtype(subject.exact_dtype), subject.seed)
