@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu test-compile test-families test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers clean help
+.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu test-compile test-families vllm-env test-vllm test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -15,7 +15,7 @@ serve: venv  ## set up, then serve the demo model on http://127.0.0.1:8000
 	$(BIN)/vllm-di serve $(ARGS)
 
 test: venv vendor-schemas  ## set up, then run the tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not mutants and not vocabularies and not templates and not families" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not vllm and not mutants and not vocabularies and not templates and not families" $(ARGS)
 
 # a failed download fails the tests that need the file, not the others
 vendor-schemas: venv  ## fetch the vendors' wheels that tests read schemas from
@@ -45,6 +45,12 @@ test-compile: venv  ## every Triton kernel for every GPU that we name: registers
 
 test-mutants: venv  ## every mutant against every check that needs no process of its own
 	$(BIN)/python -m pytest -m mutants tests/conformance $(ARGS)
+
+vllm-env: venv  ## vLLM for the CPU in .vllm, an environment for each version (11 GB, some minutes)
+	$(BIN)/python -m tests.vllm.environment $(ARGS)
+
+test-vllm: vllm-env  ## inside the real vLLM, three versions: each adapter beside stock vLLM
+	$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 faults: venv  ## kill, stop, damage and starve running servers: nothing may be lost (a quarter of an hour)
 	$(BIN)/python -m tests.rigs.faults $(ARGS)

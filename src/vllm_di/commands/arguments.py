@@ -17,6 +17,7 @@ VERBS = {
     "explain": "which class fills each slot, and who chose it",
     "matrix": "which platform can do what, by recorded conformance reports",
     "new-port": "write a package of its own for new hardware, in ./vllm-di-NAME: new-port NAME",
+    "vllm": "start vLLM with choices for its slots: vllm serve MODEL attention=sdpa -- FLAGS",
     "config": "show the composed config: config show",
     "help": "groups, options and their keys: help [GROUP[=OPTION]]",
 }
@@ -26,10 +27,13 @@ WORDS = {
     "complete": '"PROMPT"',
     "bench": "latency|throughput|serve",
     "new-port": "NAME",
+    "vllm": "serve MODEL",
     "config": "show",
     "help": "[GROUP[=OPTION]]",
 }
 """Verb to the plain words that it takes."""
+PASSES_ON = ("vllm",)
+"""Verbs that hand what stands behind ``--`` to another program."""
 WITHOUT_OVERRIDES = ("matrix", "new-port")
 """Verbs that compose no config."""
 
@@ -85,6 +89,7 @@ VERB_SWITCHES: dict[str, dict[str, str]] = {
 VERB_OPTIONS: dict[str, dict[str, str]] = {
     "matrix": {"--reports": "a folder of more reports"},
     "conform": {
+        "--engine": "vllm: the adapters inside vLLM, each beside stock vLLM",
         "--level": "contract, compile or runtime (default): up to which checks",
         "--only": "names of checks or ids of cases, in one argument with spaces; gives no level",
         "--json": "file for the report",
@@ -92,7 +97,10 @@ VERB_OPTIONS: dict[str, dict[str, str]] = {
         "--waivers": "YAML list of failures that somebody answers for",
         "--seed": "of generated cases",
     },
-    "explain": {"--slot": "the alternatives for one slot"},
+    "explain": {
+        "--slot": "the alternatives for one slot",
+        "--engine": "vllm: the slots of vLLM, with the hook that carries each choice",
+    },
     "chat": {
         "--temperature": "0 is greedy",
         "--max-tokens": "longest answer",
@@ -126,6 +134,8 @@ class Arguments:
     options: dict[str, str] = field(default_factory=dict)
     switches: set[str] = field(default_factory=set)
     config_dirs: list[str] = field(default_factory=list)
+    rest: list[str] = field(default_factory=list)
+    """What stands behind ``--``, for a verb that passes it on."""
 
     @property
     def help(self) -> bool:
@@ -157,6 +167,9 @@ def parse(verb: str, words: list[str]) -> Arguments:
     found = Arguments(verb=verb)
     switches = SWITCHES | VERB_SWITCHES.get(verb, {})
     options = OPTIONS | VERB_OPTIONS.get(verb, {})
+    if verb in PASSES_ON and "--" in words:
+        cut = words.index("--")
+        words, found.rest = words[:cut], words[cut + 1 :]
     rest = iter(words)
     for word in rest:
         name, equals, value = word.partition("=")
@@ -183,6 +196,14 @@ def parse(verb: str, words: list[str]) -> Arguments:
         else:
             found.words.append(word)
     return found
+
+
+def engine(arguments: Arguments) -> str | None:
+    """The other engine that ``--engine`` names. Raises UsageError."""
+    name = arguments.options.get("--engine")
+    if name not in (None, "vllm"):
+        raise UsageError(f"--engine {name}: there is vllm{nearest(str(name), ['vllm'])}")
+    return name
 
 
 def no_words(arguments: Arguments) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_di.commands.arguments import Arguments, UsageError, no_words
+from vllm_di.commands.arguments import Arguments, UsageError, engine, no_words
 from vllm_di.commands.table import print_table
 from vllm_di.errors import VllmDiError, nearest
 
@@ -21,6 +21,10 @@ def run(arguments: Arguments) -> int:
     """Exit status 1 when a check failed, 130 when the run was interrupted: its report is written
     all the same."""
     no_words(arguments)
+    if engine(arguments):
+        from vllm_di.commands.vllm import conform
+
+        return conform(arguments)
     if "--list" in arguments.switches:
         from vllm_di.conformance.catalog import CHECKS
 

@@ -6,7 +6,7 @@ import sys
 
 import msgspec
 
-from vllm_di.commands.arguments import Arguments, no_words
+from vllm_di.commands.arguments import Arguments, engine, no_words
 from vllm_di.commands.say import warn
 from vllm_di.commands.table import print_table
 
@@ -14,6 +14,10 @@ from vllm_di.commands.table import print_table
 def run(arguments: Arguments) -> int:
     """A table, data (``--json``), or the alternatives of one slot (``--slot NAME``)."""
     no_words(arguments)
+    if engine(arguments):
+        from vllm_di.commands.vllm import explain_slots
+
+        return explain_slots(arguments)
     from vllm_di.containers.assembly import assemble
     from vllm_di.containers.explain import alternatives, explain
 

@@ -266,8 +266,10 @@ class ConfigTree(ConfigFiles):
         ``override`` that it meets."""
         chosen: dict[str, tuple[str, Origin]] = {}
         for file, _ in files:
-            group, option = file.parent.name, file.stem
-            if file.parent not in self.roots and option != "base":
+            if file.parent in self.roots:
+                continue
+            group, option = self.option_of(file)
+            if option != "base":
                 chosen[group] = (option, Origin("default"))
         by_user = {o.key_or_group: o for o in parsed}
         for group, (option, _) in list(chosen.items()):
@@ -286,7 +288,7 @@ class ConfigTree(ConfigFiles):
         return chosen
 
     def _chooser(self, file: Path) -> str:
-        return "default" if file.parent in self.roots else file.parent.name
+        return "default" if file.parent in self.roots else self.option_of(file)[0]
 
 
 def _plain_node(path: Path) -> DictConfig | None:

@@ -45,8 +45,11 @@ class ConfigFiles:
         return sorted({file.parent.name for r in self.roots for file in r.glob("*/*.yaml")})
 
     def options(self, group: str) -> dict[str, Path]:
-        """Option to file, in name order. ``base`` files are shared parts, no options."""
-        files = {f.stem: f for r in reversed(self.roots) for f in (r / group).glob("*.yaml")}
+        """Option to file, in name order; one in a folder of the group is ``FOLDER/OPTION``.
+        ``base`` files are shared parts, no options."""
+        files: dict[str, Path] = {}
+        for root in reversed(self.roots):
+            files |= {self.option_of(f)[1]: f for f in (root / group).rglob("*.yaml")}
         return {name: files[name] for name in sorted(files) if name != "base"}
 
     def read(self, path: Path) -> YamlFile:
@@ -78,6 +81,12 @@ class ConfigFiles:
         """The file that Hydra takes for an option, or for what options include: the first."""
         files = (root / group / f"{option}.yaml" for root in self.roots)
         return next((file for file in files if file.is_file()), None)
+
+    def option_of(self, path: Path) -> tuple[str, str]:
+        """(group, option) of an option's file."""
+        root = next(root for root in self.roots if path.is_relative_to(root))
+        group, _, option = path.relative_to(root).with_suffix("").as_posix().partition("/")
+        return group, option
 
     def with_included(self, path: Path) -> list[Path]:
         """An option's file and those that it builds on, wherever they lie; the nearest first.
@@ -157,7 +166,9 @@ def _with_ops(file: YamlFile) -> YamlFile:
 
 
 def shown(path: Path) -> str:
-    """A config file's name as messages show it: from ``conf/`` on for the project's own, else
-    whole."""
-    own = conf_of_project()
-    return f"conf/{path.relative_to(own)}" if path.is_relative_to(own) else str(path)
+    """A config file's name as messages show it: from ``conf/`` on for the project's own, from the
+    package on for one within, else whole."""
+    own, package = conf_of_project(), Path(__file__).resolve().parents[1]
+    if path.is_relative_to(own):
+        return f"conf/{path.relative_to(own)}"
+    return str(path.relative_to(package.parent) if path.is_relative_to(package) else path)

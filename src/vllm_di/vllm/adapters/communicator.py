@@ -1,0 +1,92 @@
+"""A Communicator of this project for the tensor-parallel group: all_reduce and all_gather. What its
+interface has not (objects, sends between stages) stays with the platform's own communicator, of
+which this is a subclass."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import socket
+from contextlib import ExitStack
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+
+from vllm_di.components.interfaces import Communicator, Placement
+from vllm_di.errors import ConfigError
+from vllm_di.parts import open_parts
+from vllm_di.vllm.assembled import current
+from vllm_di.vllm.errors import plain
+
+
+def __getattr__(name: str) -> Any:
+    """``vllm/distributed/.../CpuCommunicator``: the adapter on top of that class."""
+    if "/" not in name:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, base = name.replace("/", ".").rpartition(".")
+    return group_communicator(getattr(importlib.import_module(module), base))
+
+
+@functools.cache
+def group_communicator(base: type) -> type:
+    """The adapter on top of a platform's communicator."""
+    return type(f"GroupCommunicator{base.__name__}", (GroupCommunicator, base), {})
+
+
+class GroupCommunicator(DeviceCommunicatorBase):
+    """The adapter."""
+
+    def __init__(
+        self,
+        cpu_group: Any,
+        device: Any = None,
+        device_group: Any = None,
+        unique_name: str = "",
+        **more: Any,
+    ) -> None:
+        super().__init__(cpu_group, device, device_group, unique_name, **more)
+        self._stack = ExitStack()
+        self.inner: Communicator | None = None
+        if unique_name.split(":")[0] != "tp":
+            return
+        port = [_free_port() if self.rank_in_group == 0 else 0]
+        dist.broadcast_object_list(port, src=self.ranks[0], group=cpu_group)
+        placement = Placement(
+            rank=self.rank_in_group,
+            world_size=self.world_size,
+            rendezvous=f"tcp://127.0.0.1:{port[0]}",
+        )
+        with plain():
+            assembled = current()
+            self.calls = assembled.calls
+            opened = open_parts(assembled.choices.parts, placement=placement, only=["communicator"])
+            self.inner = self._stack.enter_context(opened).communicator
+            if self.world_size > 1 and not self.inner:
+                raise ConfigError(f"{assembled.choices.where('communicator')}: none was built")
+
+    def all_reduce(self, input_: Tensor) -> Tensor:
+        """The sum over the group."""
+        if self.inner is None:
+            return super().all_reduce(input_)
+        self.calls["all_reduce"] += 1
+        return self.inner.all_reduce(input_)
+
+    def all_gather(self, input_: Tensor, dim: int = -1) -> Tensor:
+        """All ranks' tensors, side by side in ``dim``."""
+        if self.inner is None:
+            return super().all_gather(input_, dim)
+        self.calls["all_gather"] += 1
+        return self.inner.all_gather(input_, dim)
+
+    def destroy(self) -> None:
+        self._stack.close()
+        super().destroy()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,184 @@
+"""The op table as vLLM's layers call it: straight in eager mode, as torch ops in compiled mode.
+
+vLLM's compiler traces a layer's Python. A kernel of this project's is called through ctypes; as a
+torch op with a fake (shapes alone) it is one node of the graph. An op finds its engine's table by a
+key that is the same in each start, since it stands in vLLM's compile cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_di.components.interfaces import OpTable
+from vllm_di.vllm import versions
+from vllm_di.vllm.assembled import Assembled
+
+
+class Calls:
+    """The ops as the layers call them. Tensors of vLLM's are [tokens, heads * head_size]."""
+
+    def __init__(self, table: OpTable, calls: Counter[str]) -> None:
+        self._table, self._calls = table, calls
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        self._calls["rms_norm"] += 1
+        return self._table.rms_norm(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        self._calls["add_rms_norm"] += 1
+        return self._table.add_rms_norm(x, residual, weight, eps)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        self._calls["silu_and_mul"] += 1
+        return self._table.silu_and_mul(x)
+
+    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
+        self._calls["gelu_tanh_and_mul"] += 1
+        return self._table.gelu_tanh_and_mul(x)
+
+    def rotary_embedding(
+        self,
+        positions: Tensor,
+        query: Tensor,
+        key: Tensor,
+        table: Tensor,
+        head_size: int,
+        interleaved: bool,
+    ) -> tuple[Tensor, Tensor]:
+        self._calls["rotary_embedding"] += 1
+        count = len(positions)
+        q, k = self._table.rotary_embedding(
+            positions,
+            query.view(count, -1, head_size),
+            key.view(count, -1, head_size),
+            table,
+            interleaved,
+        )
+        return q.reshape(query.shape), k.reshape(key.shape)
+
+
+def calls_of(assembled: Assembled) -> Any:
+    """The ops for the layers of the engine that vLLM builds right now."""
+    calls = Calls(assembled.parts.ops, assembled.calls)
+    if not versions.is_compiled(versions.current_config()):
+        return calls
+    ops = torch_ops()
+    ops.held[assembled.key] = calls
+    names = ("rms_norm", "add_rms_norm", "silu_and_mul", "gelu_tanh_and_mul", "rotary_embedding")
+    return SimpleNamespace(
+        **{name: functools.partial(getattr(ops, name), assembled.key) for name in names}
+    )
+
+
+@functools.cache
+def torch_ops() -> SimpleNamespace:
+    """Defines the torch ops, once a process. An op of the table may write into its inputs, which a
+    torch op of this kind must not: it gets copies."""
+    held: dict[str, Calls] = {}
+
+    @torch.library.custom_op("vllm_di::rms_norm", mutates_args=())
+    def rms_norm(engine: str, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return held[engine].rms_norm(x, weight, eps)
+
+    @rms_norm.register_fake
+    def _(engine: str, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+    @torch.library.custom_op("vllm_di::add_rms_norm", mutates_args=())
+    def add_rms_norm(
+        engine: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return held[engine].add_rms_norm(x.clone(), residual.clone(), weight, eps)
+
+    @add_rms_norm.register_fake
+    def _(
+        engine: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            torch.empty(x.shape, dtype=x.dtype, device=x.device),
+            torch.empty(residual.shape, dtype=residual.dtype, device=x.device),
+        )
+
+    @torch.library.custom_op("vllm_di::silu_and_mul", mutates_args=())
+    def silu_and_mul(engine: str, x: Tensor) -> Tensor:
+        return held[engine].silu_and_mul(x)
+
+    @silu_and_mul.register_fake
+    def _(engine: str, x: Tensor) -> Tensor:
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+    @torch.library.custom_op("vllm_di::gelu_tanh_and_mul", mutates_args=())
+    def gelu_tanh_and_mul(engine: str, x: Tensor) -> Tensor:
+        return held[engine].gelu_tanh_and_mul(x)
+
+    @gelu_tanh_and_mul.register_fake
+    def _(engine: str, x: Tensor) -> Tensor:
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+    @torch.library.custom_op("vllm_di::rotary_embedding", mutates_args=())
+    def rotary_embedding(
+        engine: str,
+        positions: Tensor,
+        query: Tensor,
+        key: Tensor,
+        table: Tensor,
+        head_size: int,
+        interleaved: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return held[engine].rotary_embedding(
+            positions,
+            query.clone(memory_format=torch.contiguous_format),
+            key.clone(memory_format=torch.contiguous_format),
+            table,
+            head_size,
+            interleaved,
+        )
+
+    @rotary_embedding.register_fake
+    def _(
+        engine: str,
+        positions: Tensor,
+        query: Tensor,
+        key: Tensor,
+        table: Tensor,
+        head_size: int,
+        interleaved: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            torch.empty(query.shape, dtype=query.dtype, device=query.device),
+            torch.empty(key.shape, dtype=key.dtype, device=key.device),
+        )
+
+    return SimpleNamespace(
+        held=held,
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        silu_and_mul=silu_and_mul,
+        gelu_tanh_and_mul=gelu_tanh_and_mul,
+        rotary_embedding=rotary_embedding,
+    )
+
+
+@functools.cache
+def linear_op() -> SimpleNamespace:
+    """A product of a layer as a torch op, found by its engine and the layer's name."""
+    held: dict[str, Any] = {}
+
+    @torch.library.custom_op("vllm_di::linear", mutates_args=())
+    def linear(layer: str, x: Tensor, outputs: int) -> Tensor:
+        found: Tensor = held[layer](x)
+        return found
+
+    @linear.register_fake
+    def _(layer: str, x: Tensor, outputs: int) -> Tensor:
+        return x.new_empty((*x.shape[:-1], outputs))
+
+    return SimpleNamespace(held=held, linear=linear)
