@@ -150,6 +150,8 @@ def test_kv_dtypes(subject: Subject, record: Record, dtype: str) -> None:
     """A cache of another dtype than the model's gives nearly the same answers."""
     if dtype not in (subject.declared.kv_dtypes or subject.declared.dtypes):
         raise NotDeclared(f"kv_dtypes are {', '.join(subject.declared.kv_dtypes)}")
+    if not subject.declared.kv_dtypes and not subject.has_key("kv_layout.dtype"):
+        raise NotDeclared("its cache has the model's dtype, whatever that is")
     record.feature(f"KV cache in {dtype}")
     texts = prompts(3)
     wanted = uncached(subject, texts, 4)

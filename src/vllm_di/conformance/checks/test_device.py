@@ -60,11 +60,11 @@ def test_memory_falls_and_recovers(subject: Subject, record: Record, budget: boo
 
 
 def test_a_cache_beyond_the_memory_is_refused(subject: Subject) -> None:
-    """At the start, with both sizes in the error."""
+    """At the start, with both sizes in the error. The scheduler's limits stay: shapes may be made
+    for them."""
     budget = subject.has_key("device.memory_budget")
     more = [f"device.memory_budget={BUDGET}"] if budget else []
-    more += ["worker.num_blocks=null", f"worker.kv_cache_memory={2**50}"]
-    more += ["scheduler.max_num_seqs=100000", "scheduler.max_num_batched_tokens=100000"]
+    more += [f"worker.num_blocks={2**40}", "worker.kv_cache_memory=null"]
     with subject.parts("device") as container:
         if container.device().memory() is None:
             raise NotDeclared("the device has no memory report")

@@ -222,6 +222,8 @@ class TpuProgram(ModelProgram):
         return self._compiled[key](*args)
 
     def close(self) -> None:
+        for function, *_ in self._compiled:  # JAX itself would keep what it traced
+            function.clear_cache()
         self._compiled.clear()
         self.arrays.clear()
 
