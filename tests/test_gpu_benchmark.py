@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import bundle, parts, processes, shapes
-from benchmarks.gpu.compare import compare, tolerance
+from benchmarks.gpu import bundle, kernels, parts, processes, shapes
+from benchmarks.gpu.cases import Case, Table
+from benchmarks.gpu.compare import Found, compare, tolerance
 from benchmarks.gpu.kernels import FAMILIES
 from benchmarks.gpu.parts import Part
 from benchmarks.gpu.processes import Job, Outcome, Rows
@@ -164,6 +165,24 @@ def test_a_kernel_that_fails_stops_no_other(tmp_path: Path) -> None:
     assert rows["wrong"]["note"] == "worst at [1]: 2.5, not 2"
     assert "in raising" in rows["raising"]["trace"] and "PTX" in rows["raising"]["error"]
     assert rows["crashing"]["error"] == "killed by 6" and "Abort" in rows["crashing"]["trace"]
+
+
+def test_a_case_waits_for_the_memory_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = [torch.OutOfMemoryError("full"), torch.OutOfMemoryError("full")]
+
+    def judge(table: Table) -> list[Found]:
+        if full:
+            raise full.pop()
+        return [compare(torch.ones(2), torch.ones(2), 0, 0)]
+
+    case = Case("late", judge)
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    found = kernels.judged(case, Table("cpu"))
+    assert (found["passed"], found["waited_for_memory"], len(slept)) == (True, 2, 2)
+    full += [torch.OutOfMemoryError("full")] * (1 + len(kernels.WAITS))
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels.judged(case, Table("cpu"))
 
 
 def test_kernels_and_their_rates_in_the_interpreter(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +39,9 @@ FAMILIES = (
 LONGEST_CASE = 90.0
 """Seconds; a compile of the largest kernel takes a few. A case that hangs ends the process."""
 TRACE = 4000
+WAITS = (1.0, 4.0, 10.0, 20.0)
+"""Seconds before a case that found the device's memory full is tried again: other processes have
+theirs for a while."""
 
 
 def cases_of(family: str) -> Iterator[Case]:
@@ -71,8 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         begin = time.perf_counter()
         spent = False
         try:
-            with torch.inference_mode():
-                found = worst(case.judge(table)).row()
+            found = judged(case, table)
             synchronize(table.device)
         except Exception as error:  # compilers and drivers raise what they like
             found = {"passed": False, "error": f"{type(error).__name__}: {error}"[:TRACE]}
@@ -85,6 +88,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if spent:
             return POISONED
     return int(bool(failed))
+
+
+def judged(case: Case, table: Table) -> dict[str, Any]:
+    """The row of one case. Its memory goes back to the device, which many processes share."""
+    for waited, seconds in enumerate((*WAITS, None)):
+        try:
+            with torch.inference_mode():
+                found = worst(case.judge(table)).row()
+            return found | ({"waited_for_memory": waited} if waited else {})
+        except torch.OutOfMemoryError:
+            if seconds is None:
+                raise
+        finally:
+            release(table.device)
+        time.sleep(seconds)
+    raise AssertionError
+
+
+def release(device: torch.device) -> None:
+    """Hand back what torch only caches."""
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 def synchronize(device: torch.device) -> None:
