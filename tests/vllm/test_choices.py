@@ -11,10 +11,11 @@ from vllm_di.containers.compose import ConfigTree
 from vllm_di.containers.slots import SLOTS as OWN_SLOTS
 from vllm_di.errors import ConfigError
 from vllm_di.parts import open_parts
-from vllm_di.vllm.assembled import for_parts, from_config, from_environment, overrides_of
+from vllm_di.vllm.assembled import for_parts
 from vllm_di.vllm.choices import CONF, Choices, choose
 from vllm_di.vllm.container import ADAPTED, CALLED_BY, LAYERS, SHUT, SLOTS, VllmContainer
 from vllm_di.vllm.explain import explain, options
+from vllm_di.vllm.sources import from_config, from_environment, overrides_of
 
 ENV = "env DI_CONFIG"
 
@@ -159,6 +160,16 @@ def test_a_config_of_another_form_is_refused(entries: object) -> None:
 
     with pytest.raises(ConfigError, match="--additional-config vllm_di: expected"):
         from_config(Config())
+
+
+def test_with_nothing_chosen_the_plugin_imports_next_to_nothing() -> None:
+    code = (
+        "import sys\nimport vllm_di.vllm\nvllm_di.vllm.platform()\nimport vllm_di.vllm.hooks\n"
+        "heavy = ('torch', 'hydra', 'dependency_injector', 'vllm_di.parts', 'vllm')\n"
+        "sys.exit(' '.join(m for m in heavy if m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
 
 
 def test_choosing_imports_neither_torch_nor_vllm() -> None:

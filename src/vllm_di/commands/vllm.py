@@ -37,10 +37,10 @@ def run(arguments: Arguments) -> int:
 
 def explain_slots(arguments: Arguments) -> int:
     """Each slot of vLLM: its class, who chose it, and vLLM's hook."""
-    from vllm_di.vllm.assembled import from_environment
     from vllm_di.vllm.choices import choose
     from vllm_di.vllm.container import SHUT
     from vllm_di.vllm.explain import explain, options
+    from vllm_di.vllm.sources import from_environment
 
     slot = arguments.options.get("--slot")
     if slot is not None:

@@ -8,8 +8,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
-import shlex
 from collections import Counter
 from contextlib import ExitStack
 from typing import Any
@@ -20,12 +18,10 @@ from vllm_di.containers.schema import find_class
 from vllm_di.errors import ConfigError
 from vllm_di.parts import Parts, assemble_parts, explain_parts, open_parts
 from vllm_di.vllm import versions
-from vllm_di.vllm.choices import OURS, Choices, Override, choose
+from vllm_di.vllm.choices import OURS, Choices, choose
 from vllm_di.vllm.container import SLOTS, VllmContainer
+from vllm_di.vllm.sources import Override, overrides_of
 
-VARIABLE = "DI_CONFIG"
-KEY = "vllm_di"
-"""In vLLM's ``additional_config``."""
 COMPONENTS = {"attention": ("attention", "kv_layout"), "ops": ("ops",)}
 """Slot to the parts of this project that its adapter needs; by default the slot's own."""
 
@@ -125,40 +121,6 @@ def check_parts(choices: Choices) -> None:
     """Hold this project's classes and their keys against their interfaces. Raises ConfigError."""
     if any(choices.is_ours(slot) for slot in SLOTS if slot != "platform"):
         explain_parts(choices.parts)
-
-
-def from_environment() -> list[Override]:
-    """The overrides in DI_CONFIG. Raises ConfigError."""
-    text = os.environ.get(VARIABLE, "")
-    try:
-        return [(word, f"env {VARIABLE}") for word in shlex.split(text)]
-    except ValueError as error:
-        raise ConfigError(f"env {VARIABLE}: {text!r}: {error}") from None
-
-
-def from_config(vllm_config: Any) -> list[Override]:
-    """Those of ``--additional-config '{"vllm_di": [...]}'``; an entry may be [override, where it
-    was read]. Raises ConfigError."""
-    extra = getattr(vllm_config, "additional_config", None)
-    entries = extra.get(KEY, []) if isinstance(extra, dict) else []
-    where = f"--additional-config {KEY}"
-    if isinstance(entries, str):
-        raise ConfigError(f"{where}: expected a list of overrides, got {entries!r}")
-    found: list[Override] = []
-    for entry in entries:
-        pair = entry if isinstance(entry, list | tuple) else (entry, where)
-        if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise ConfigError(
-                f"{where}: expected an override such as attention=sdpa, got {entry!r}"
-            )
-        found.append((pair[0], pair[1]))
-    return found
-
-
-def overrides_of(vllm_config: Any = None) -> list[Override]:
-    """All overrides that this process has; those of the config come after and win."""
-    carried = from_config(vllm_config) if vllm_config is not None else []
-    return [*(o for o in from_environment() if o not in carried), *carried]
 
 
 def current(vllm_config: Any = None) -> Assembled:

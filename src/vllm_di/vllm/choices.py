@@ -24,11 +24,10 @@ from vllm_di.containers.tree import ConfigFiles
 from vllm_di.errors import ConfigError, nearest
 from vllm_di.parts import assemble_parts
 from vllm_di.vllm.container import ADAPTED, CALLED_BY, LAYERS, SHUT, SLOTS
+from vllm_di.vllm.sources import Override
 
 CONF = Path(__file__).parent / "conf"
 OURS, STOCK = "ours", "stock"
-Override = tuple[str, str]
-"""(``attention=sdpa``, where it stands)."""
 
 
 class Choices(msgspec.Struct):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib import metadata
 
-from vllm_di.vllm.assembled import VARIABLE
+from vllm_di.vllm.sources import VARIABLE
 
 GROUP = "vllm.platform_plugins"
 NAME = "vllm_di"

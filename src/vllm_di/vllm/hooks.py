@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_di.errors import ConfigError
 from vllm_di.vllm import versions
-from vllm_di.vllm.assembled import KEY, Assembled, current, from_environment
-from vllm_di.vllm.choices import choose
 from vllm_di.vllm.errors import plain
+from vllm_di.vllm.sources import KEY, from_environment, overrides_of
+
+if TYPE_CHECKING:
+    from vllm_di.vllm.assembled import Assembled
 
 
 def __getattr__(name: str) -> Any:
@@ -30,6 +32,8 @@ def own_platform() -> type:
 
     overrides = from_environment()
     if overrides:
+        from vllm_di.vllm.choices import choose
+
         node = choose(overrides).nodes["platform"]
         paths = [node["_target_"]]
         if node["name"] in probes and probes[node["name"]]() is None:
@@ -59,13 +63,13 @@ class Hooks:
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
         with plain():
-            assembled = current(vllm_config)
-            if assembled.choices.chosen:
+            assembled = chosen(vllm_config)
+            if assembled is not None:
                 versions.check()
                 assembled.check()
                 refuse_conflicts(assembled, vllm_config)
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
-        if assembled.choices.chosen:
+        if assembled is not None:
             with plain():
                 install(assembled, vllm_config)
 
@@ -74,10 +78,11 @@ class Hooks:
         cls, selected_backend: Any, attn_selector_config: Any, *rest: Any, **more: Any
     ) -> str:
         with plain():
-            chosen = current().get("attention")
-            if chosen is not None:
-                _check_attention(current(), chosen, attn_selector_config)
-                return f"{chosen.__module__}.{chosen.__qualname__}"
+            assembled = chosen()
+            backend = assembled.get("attention") if assembled is not None else None
+            if assembled is not None and backend is not None:
+                _check_attention(assembled, backend, attn_selector_config)
+                return f"{backend.__module__}.{backend.__qualname__}"
         path: str = super().get_attn_backend_cls(  # type: ignore[misc]
             selected_backend, attn_selector_config, *rest, **more
         )
@@ -87,13 +92,25 @@ class Hooks:
     def get_device_communicator_cls(cls) -> str:
         base: str = super().get_device_communicator_cls()  # type: ignore[misc]
         with plain():
-            assembled = current()
-            chosen = assembled.get("communicator")
-            if chosen is None:
+            assembled = chosen()
+            held = assembled.get("communicator") if assembled is not None else None
+            if assembled is None or held is None:
                 return base
             if assembled.choices.is_ours("communicator"):
                 return f"vllm_di.vllm.adapters.communicator.{base.replace('.', '/')}"
-            return f"{chosen.__module__}.{chosen.__qualname__}"
+            return f"{held.__module__}.{held.__qualname__}"
+
+
+def chosen(vllm_config: Any = None) -> Assembled | None:
+    """The choices for a config, by default the one that vLLM builds with right now; None where
+    nothing is chosen. Raises ConfigError."""
+    config = vllm_config if vllm_config is not None else versions.current_config()
+    if not overrides_of(config):
+        return None
+    from vllm_di.vllm.assembled import current
+
+    found = current(config)
+    return found if found.choices.chosen else None
 
 
 def _check_attention(assembled: Assembled, backend: Any, config: Any) -> None:

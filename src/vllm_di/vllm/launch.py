@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 
 from vllm_di.errors import ConfigError
 from vllm_di.vllm import versions
-from vllm_di.vllm.assembled import KEY, check_parts, from_environment
-from vllm_di.vllm.choices import Choices, Override, choose
+from vllm_di.vllm.assembled import check_parts
+from vllm_di.vllm.choices import Choices, choose
 from vllm_di.vllm.container import SLOTS
 from vllm_di.vllm.entry import NAME, rivals
+from vllm_di.vllm.sources import KEY, Override, from_environment
 
 FLAG = "--additional-config"
 MODULE = "vllm.entrypoints.cli.main"
