@@ -64,7 +64,7 @@ class TapeGraph(GraphPolicy):
             return forward
 
         def run(step: ModelStep) -> Tensor:
-            if len(step.token_ids) > self._max_tokens or not all(
+            if step.token_ids.shape[0] > self._max_tokens or not all(
                 "record" in self._reuses_step(metadata) for metadata in step.metadata
             ):
                 return forward(step)
@@ -96,7 +96,7 @@ def _key(step: ModelStep) -> Hashable:
         tensors.append(step.hidden)
     for metadata in step.metadata:
         tensors += _tensors(metadata)
-    return tuple((t.data_ptr(), len(t), t.stride(0)) for t in tensors)
+    return tuple((t.data_ptr(), t.shape[0], t.stride(0)) for t in tensors)
 
 
 def _tensors(metadata: Any) -> list[Tensor]:

@@ -201,7 +201,7 @@ class StandardModelRunner(ModelRunner):
             return StepResult(plan.step, [], failed=late, hidden=hidden, num_compiles=compiled)
         if late or not self._samples:
             return StepResult(plan.step, [], failed=late, num_compiles=compiled)
-        if len(out) > len(wanted.rows):
+        if out.shape[0] > len(wanted.rows):
             out = out[: len(wanted.rows)]
         prompts, failed = self._score(wanted.scored, out)
         try:
@@ -265,7 +265,7 @@ class StandardModelRunner(ModelRunner):
         """One token of each sequence, and a further one for each draft that proved right: what is
         chosen is what would have been chosen without drafts."""
         if not any(wanted.drafts):
-            if len(wanted.states) < len(logits):  # rows of prompts beside them
+            if len(wanted.states) < logits.shape[0]:  # rows of prompts beside them
                 logits = logits[wanted.firsts]
             return self._sampler.sample(logits, wanted.states)
         sampled = list(map(_Sampled, wanted.firsts, wanted.states, wanted.drafts))
