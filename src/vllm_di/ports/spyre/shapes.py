@@ -1,0 +1,80 @@
+"""Shapes of steps for Spyre: prompts by whole blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_di.components.interfaces import BatchPlan, KvLayout, Model, PlanShape, SchedulerLimits
+from vllm_di.components.shapes.grid import GridShapes
+from vllm_di.components.shapes.padding import pad_to
+from vllm_di.components.shapes.sizes import Count
+from vllm_di.errors import ConfigError
+from vllm_di.ports.spyre.kv_layout import BLOCK
+
+
+class SpyreShapes(GridShapes):
+    """As GridShapes, for one prompt at a time whose rows end where a block ends: its tokens, those
+    that are missing in its last block, and whole blocks before them up to a size of
+    ``prefill_queries``. A chunk may begin inside a block, which takes one block more."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv_layout: KvLayout,
+        limits: SchedulerLimits,
+        *,
+        decode_seqs: list[Count],
+        prefill_queries: list[Count],
+        columns: list[Count],
+        max_num_seqs: Count,
+        max_num_batched_tokens: Count,
+    ) -> None:
+        report = limits.report()
+        if report.max_prefill_rows != 1 or not report.null_block:
+            raise ConfigError(
+                "shapes=spyre prefills one prompt at a time and pads into block 0; set "
+                "limits.max_prefill_rows=1 limits.null_block=true"
+            )
+        for size in prefill_queries:
+            if size % BLOCK:
+                raise ConfigError(
+                    f"prefill_queries: {size} is no multiple of {BLOCK}; take "
+                    f"{-(-size // BLOCK) * BLOCK}"
+                )
+        grid: dict[str, Any] = {
+            "decode_seqs": _in_use(decode_seqs, max_num_seqs),
+            "prefill_seqs": [1],
+            "prefill_queries": prefill_queries,
+            "columns": _in_use(columns, -(-model.max_model_len // kv_layout.block_size)),
+            "max_num_seqs": max_num_seqs,
+        }
+        longest = min(max_num_batched_tokens, model.max_model_len)
+        super().__init__(model, kv_layout, limits, max_num_batched_tokens=longest, **grid)
+        needed = min(-(-longest // BLOCK) * BLOCK + BLOCK, -(-model.max_model_len // BLOCK) * BLOCK)
+        if self._queries.sizes[-1] < needed:
+            raise ConfigError(
+                f"prefill_queries: a chunk of {longest} tokens that begins inside a block takes "
+                f"{needed} rows, and the largest size is {self._queries.sizes[-1]}; add {needed}, "
+                "or lower scheduler.max_num_batched_tokens"
+            )
+        self._max_tokens = needed  # its rows, not its tokens, say which sizes are in use
+
+    def pad(self, plan: BatchPlan) -> BatchPlan:
+        found = plan.shape
+        if found.queries <= 1:
+            return super().pad(plan)
+        if found.seqs > 1:
+            raise ValueError(f"{found}: a step is one prompt, or decodes of one token each")
+        columns = self._columns.over(found.columns)
+        past = plan.seq_lens_host[0] - plan.query_lens_host[0]
+        end = -(-plan.seq_lens_host[0] // BLOCK) * BLOCK
+        rows = self._queries.over(end - past)
+        shape = PlanShape(rows, rows if found.rows > 1 else 1, 1, columns, rows)
+        return pad_to(plan, shape, self._slot)
+
+
+def _in_use(sizes: Sequence[int], needed: int) -> list[int]:
+    """Those up to the first that holds ``needed``."""
+    held = [size for size in sizes if size >= needed]
+    return [size for size in sizes if not held or size <= min(held)]
