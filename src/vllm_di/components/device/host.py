@@ -26,7 +26,7 @@ class HostDevice(Device):
 
     torch_device = torch.device("cpu")
     on_host = True
-    supported_dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    supported_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32, torch.float16)
 
     def __init__(
         self,

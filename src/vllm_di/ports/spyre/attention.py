@@ -28,8 +28,8 @@ SCHEMAS = {
         "(Tensor, Tensor)"
     ),
     "paged_attn_compute": (
-        "(Tensor query, Tensor key_cache, Tensor value_cache, float scale, Tensor current_tkv_mask, "
-        "Tensor left_padded_prompt_mask, Tensor block_table) -> Tensor"
+        "(Tensor query, Tensor key_cache, Tensor value_cache, float scale, Tensor "
+        "current_tkv_mask, Tensor left_padded_prompt_mask, Tensor block_table) -> Tensor"
     ),
 }
 """Of the namespace ``spyre``. Both give new tensors: the cache that was given is dead."""
@@ -111,7 +111,9 @@ def check_ops() -> None:
 
 
 def _rectangle(plan: BatchPlan, nowhere: int) -> tuple[Tensor, ...]:
-    """The fields of a SpyreBatch; ``nowhere`` is the slot of padding before the tokens. The rows of a prompt end where its last block ends, so that padding before its tokens is by
+    """The fields of a SpyreBatch; ``nowhere`` is the slot of padding before the tokens.
+
+    The rows of a prompt end where its last block ends, so that padding before its tokens is by
     blocks. What is padded behind them is written to that block, where later tokens take its place;
     what is padded before them, to block 0."""
     width, columns = plan.max_query_len, plan.block_table.shape[1]

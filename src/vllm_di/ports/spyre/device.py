@@ -29,6 +29,8 @@ class SpyreDevice(HostDevice):
     it is false and the vendor's packages are missing.
     """
 
+    supported_dtypes: tuple[torch.dtype, ...] = (torch.float16,)
+
     def __init__(
         self,
         placement: Placement | None = None,
@@ -45,7 +47,7 @@ class SpyreDevice(HostDevice):
             from vllm_di.ports.spyre.simulation import define_ops
 
             define_ops()
-        self.supported_dtypes = (torch.float16, torch.float32) if simulated else (torch.float16,)
+            self.supported_dtypes = (torch.float16, torch.float32)
         super().__init__(
             placement,
             threads=threads,
@@ -54,8 +56,7 @@ class SpyreDevice(HostDevice):
         )
 
     def compiler(self, name: str) -> str | Callable[..., Any]:
-        """What ``torch.compile`` takes as its backend. Raises ConfigError for a name that torch does
-        not know."""
+        """A backend of ``torch.compile``. Raises ConfigError for a name that torch does not know."""
         if name == "sendnn" and self.simulated:
             from vllm_di.ports.spyre.simulation import sendnn
 
@@ -64,8 +65,8 @@ class SpyreDevice(HostDevice):
         if name not in known:
             near = difflib.get_close_matches(name, known, 1) or ["sendnn"]
             raise ConfigError(
-                f"program.backend: torch has no compiler {name!r}; did you mean {near[0]!r}? It has "
-                f"{', '.join(known)}"
+                f"program.backend: torch has no compiler {name!r}; did you mean {near[0]!r}? "
+                f"It has {', '.join(known)}"
             )
         return name
 

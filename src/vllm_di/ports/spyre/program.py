@@ -177,7 +177,8 @@ def _return_caches(step: TracedStep, groups: Groups) -> None:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     now = dict(zip(step.inputs, inputs, strict=True))
     end: Node = graph.output_node()
-    first, *rows = end.args[0]  # type: ignore[misc]
+    outputs: list[Node] = list(end.args[0])  # type: ignore[arg-type]
+    first, rows = outputs[0], outputs[1:]
     places = {now[f"key.{place}"]: place for place in range(len(groups.pool))}
     for node in [n for n in graph.nodes if n.target is store]:
         place = places[node.args[2]]
@@ -193,7 +194,7 @@ def _return_caches(step: TracedStep, groups: Groups) -> None:
         place = groups.places[layer]
         with graph.inserting_before(end):
             new = [
-                graph.call_function(torch.ops.aten.unsqueeze.default, (x, 0))  # type: ignore[misc]
+                graph.call_function(torch.ops.aten.unsqueeze.default, (x, 0))
                 for x in rows[2 * n : 2 * n + 2]
             ]
             old = (now[f"key.{place}"], now[f"value.{place}"])

@@ -109,9 +109,9 @@ class Refused(RuntimeError):
 
 
 def sendnn(graph: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-    """A backend of ``torch.compile``. The cache is donated: what is stored is written where it lies.
-    Raises Refused for free sizes, ops that are not in COMPILED, rows that are no whole blocks, other
-    blocks than of 64, prompts beside decodes, and several prompts."""
+    """A backend of ``torch.compile``. The cache is donated: what is stored is written in its place.
+    Raises Refused for free sizes, ops that are not in COMPILED, rows that are no whole blocks,
+    other blocks than of 64, prompts beside decodes, and several prompts."""
     compute_op = torch.ops.spyre.paged_attn_compute.default
     store_op = torch.ops.spyre.paged_attn_store.default
     if torch.is_inference_mode_enabled():
@@ -130,7 +130,7 @@ def sendnn(graph: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
             _check_cache(node.args[1])
             phases.add(_phase(node.args[0]))
         elif getattr(node.target, "namespace", "") != "aten" or (
-            node.target._opname not in COMPILED  # type: ignore[union-attr]
+            node.target._opname not in COMPILED
         ):
             raise Refused(f"the op {node.target} is not among those that it compiles")
     if len(phases) > 1:
@@ -164,4 +164,5 @@ def _phase(query: Any) -> str:
 
 
 def _shape(node: Node) -> tuple[int, ...]:
-    return tuple(node.meta.get("example_value", node.meta.get("val")).shape)
+    value: Tensor = node.meta.get("example_value", node.meta.get("val"))
+    return tuple(value.shape)
