@@ -17,7 +17,10 @@ from vllm_di.containers.slots import WorkerContainer
 from vllm_di.ports.spyre.program import SpyreProgram
 
 BLOCK, COLUMNS, SEQUENCES = 64, 4, 5
-SMALL = ("shapes.prefill_queries=[128,192]", "shapes.columns=[4]", "model.max_model_len=256")
+SMALL = (
+    *("shapes.prefill_queries=[128,192]", "shapes.columns=[4]", "model.max_model_len=256"),
+    "scheduler.max_num_batched_tokens=128",
+)
 
 STEPS: list[list[Share]] = [
     [(0, tokens(0, 37))],
@@ -77,7 +80,13 @@ class Padded(Running):
 @contextmanager
 def running(*overrides: str) -> Iterator[Padded]:
     """Loaded, its cache full of NaN."""
-    fixed = ["platform=spyre", "device.simulated=true", "model.dtype=float32", *SMALL]
+    fixed = [
+        "platform=spyre",
+        "device.simulated=true",
+        "model.dtype=float32",
+        *SMALL,
+        "trust=[tests]",
+    ]
     with opened(
         WorkerContainer, assemble([*fixed, *overrides]), placement=Placement()
     ) as container:
