@@ -56,7 +56,7 @@ class SpyreDevice(HostDevice):
         )
 
     def compiler(self, name: str) -> str | Callable[..., Any]:
-        """A backend of ``torch.compile``. Raises ConfigError for a name that torch does not know."""
+        """A backend of ``torch.compile``. Raises ConfigError for one that torch does not know."""
         if name == "sendnn" and self.simulated:
             from vllm_di.ports.spyre.simulation import sendnn
 

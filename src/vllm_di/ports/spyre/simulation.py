@@ -91,17 +91,21 @@ FAKES: dict[str, Callable[..., Any]] = {
 }
 
 COMPILED = frozenset(
-    """
-    _softmax _to_copy _unsafe_view add alias amax arange bitwise_and bitwise_not bmm cat clamp clone
-    constant_pad_nd detach div embedding eq exp expand floor_divide full full_like ge gelu gt index
-    index_select le logical_and logical_not lt maximum mean minimum mm mul native_layer_norm ne neg
-    new_zeros permute pow reciprocal relu repeat_interleave reshape rsqrt rsub scalar_tensor scatter_add
-    select sigmoid silu slice split split_with_sizes squeeze stack sub sum t tanh transpose unsqueeze
-    unbind view where zeros zeros_like addmm linear matmul topk scatter
-    lift_fresh_copy sqrt cos sin ones
-    """.split()
+    {
+        *("_softmax", "_to_copy", "_unsafe_view", "add", "addmm", "alias", "amax", "arange"),
+        *("bitwise_and", "bitwise_not", "bmm", "cat", "clamp", "clone", "constant_pad_nd", "cos"),
+        *("detach", "div", "embedding", "eq", "exp", "expand", "floor_divide", "full", "full_like"),
+        *("ge", "gelu", "gt", "index", "index_select", "le", "lift_fresh_copy", "linear"),
+        *("logical_and", "logical_not", "lt", "matmul", "maximum", "mean", "minimum", "mm", "mul"),
+        *("native_layer_norm", "ne", "neg", "new_zeros", "ones", "permute", "pow", "reciprocal"),
+        *("relu", "repeat_interleave", "reshape", "rsqrt", "rsub", "scalar_tensor", "scatter"),
+        *("scatter_add", "select", "sigmoid", "silu", "sin", "slice", "split", "split_with_sizes"),
+        *("sqrt", "squeeze", "stack", "sub", "sum", "t", "tanh", "topk", "transpose", "unbind"),
+        *("unsqueeze", "view", "where", "zeros", "zeros_like"),
+    }
 )
-"""Of ``aten``: what the models of this project are made of, and no more."""
+"""Of ``aten``: elementwise ops, products, reductions, views, gathers. Nothing that works in place,
+draws at random or has a size that depends on values."""
 
 
 class Refused(RuntimeError):
