@@ -9,12 +9,11 @@ import torch
 from tests.ports.openvino.running import Running, Share, tokens
 from torch import Tensor
 
-from vllm_di.components.interfaces import BatchPlan, Model, Placement, ShapePolicy
+from vllm_di.components.interfaces import BatchPlan, Model, ModelProgram, Placement, ShapePolicy
 from vllm_di.components.messages import KvGroup
 from vllm_di.containers.assembly import assemble
 from vllm_di.containers.fill import opened
 from vllm_di.containers.slots import WorkerContainer
-from vllm_di.ports.spyre.program import SpyreProgram
 
 BLOCK, COLUMNS, SEQUENCES = 64, 4, 5
 SMALL = (
@@ -37,9 +36,9 @@ class Padded(Running):
 
     steps = STEPS
 
-    def __init__(self, model: Model, program: SpyreProgram, shapes: ShapePolicy) -> None:
+    def __init__(self, model: Model, program: ModelProgram, shapes: ShapePolicy) -> None:
         super().__init__(model, program)
-        self.spyre, self.shapes = program, shapes
+        self.shapes = shapes
         order = torch.randperm(SEQUENCES * COLUMNS, generator=torch.Generator().manual_seed(0))
         self.tables = order.to(torch.int32).view(SEQUENCES, COLUMNS) + 1  # 0 is for padding
 
@@ -92,7 +91,6 @@ def running(*overrides: str) -> Iterator[Padded]:
     ) as container:
         groups = [KvGroup([spec.layer for spec in container.worker().load().kv_specs])]
         program = container.program()
-        assert isinstance(program, SpyreProgram)
         program.prepare(groups)
         program.allocate(groups, SEQUENCES * COLUMNS + 1)
         for cache in program.caches:

@@ -51,14 +51,14 @@ def tiny() -> list[Tensor]:
     return reference(*TINY)
 
 
-@pytest.mark.parametrize("case", ["llama_biases", "qwen3", "phi3_longrope", "mixtral", "smollm3"])
+@pytest.mark.parametrize("case", ["llama_biases", "qwen3", "granite", "mixtral", "smollm3"])
 def test_every_kind_of_family_in_fp32(case: str, tmp_path: Path) -> None:
     make(case, tmp_path, num_hidden_layers=2)
     model = (f"model.path={tmp_path}", "model=local")
     assert differ(logits(*model), reference(*model)) < 1e-5
 
 
-@pytest.mark.parametrize("case", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("case", ["gemma2", "gemma3", "phi3_longrope"])
 def test_windows_and_soft_caps_take_sdpa(case: str, tmp_path: Path) -> None:
     make(case, tmp_path, num_hidden_layers=2)
     model = (f"model.path={tmp_path}", "model=local")

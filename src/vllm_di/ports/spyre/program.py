@@ -55,8 +55,7 @@ class SpyreProgram(ModelProgram):
         *,
         backend: str,
     ) -> None:
-        self._backend = spyre_device(device, "program=spyre").compiler(backend)
-        self._name = backend
+        self._backend = Backend(spyre_device(device, "program=spyre").compiler(backend))
         check_traceable(ops, graph)
         if communicator.world_size > 1:
             raise ConfigError(
@@ -77,11 +76,11 @@ class SpyreProgram(ModelProgram):
         self._step: TracedStep
         self._pool: list[LayerCache] = []
         self._programs: dict[Any, Callable[..., Any]] = {}
-        self._num_compiles = 0
+        self._modules: list[GraphModule] = []
 
     @property
     def num_compiles(self) -> int:
-        return self._num_compiles
+        return self._backend.num_compiles
 
     def prepare(self, groups: Sequence[KvGroup]) -> None:
         self._groups = layers = Groups(self._model.kv_specs(), groups)
@@ -137,22 +136,34 @@ class SpyreProgram(ModelProgram):
         source, graph = self._step.graph, Graph()
         outputs = graph.graph_copy(source.graph, {})
         graph.output(outputs)
+        self._modules.append(GraphModule(source, graph))
         found: Callable[..., Any] = torch.compile(
-            GraphModule(source, graph), backend=self._count, fullgraph=True, dynamic=False
+            self._modules[-1], backend=self._backend, fullgraph=True, dynamic=False
         )
         return found
 
-    def _count(self, graph: GraphModule, examples: Sequence[Any]) -> Any:
-        backend: Any = self._backend
-        if isinstance(backend, str):
-            backend = torch._dynamo.lookup_backend(backend)
-        compiled = backend(graph, examples)
-        self._num_compiles += 1
-        return compiled
-
     def close(self) -> None:
+        for module in self._modules:
+            torch._dynamo.eval_frame.remove_from_cache(module)
+        self._modules.clear()
         self._programs.clear()
         self._pool.clear()
+
+
+class Backend:
+    """Counts what it compiles. torch keeps it for the life of the process, and so it holds nothing
+    of a program."""
+
+    def __init__(self, backend: str | Callable[..., Any]) -> None:
+        self._compile: Any = backend
+        if isinstance(backend, str):
+            self._compile = torch._dynamo.lookup_backend(backend)
+        self.num_compiles = 0
+
+    def __call__(self, graph: GraphModule, examples: Sequence[Any]) -> Any:
+        compiled = self._compile(graph, examples)
+        self.num_compiles += 1
+        return compiled
 
 
 @contextmanager
