@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from tests.models.checkpoints import make
+from tests.ports.openvino.running import tokens
 from tests.ports.openvino.test_program import differ
 from tests.ports.spyre.mutants import MUTANTS, Mutant
-from tests.ports.spyre.running import BLOCK, STEPS, Padded, running, tokens
+from tests.ports.spyre.running import BLOCK, STEPS, Padded, running
 from torch import Tensor
 
 from vllm_di import LLM, SamplingParams
@@ -155,7 +156,7 @@ def test_the_compiler_refuses() -> None:
     """Free sizes, unknown ops, rows that are no whole blocks, other blocks, both phases."""
     simulation.define_ops()
     cache = torch.zeros(3, BLOCK, 1, 8)
-    compute = torch.ops.spyre.paged_attn_compute
+    compute = torch.ops.spyre.paged_attn_compute.default
 
     def attend(seqs: int, queries: int, cache: Tensor = cache) -> Callable[[], Tensor]:
         ones = torch.ones(seqs, dtype=torch.int64)
@@ -164,7 +165,7 @@ def test_the_compiler_refuses() -> None:
         return lambda: compute(q, cache, cache, 1.0, ones, left, table)
 
     def refused(function: Any, message: str, *args: Tensor, dynamic: bool = False) -> None:
-        torch._dynamo.reset()
+        torch._dynamo.reset()  # type: ignore[no-untyped-call]
         compiled = torch.compile(
             function, backend=simulation.sendnn, fullgraph=True, dynamic=dynamic
         )

@@ -214,6 +214,8 @@ class ContinuousScheduler(Scheduler):
             self._waiting.pop()
             self._start(step, sequence, cached)
             self._take(step, sequence, count)
+            if not self._limits.mixed_steps:  # a prompt of one token has its row here, too
+                step.prefills = len(step.scheduled)
 
     def _continue_prefills(self, step: _Step) -> None:
         for sequence in list(self._running.values()):

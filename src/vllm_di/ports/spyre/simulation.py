@@ -168,5 +168,5 @@ def _phase(query: Any) -> str:
 
 
 def _shape(node: Node) -> tuple[int, ...]:
-    value: Tensor = node.meta.get("example_value", node.meta.get("val"))
+    value: Any = node.meta.get("example_value", node.meta.get("val"))
     return tuple(value.shape)
