@@ -165,12 +165,12 @@ def test_the_compiler_refuses() -> None:
         return lambda: compute(q, cache, cache, 1.0, ones, left, table)
 
     def refused(function: Any, message: str, *args: Tensor, dynamic: bool = False) -> None:
-        torch._dynamo.reset()  # type: ignore[no-untyped-call]
+        torch._dynamo.reset()
         compiled = torch.compile(
             function, backend=simulation.sendnn, fullgraph=True, dynamic=dynamic
         )
         with pytest.raises(Exception, match=message), torch.no_grad():
-            compiled(*args)
+            compiled(*args)  # type: ignore[no-untyped-call]
 
     refused(lambda x: x + 1, "free size", torch.zeros(3, 4), dynamic=True)
     refused(lambda x: torch.ops.aten.erfinv.default(x), "erfinv", torch.zeros(3))
