@@ -1,4 +1,4 @@
-"""What the adapters rely on of vLLM's classes, as data: ``python tests/vllm/record.py FILE`` in an
+"""What the adapters rely on of vLLM's classes, as data: ``python -m tests.vllm.record FILE`` in an
 environment with vLLM writes it. ``make test-vllm`` compares it with what is installed."""
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ METHODS = {
     ),
 }
 """File and class (and the one method that stands for all) to vLLM's class and its methods."""
+RECORDS = Path(__file__).parent / "signatures"
 FIELDS = "vllm.v1.attention.backend.CommonAttentionMetadata"
 
 

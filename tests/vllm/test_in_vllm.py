@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.vllm import record
 from tests.vllm.environment import VERSIONS, interpreter, variables
 from tests.vllm.model import smollm2
 
@@ -42,6 +43,14 @@ def test_conformance(version: str, case: str) -> None:
 
 def test_the_versions_are_those_that_the_package_names() -> None:
     assert sorted(VERSIONS) == sorted(versions.TESTED)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_recorded_signatures_are_those_of_the_package(version: str, tmp_path: Path) -> None:
+    recorded, found = record.RECORDS / f"{version}.json", tmp_path / "found.json"
+    done = _python(version, "-m", "tests.vllm.record", str(found))
+    assert found.is_file(), done.stderr[-2000:]
+    assert json.loads(found.read_bytes()) == json.loads(recorded.read_bytes())
 
 
 @pytest.mark.parametrize("version", VERSIONS)

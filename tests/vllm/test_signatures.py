@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 from tests.vllm.environment import VERSIONS
-from tests.vllm.record import METHODS
+from tests.vllm.record import METHODS, RECORDS
 
 import vllm_di.vllm
 
 SOURCE = Path(vllm_di.vllm.__file__).parent
-RECORDS = Path(__file__).parent / "signatures"
 
 
 def method_of(ours: str, name: str) -> ast.FunctionDef:
