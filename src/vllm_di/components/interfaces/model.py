@@ -172,6 +172,12 @@ class Loader(ABC):
 class GraphPolicy(ABC):
     """(4) Compile, capture and replay of a step function."""
 
+    @property
+    def num_compiles(self) -> int:
+        """Graphs compiled since the start, for ``ModelProgram.num_compiles``; 0 of a policy that
+        compiles none."""
+        return 0
+
     @abstractmethod
     def wrap(self, forward: StepFunction) -> StepFunction:
         """The function that runs in place of ``forward``. Called once."""

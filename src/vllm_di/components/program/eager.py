@@ -40,6 +40,10 @@ class EagerProgram(ModelProgram):
         self._caches = [pool[place] for place in layers.places]
 
     @property
+    def num_compiles(self) -> int:
+        return self._graph.num_compiles
+
+    @property
     def caches(self) -> Sequence[LayerCache]:
         return self._caches
 
