@@ -93,7 +93,10 @@ class HpuAttention(AttentionBackend):
         return self._attend_prompts(q, k, v, cache, metadata, spec)
 
     def _decode(self, batch: BatchPlan, slots: Tensor, blocks: int | None) -> Decode:
-        rows, columns, usage, size = [], [], [], self._block_size
+        rows: list[int] = []
+        columns: list[int] = []
+        usage: list[int] = []
+        size = self._block_size
         for row, length in enumerate(batch.seq_lens_host):
             held = -(-length // size)
             rows += [row] * held
