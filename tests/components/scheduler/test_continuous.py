@@ -41,6 +41,7 @@ prompts = st.lists(st.integers(0, 3), min_size=1, max_size=30)
         [
             {},
             {"mixed_steps": False},
+            {"mixed_steps": False, "max_prefill_rows": 1},
             {"max_prefill_rows": 1},
             {"max_batch_context": 50},
             {"null_block": True},
@@ -79,6 +80,8 @@ def test_each_request_gets_its_own_tokens(
             assert not (decodes and any(rows))
         if limits.get("max_prefill_rows"):
             assert sum(rows) <= 1
+            if not limits.get("mixed_steps", True) and plan.new:
+                assert len(plan.scheduled) == 1, "a prompt of one token is a row, too"
         if limits.get("null_block"):
             assert all(0 not in blocks for s in plan.scheduled for blocks in s.new_blocks)
 
