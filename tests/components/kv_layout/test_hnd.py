@@ -56,7 +56,7 @@ def test_what_is_written_comes_back() -> None:
         (OpenVinoLayout(host(), dtype="float32"), True),
         (OpenVinoLayout(host(), dtype="uint8"), False),
         (TpuLayout(host(), block_size=4), True),
-        (NhdLayout(host(), block_size=4, dtype="auto"), False),
+        (NhdLayout(host(), block_size=4, dtype="auto"), True),
     ],
     ids=["hnd", "openvino", "openvino_u8", "tpu", "nhd"],
 )

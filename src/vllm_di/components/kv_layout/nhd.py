@@ -13,6 +13,7 @@ class NhdLayout(PairLayout):
     """Keys and values in a tensor each, one pair a layer."""
 
     name = "nhd"
+    gathers_blocks = True
 
     def shape_of_block(self, spec: KvSpec) -> tuple[int, int, int]:
         return (self.block_size, spec.num_kv_heads, spec.head_size)
@@ -27,3 +28,7 @@ class NhdLayout(PairLayout):
         used = blocks[: -(-length // self.block_size)].long()
         keys, values = (c[used].flatten(0, 1)[:length] for c in (cache.key, cache.value))
         return keys, values  # [length, kv_heads, head_size]
+
+    def gather_blocks(self, cache: LayerCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (x[blocks].flatten(1, 2) for x in cache.tensors)
+        return k, v  # [seqs, tokens, kv_heads, head_size]

@@ -26,6 +26,8 @@ class Sizes:
                 f"{key}: a step can have {needed}, and the largest size is "
                 f"{self.sizes[-1] if self.sizes else 'none'}; add {needed}, or {remedy}"
             )
+        # nothing is compiled for what no step can have
+        del self.sizes[bisect_left(self.sizes, needed) + 1 :]
 
     def over(self, count: int) -> int:
         """The smallest size that holds ``count``. Raises ValueError where there is none."""

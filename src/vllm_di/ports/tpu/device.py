@@ -1,4 +1,4 @@
-"""The chips that XLA compiles for: TPUs, or the host in their place."""
+"""The chips that XLA compiles for; TPUs, or the host in their place."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ HOST_BUDGET = "8GiB"
 so all that is available would be too much."""
 CHIPS = ("/dev/accel*", "/dev/vfio/[0-9]*")
 """Files that a machine with TPUs has."""
+TPU_REMEDY = (
+    "on a machine with TPUs install it with: pip install 'jax[tpu]==0.10.2', or take "
+    "device.backend=cpu"
+)
 
 log = logging.getLogger(__name__)
 
 
-class TpuDevice(Device):
+class XlaDevice(Device):
     """Batches are built, and logits sampled, in the host's memory; weights and cache are JAX's, on
-    ``chips`` devices that share every layer between them."""
+    ``chips`` devices of its ``backend`` that share every layer between them."""
 
     torch_device = torch.device("cpu")
     on_host = True
@@ -37,24 +41,18 @@ class TpuDevice(Device):
 
     def __init__(
         self,
-        placement: Placement | None = None,
+        placement: Placement | None,
         *,
-        backend: Literal["auto", "tpu", "cpu"],
-        chips: Annotated[int, msgspec.Meta(ge=1)],
-        threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None,
+        jax: Any,
+        backend: str,
+        chips: Sequence[Any],
+        threads: int | None,
         memory_budget: str | int | None,
         default_dtype: str,
     ) -> None:
-        self.jax = jax = load_jax()
-        if backend == "auto":
-            here = util.find_spec("libtpu") is not None and any(map(glob.glob, CHIPS))
-            backend = "tpu" if here else "cpu"
-            if not here:
-                log.warning("device.backend: no TPU is here; XLA compiles for the host's CPU")
-        self.backend: str = backend
+        self.jax, self.backend, self.chips = jax, backend, chips
         self._budget = None if memory_budget is None else parse_size(memory_budget, "memory_budget")
-        self.chips: list[Any] = _open(jax, backend, chips)
-        self.default_dtype = torch.bfloat16 if backend == "tpu" else torch.float32
+        self.default_dtype = torch.float32 if backend == "cpu" else torch.bfloat16
         if default_dtype != "auto":
             self.default_dtype = self.dtype(default_dtype)
         self._host = HostDevice(
@@ -83,9 +81,39 @@ class TpuDevice(Device):
         self._host.close()
 
 
-def _open(jax: Any, backend: str, count: int) -> list[Any]:
+class TpuDevice(XlaDevice):
+    """TPUs, or the host in their place."""
+
+    def __init__(
+        self,
+        placement: Placement | None = None,
+        *,
+        backend: Literal["auto", "tpu", "cpu"],
+        chips: Annotated[int, msgspec.Meta(ge=1)],
+        threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None,
+        memory_budget: str | int | None,
+        default_dtype: str,
+    ) -> None:
+        jax = load_jax("tpu")
+        if backend == "auto":
+            here = util.find_spec("libtpu") is not None and any(map(glob.glob, CHIPS))
+            backend = "tpu" if here else "cpu"
+            if not here:
+                log.warning("device.backend: no TPU is here; XLA compiles for the host's CPU")
+        super().__init__(
+            placement,
+            jax=jax,
+            backend=backend,
+            chips=open_chips(jax, backend, chips, TPU_REMEDY),
+            threads=threads,
+            memory_budget=memory_budget,
+            default_dtype=default_dtype,
+        )
+
+
+def open_chips(jax: Any, backend: str, count: int, remedy: str) -> list[Any]:
     """The first ``count`` devices. JAX has one backend for the life of the process: raises
-    ConfigError where it was opened for another one, PortError where there is none."""
+    ConfigError where it has fewer, PortError, with ``remedy``, where there is none."""
     jax.config.update("jax_platforms", backend)  # else it looks for every accelerator there is
     try:
         if backend == "cpu":
@@ -94,8 +122,7 @@ def _open(jax: Any, backend: str, count: int) -> list[Any]:
     except RuntimeError as error:
         if "jax_num_cpu_devices" not in str(error):
             raise PortError(
-                f"device.backend={backend}: JAX finds no such device ({error}); on a machine with "
-                "TPUs install it with: pip install 'jax[tpu]==0.10.2', or take device.backend=cpu"
+                f"device.backend={backend}: JAX finds no such device ({error}); {remedy}"
             ) from error
         found = jax.devices(backend)  # it was opened before in this process
     if len(found) < count:
@@ -106,14 +133,15 @@ def _open(jax: Any, backend: str, count: int) -> list[Any]:
     return list(found[:count])
 
 
-def load_jax() -> Any:
-    """The package, imported late: the config resolves without it. Raises PortError."""
+def load_jax(extra: str) -> Any:
+    """The package, imported late: the config resolves without it. Raises PortError that names this
+    project's ``extra``."""
     try:
         return importlib.import_module("jax")
     except ImportError as error:
         raise PortError(
-            f"platform=tpu needs the Python package jax ({error}); "
-            "install it with: pip install 'vllm-di[tpu]'"
+            f"platform={extra} needs the Python package jax ({error}); "
+            f"install it with: pip install 'vllm-di[{extra}]'"
         ) from None
 
 

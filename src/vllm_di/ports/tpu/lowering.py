@@ -162,7 +162,7 @@ def check_lowerings(graph: GraphModule, mark: Any) -> None:
     unknown = sorted(str(t) for t in calls if t not in TABLE and t != mark and not _is_plain(t))
     if unknown:
         raise ConfigError(
-            f"program=tpu has no lowering for {', '.join(unknown)}: the model, or the attention, "
+            f"the step has no lowering for {', '.join(unknown)}: the model, or the attention, "
             "takes another platform"
         )
 

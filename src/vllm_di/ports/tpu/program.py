@@ -36,7 +36,7 @@ from vllm_di.components.program.traced import (
 from vllm_di.errors import ConfigError
 from vllm_di.ports.tpu.attention import TpuAttention, mark
 from vllm_di.ports.tpu.chips import Chips
-from vllm_di.ports.tpu.device import tpu_device
+from vllm_di.ports.tpu.device import XlaDevice
 
 CACHE = "jax.experimental.compilation_cache.compilation_cache"
 
@@ -50,6 +50,9 @@ class TpuProgram(ModelProgram):
     cache is sized. ``cache_dir``: where JAX keeps compiled programs; null: nowhere.
     """
 
+    option = "tpu"
+    """Of its device and attention, for errors."""
+
     def __init__(
         self,
         device: Device,
@@ -62,7 +65,11 @@ class TpuProgram(ModelProgram):
         *,
         cache_dir: str | None,
     ) -> None:
-        self._device = tpu_device(device, "program=tpu")
+        if not isinstance(device, XlaDevice):
+            raise ConfigError(
+                f"program={self.option} needs device={self.option}, not {type(device).__name__}"
+            )
+        self._device = device
         self._jax = self._device.jax
         self._mesh = Chips(self._jax, self._device.chips, kv_layout)
         self._model, self._layout, self.cache_dir = model, kv_layout, cache_dir
@@ -71,12 +78,14 @@ class TpuProgram(ModelProgram):
         if communicator.world_size > 1:
             raise ConfigError(
                 f"executor.tensor_parallel_size {communicator.world_size}: one process drives all "
-                f"TPUs; take executor.tensor_parallel_size=1 device.chips={communicator.world_size}"
+                f"chips; take executor.tensor_parallel_size=1 device.chips={communicator.world_size}"
             )
         try:
             self._build = attention.export()
         except ConfigError as error:
-            raise ConfigError(f"{error}; on this platform attention=tpu has, too") from None
+            raise ConfigError(
+                f"{error}; on this platform attention={self.option} has, too"
+            ) from None
         self._groups: Groups
         self.arrays: list[Any] = []
         """The cache: the tensors of each place of the pool, in order."""
@@ -112,11 +121,11 @@ class TpuProgram(ModelProgram):
         }
         for name in self.constants:  # its nodes live on in what is lowered
             delattr(step.graph, name)
-        self._step, self._head = self._lowered(step)
+        self._step, self._head = self.lower(step)
         self._model.release()
         gc.collect()
 
-    def _lowered(self, step: TracedStep) -> tuple[Any, Any]:
+    def lower(self, step: TracedStep) -> tuple[Any, Any]:
         """-> two functions to compile: the step to hidden states, which has a shape for each number
         of tokens, and from these to logits, which has one for each number of rows too."""
         from vllm_di.ports.tpu.lowering import check_lowerings, lower
@@ -134,6 +143,7 @@ class TpuProgram(ModelProgram):
         inputs = [by_name[name] for name in self._names]
         attend = self._mesh.by_heads(by_kernel if self._device.backend == "tpu" else in_jnp)
         mesh, width = self._mesh, len(caches) // max(1, len(layers.pool))
+        heads_first = self._layout.name == "hnd"
         sizes = [spec.head_size for spec in layers.pool for _ in range(width)]
         hidden = outputs[0] if rows is None else next(iter(rows.users)).args[0]
         body = lower(graph, op, attend, [*inputs, *caches], [hidden, *outputs[1:]])
@@ -145,6 +155,7 @@ class TpuProgram(ModelProgram):
                 given = seen if unwritten else arrays
                 (out, *new), found = body(constants, [*values, *given])
             arrays = list(arrays) if unwritten else [found[node] for node in caches]
+            slots = [_after(out, place) for place in slots] if unwritten else slots
             for n, layer in enumerate(unwritten):  # attention left it to the program
                 k, v, place = *new[2 * n : 2 * n + 2], slots[layers.of_layer[layer]]
                 at = width * layers.places[layer]
@@ -152,7 +163,7 @@ class TpuProgram(ModelProgram):
                     arrays[at] = written(arrays[at], k, v, place)
                     continue
                 for i, rows in enumerate((k, v)):
-                    arrays[at + i] = _written(arrays[at + i], rows, place)
+                    arrays[at + i] = _written(arrays[at + i], rows, place, heads_first)
             return mesh.whole(out), [mesh.cut(array) for array in arrays]
 
         if rows is None:
@@ -217,9 +228,13 @@ class TpuProgram(ModelProgram):
         """``function`` as compiled for the shapes of ``args``."""
         key = (function, *(x.shape for x in self._jax.tree.leaves(args[1:])))
         if key not in self._compiled:
-            with kept_programs(self._jax, self.cache_dir):
-                self._compiled[key] = function.lower(*args).compile()
+            self._compiled[key] = self.compile_for(function, args)
         return self._compiled[key](*args)
+
+    def compile_for(self, function: Any, args: Sequence[Any]) -> Any:
+        """The jitted ``function``, a part of the step, compiled for the shapes of ``args``."""
+        with kept_programs(self._jax, self.cache_dir):
+            return function.lower(*args).compile()
 
     def close(self) -> None:
         for function, *_ in self._compiled:  # JAX itself would keep what it traced
@@ -253,9 +268,19 @@ def kept_programs(jax: Any, cache_dir: str | None) -> Iterator[None]:
             forget()
 
 
-def _written(cached: Any, new: Any, slots: Any) -> Any:
+def _after(out: Any, slots: Any) -> Any:
+    """``slots``, so that XLA takes them to follow from ``out``, for which the old cache was read:
+    else it copies the whole cache, twice in a step, lest it be written before it is read."""
+    x = out[0, 0]
+    return slots + ((x != x) & (x == 0)).astype(slots.dtype)  # never true, and not folded
+
+
+def _written(cached: Any, new: Any, slots: Any, heads_first: bool) -> Any:
     """``new`` [tokens, kv_heads, head_size] in its slots of ``cached`` [blocks, kv_heads,
-    block_size, head_size]; those below 0 are dropped."""
-    blocks, _, size, _ = cached.shape
+    block_size, head_size] or [blocks, block_size, kv_heads, head_size]; those below 0 are
+    dropped."""
+    blocks, size = cached.shape[0], cached.shape[2 if heads_first else 1]
     slots = slots + (slots < 0) * (blocks * size + 1)  # beyond the last: -1 would be the last
-    return cached.at[slots // size, :, slots % size].set(new.astype(cached.dtype), mode="drop")
+    at = (slots // size, slots % size)
+    places = (at[0], slice(None), at[1]) if heads_first else at
+    return cached.at[places].set(new.astype(cached.dtype), mode="drop")
