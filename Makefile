@@ -36,8 +36,8 @@ test-templates: vendor-llama-cpp  ## all chat templates that llama.cpp collects,
 test-families: venv  ## every causal class of transformers: equal, or refused by name
 	$(BIN)/python -m pytest -m families tests/models/test_families.py $(ARGS)
 
-test-tpu: venv  ## platform=tpu on the host's CPU; part of make test too, where jax is installed
-	$(BIN)/python -c "import jax" && $(BIN)/python -m pytest tests/ports/tpu -rs $(ARGS)
+test-tpu: venv  ## platform=tpu and neuron on the host's CPU; part of make test too, where jax is installed
+	$(BIN)/python -c "import jax, flatbuffers" && $(BIN)/python -m pytest tests/ports/tpu tests/ports/neuron -rs $(ARGS)
 
 test-compile: venv  ## every Triton kernel for every GPU that we name: registers, spills, memory
 	$(BIN)/vllm-di conform platform=cuda --only compile $(ARGS)

@@ -58,7 +58,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "replaces its cache in each step, beside a layout of another shape": (
         ("platform=strict", SHAPES, "kv_layout=nhd"),
-        r"gathers_blocks, and 'nhd' does not; kv_layout=hnd does",
+        r"kv_layout=hnd, not 'nhd'",
     ),
     "replaces its cache in each step, beside graphs that hold its address": (
         ("platform=strict", SHAPES, "graph=tape"),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,10 @@ class NeuronProgram(TpuProgram):
     option = "neuron"
 
     def lower(self, step: TracedStep) -> tuple[Any, Any]:
-        import jaxlib
-
         self._key = compile_key(
             step,
             target=self._device.backend,
-            versions={"jax": self._jax.__version__, "jaxlib": jaxlib.__version__},
+            versions={"jax": self._jax.__version__, "jaxlib": version("jaxlib")},
             with_weights=False,
         )
         self._body, head = super().lower(step)

@@ -75,10 +75,10 @@ class TpuProgram(ModelProgram):
         self._model, self._layout, self.cache_dir = model, kv_layout, cache_dir
         self._communicator, self._attention = communicator, attention
         check_traceable(ops, graph)
-        if communicator.world_size > 1:
+        if (ranks := communicator.world_size) > 1:
             raise ConfigError(
-                f"executor.tensor_parallel_size {communicator.world_size}: one process drives all "
-                f"chips; take executor.tensor_parallel_size=1 device.chips={communicator.world_size}"
+                f"executor.tensor_parallel_size {ranks}: one process drives all chips; take "
+                f"executor.tensor_parallel_size=1 device.chips={ranks}"
             )
         try:
             self._build = attention.export()

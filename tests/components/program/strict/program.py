@@ -39,6 +39,7 @@ from vllm_di.components.interfaces import (
 from vllm_di.components.kv_groups import Groups
 from vllm_di.components.messages import KvGroup, KvSpec
 from vllm_di.components.program.traced import check_traceable, share, step_inputs, trace_step
+from vllm_di.errors import ConfigError
 from vllm_di.models.decoder import Decoder
 
 Signature = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
@@ -62,6 +63,8 @@ class StrictProgram(ModelProgram):
     ) -> None:
         check_traceable(ops, graph)
         assert isinstance(device, StrictDevice) and isinstance(model, Decoder)
+        if kv_layout.name != "hnd":  # the shape of its one tensor
+            raise ConfigError(f"program=strict needs kv_layout=hnd, not {kv_layout.name!r}")
         self._device, self._model, self._layout = device, model, kv_layout
         self._communicator, self._loader = communicator, loader
         self._build = attention.export()
