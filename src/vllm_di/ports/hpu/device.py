@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 from collections.abc import Sequence
 
@@ -40,11 +40,12 @@ class HpuDevice(TorchDevice):
         simulation: Simulation | None = None,
     ) -> None:
         os.environ[LAZY_MODE] = str(int(lazy))
-        if not simulated and importlib.util.find_spec(package) is not None:
+        if not simulated:
             try:
                 importlib.import_module(f"{package}.torch")  # registers torch.hpu
             except ImportError as error:
-                raise PortError(f"hpu: {package}.torch: {error}; {install}") from error
+                if error.name != package:  # a package that is absent is named below
+                    raise PortError(f"hpu: {package}.torch: {error}; {install}") from error
         super().__init__(
             placement,
             backend="hpu",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from vllm_di.components.interfaces import BatchPlan, KvLayout, Model, PlanShape, SchedulerLimits
 from vllm_di.components.shapes.grid import GridShapes
 from vllm_di.components.shapes.padding import pad_to
@@ -42,23 +39,26 @@ class SpyreShapes(GridShapes):
                     f"prefill_queries: {size} is no multiple of {BLOCK}; take "
                     f"{-(-size // BLOCK) * BLOCK}"
                 )
-        grid: dict[str, Any] = {
-            "decode_seqs": _in_use(decode_seqs, max_num_seqs),
-            "prefill_seqs": [1],
-            "prefill_queries": prefill_queries,
-            "columns": _in_use(columns, -(-model.max_model_len // kv_layout.block_size)),
-            "max_num_seqs": max_num_seqs,
-        }
         longest = min(max_num_batched_tokens, model.max_model_len)
-        super().__init__(model, kv_layout, limits, max_num_batched_tokens=longest, **grid)
         needed = min(-(-longest // BLOCK) * BLOCK + BLOCK, -(-model.max_model_len // BLOCK) * BLOCK)
-        if self._queries.sizes[-1] < needed:
+        largest = max(prefill_queries, default=0)
+        if largest < needed:
             raise ConfigError(
                 f"prefill_queries: a chunk of {longest} tokens that begins inside a block takes "
-                f"{needed} rows, and the largest size is {self._queries.sizes[-1]}; add {needed}, "
-                "or lower scheduler.max_num_batched_tokens"
+                f"{needed} rows, and the largest size is {largest}; add {needed}, or lower "
+                "scheduler.max_num_batched_tokens"
             )
-        self._max_tokens = needed  # its rows, not its tokens, say which sizes are in use
+        super().__init__(
+            model,
+            kv_layout,
+            limits,
+            decode_seqs=decode_seqs,
+            prefill_seqs=[1],
+            prefill_queries=prefill_queries,
+            columns=columns,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=needed,  # its rows, not its tokens, say which sizes are in use
+        )
 
     def pad(self, plan: BatchPlan) -> BatchPlan:
         found = plan.shape
@@ -72,9 +72,3 @@ class SpyreShapes(GridShapes):
         rows = self._queries.over(end - past)
         shape = PlanShape(rows, rows if found.rows > 1 else 1, 1, columns, rows)
         return pad_to(plan, shape, self._slot)
-
-
-def _in_use(sizes: Sequence[int], needed: int) -> list[int]:
-    """Those up to the first that holds ``needed``."""
-    held = [size for size in sizes if size >= needed]
-    return [size for size in sizes if not held or size <= min(held)]
