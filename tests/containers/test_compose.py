@@ -273,7 +273,7 @@ def test_the_parts_of_an_override(text: str, parts: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("value", "hint"),
     [
-        ("hpu", "install its package, or start one with vllm-di new-port"),
+        ("mtia", "install its package, or start one with vllm-di new-port"),
         ("npu", "install its package"),
         ("mlu", "install its package"),
         ("opencl", "install its package"),

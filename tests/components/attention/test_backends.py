@@ -70,6 +70,7 @@ def test_all_give_one_answer(changes: dict[str, object]) -> None:
 
 def test_export_wants_a_layout_that_can_be_traced() -> None:
     other = NhdLayout(device(), block_size=4, dtype="auto")
+    other.gathers_blocks = False
     with pytest.raises(ConfigError, match="gathers_blocks, and 'nhd' does not; kv_layout=hnd"):
         SdpaAttention(other).export()
     with pytest.raises(ConfigError, match=r"no export\(\) .* attention=sdpa has one"):

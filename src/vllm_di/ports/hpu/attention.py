@@ -22,6 +22,7 @@ from vllm_di.components.interfaces import (
     LayerCache,
     SchedulerLimits,
 )
+from vllm_di.components.products import matmul
 from vllm_di.errors import ConfigError
 from vllm_di.ports.hpu.shapes import FlatShape, refuse_mixed
 from vllm_di.ports.hpu.vendor import fused_sdpa
@@ -177,18 +178,19 @@ def flat_attention(q: Tensor, cache: LayerCache, m: Decode, scale: float) -> Ten
     into all others; what lies beyond a block's usage is dropped for the same reason.
     """
     seqs, kv_heads = len(q), cache.key.shape[2]
-    used = torch.arange(cache.key.shape[1], device=q.device) < m.block_usage[:, None]
+    slots = torch.arange(cache.key.shape[1], dtype=torch.int64, device=q.device)
+    used = slots < m.block_usage[:, None]
     owners = m.block_groups.clamp(max=seqs - 1)  # padding asks for any row
     # [blocks, kv_heads, heads of each, head_size]
     query = (scale * q).index_select(0, owners).unflatten(1, (kv_heads, -1))
     key = cache.key.index_select(0, m.block_list).to(q.dtype).permute(0, 2, 3, 1)
     value = cache.value.index_select(0, m.block_list).to(q.dtype)
     value = torch.where(used[..., None, None], value, 0.0).transpose(1, 2)
-    scores = torch.matmul(query, key).float()
+    scores = matmul(query, key).float()
     scores = torch.where(used[:, None, None], scores, -math.inf)
     block_max = scores.amax(-1, keepdim=True)
     weights = (scores - block_max).exp()
-    mixed = torch.matmul(weights.to(value.dtype), value).float()
+    mixed = matmul(weights.to(value.dtype), value).float()
     # a group more than there are sequences: that of padding
     group_max = block_max.new_full((seqs + 1, *block_max.shape[1:]), -math.inf)
     places = m.block_groups[:, None, None, None].expand_as(block_max)
@@ -209,8 +211,8 @@ def _context_mask(m: Prompts, block_size: int, queries: int) -> tuple[Tensor, Te
     assert m.past_blocks is not None and m.past_lengths is not None
     seqs, device = len(m.lengths), m.slots.device
     length = len(m.past_blocks) // seqs * block_size
-    in_past = torch.arange(length, device=device) < m.past_lengths[:, None]
-    step = torch.arange(queries, device=device)
+    in_past = torch.arange(length, dtype=torch.int64, device=device) < m.past_lengths[:, None]
+    step = torch.arange(queries, dtype=torch.int64, device=device)
     causal = (step <= step[:, None]).expand(seqs, -1, -1)
     seen = torch.cat([in_past[:, None].expand(-1, queries, -1), causal], -1)
     return torch.where(seen, 0.0, -math.inf)[:, None], in_past

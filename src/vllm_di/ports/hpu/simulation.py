@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_di.components.device.simulated import HostSimulation
+from vllm_di.components.products import matmul
 from vllm_di.errors import ConfigError
 from vllm_di.kernels.simulated.module import SimulatedModule
 
@@ -76,7 +77,8 @@ class StandIn(ModuleType):
         }
         for path, names in modules.items():
             module = ModuleType(f"{PACKAGE}.{path}")
-            vars(module).update(names)
+            for name, value in names.items():
+                setattr(module, name, value)
             sys.modules[module.__name__] = module
         torch._dynamo.reset()  # another device's graphs
         if "hpu_backend" not in torch._dynamo.list_backends(exclude_tags=()):
@@ -138,8 +140,8 @@ def fused_sdpa(
         need(tuple(mask.shape) == (batch, 1, queries, length), f"mask of {tuple(mask.shape)}")
     shared = heads // key.shape[1]
     keys, values = (x.repeat_interleave(shared, 1).float() for x in (key, value))
-    scores = torch.matmul(query.float(), keys.mT) * scale
-    step = torch.arange(length, device=query.device)
+    scores = matmul(query.float(), keys.mT) * scale
+    step = torch.arange(length, dtype=torch.int64, device=query.device)
     if mask is None:
         assert valid_seq_lengths is not None
         need(valid_seq_lengths.dtype is torch.int32, "lengths must be int32")
@@ -147,8 +149,8 @@ def fused_sdpa(
         need(tuple(valid_seq_lengths.shape) == (batch,), "a length for each of the batch")
         seen = (step <= step[:, None]) & valid[:, None]
         scores = torch.where(seen[:, None], scores, float("-inf"))
-        out = torch.matmul(scores.softmax(-1), values)
+        out = matmul(scores.softmax(-1), values)
         out = torch.where(valid[:, None, :, None], out, float("nan"))
     else:
-        out = torch.matmul((scores + mask.float()).softmax(-1), values)
+        out = matmul((scores + mask.float()).softmax(-1), values)
     return out.to(query.dtype)

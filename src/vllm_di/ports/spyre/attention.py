@@ -123,7 +123,9 @@ def _rectangle(plan: BatchPlan, nowhere: int) -> tuple[Tensor, ...]:
     used = (lengths.clamp(min=1) + BLOCK - 1) // BLOCK  # blocks; of padding one, which is block 0
     whole = plan.padded_to is not None and width > 1
     end = used * BLOCK if whole else lengths.clamp(min=1)
-    position = end[:, None] - width + torch.arange(width, device=lengths.device)  # [seqs, queries]
+    position = (
+        end[:, None] - width + torch.arange(width, dtype=torch.int64, device=lengths.device)
+    )  # [seqs, queries]
     offset = position - (lengths - counts)[:, None]
     is_token = (offset >= 0) & (offset < counts[:, None])
     last = (counts - 1).clamp(min=0)[:, None]
@@ -134,10 +136,10 @@ def _rectangle(plan: BatchPlan, nowhere: int) -> tuple[Tensor, ...]:
     slots = torch.where(behind, table.gather(1, column) * BLOCK + position % BLOCK, nowhere)
     slots = torch.where(is_token, plan.slot_mapping[rows].clamp(min=nowhere), slots)
     places = plan.slot_mapping.new_zeros(len(plan.token_ids))
-    flat = torch.arange(rows.numel(), device=rows.device).view_as(rows)
+    flat = torch.arange(rows.numel(), dtype=torch.int64, device=rows.device).view_as(rows)
     places[rows[is_token]] = flat[is_token]
     padding = columns - used
-    shifted = torch.arange(columns, device=table.device) - padding[:, None]
+    shifted = torch.arange(columns, dtype=torch.int64, device=table.device) - padding[:, None]
     return (
         rows,
         places,
