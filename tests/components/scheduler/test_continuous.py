@@ -86,6 +86,14 @@ def test_each_request_gets_its_own_tokens(
             assert all(0 not in blocks for s in plan.scheduled for blocks in s.new_blocks)
 
 
+def test_prompts_of_one_token_are_rows_where_steps_are_not_mixed() -> None:
+    world = World(report(20, 1, (None,), mixed_steps=False, max_prefill_rows=2))
+    for number in range(4):
+        world.add(f"r{number}", [number], max_tokens=2)
+    world.run()
+    assert [len(plan.new) for plan in world.executor.plans if plan.new] == [2, 2]
+
+
 class Guesser(Drafter):
     """Knows what comes next, and errs now and then."""
 
