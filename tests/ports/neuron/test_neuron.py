@@ -89,6 +89,20 @@ def test_the_cache_is_donated_and_padding_writes_the_null_block_alone() -> None:
     assert not torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("attention", ["neuron", "sdpa"])
+def test_one_layers_context_is_gathered_at_a_time(attention: str) -> None:
+    """XLA orders the steps of a program: all layers' contexts at once filled the memory."""
+
+    def temporary(layers: int) -> int:
+        overrides = (*TINY, "loader=dummy", f"model.num_hidden_layers={layers}")
+        with running(*overrides, f"attention={attention}") as one:
+            one.feed([(0, tokens(1, 1)), (3, tokens(2, 1))])
+            stats = one.tpu.compiled[0].memory_analysis()
+            return int(stats.temp_size_in_bytes)
+
+    assert temporary(8) < 1.5 * temporary(2)
+
+
 def test_steps_are_kept_under_keys_that_hold_no_machine(
     tmp_path: Path, tiny: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,7 @@ class NeuronProgram(TpuProgram):
 
     def compile_for(self, function: Any, args: Sequence[Any]) -> Any:
         if self.cache_dir is None:
-            return self._lowered(function, self._exported(function, args), args).compile()
+            return self.compiled_of(self._lowered(function, self._exported(function, args), args))
         folder = Path(self.cache_dir).expanduser()
         entry = folder / "steps" / self.key_of(function, args)
         lowered: Any = None
@@ -70,7 +70,7 @@ class NeuronProgram(TpuProgram):
             exported = self._jax.export.deserialize(bytearray(data))
             lowered = self._lowered(function, exported, args)
         with kept_programs(self._jax, str(folder / "xla")):
-            return lowered.compile()
+            return self.compiled_of(lowered)
 
     def key_of(self, function: Any, args: Sequence[Any]) -> str:
         """SHA-256, in hex, of the traced step's key, the part and the shapes and dtypes of its

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import util
 from typing import Annotated, Any, Literal
 
@@ -28,6 +28,8 @@ TPU_REMEDY = (
     "device.backend=cpu"
 )
 
+SPARES_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
 log = logging.getLogger(__name__)
 
 
@@ -38,6 +40,10 @@ class XlaDevice(Device):
     torch_device = torch.device("cpu")
     on_host = True
     supported_dtypes = (torch.bfloat16, torch.float32)
+    compiler_options: Mapping[str, str]
+    """XLA's, for every program. On a CPU its own order of operations gathers the contexts of all
+    layers before the first is attended: 4,344 MB for 16 sequences of 2,048 tokens through the
+    demo's model, and 100 MB in the order that spares memory."""
 
     def __init__(
         self,
@@ -51,6 +57,7 @@ class XlaDevice(Device):
         default_dtype: str,
     ) -> None:
         self.jax, self.backend, self.chips = jax, backend, chips
+        self.compiler_options = SPARES_MEMORY if backend == "cpu" else {}
         self._budget = None if memory_budget is None else parse_size(memory_budget, "memory_budget")
         self.default_dtype = torch.float32 if backend == "cpu" else torch.bfloat16
         if default_dtype != "auto":

@@ -234,7 +234,11 @@ class TpuProgram(ModelProgram):
     def compile_for(self, function: Any, args: Sequence[Any]) -> Any:
         """The jitted ``function``, a part of the step, compiled for the shapes of ``args``."""
         with kept_programs(self._jax, self.cache_dir):
-            return function.lower(*args).compile()
+            return self.compiled_of(function.lower(*args))
+
+    def compiled_of(self, lowered: Any) -> Any:
+        """What XLA makes of it."""
+        return lowered.compile(compiler_options=self._device.compiler_options)
 
     def close(self) -> None:
         for function, *_ in self._compiled:  # JAX itself would keep what it traced
