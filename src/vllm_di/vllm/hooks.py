@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_di.errors import ConfigError
 from vllm_di.vllm import versions
 from vllm_di.vllm.errors import plain
+from vllm_di.vllm.extending import path_of
 from vllm_di.vllm.sources import KEY, from_environment, overrides_of
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Hooks:
             if assembled is None or held is None:
                 return base
             if assembled.choices.is_ours("communicator"):
-                return f"vllm_di.vllm.adapters.communicator.{base.replace('.', '/')}"
+                return path_of("vllm_di.vllm.adapters.communicator", base)
             return f"{held.__module__}.{held.__qualname__}"
 
 
@@ -170,7 +171,7 @@ def install(assembled: Assembled, config: Any) -> None:
     }  # for the workers, and for the key of vLLM's compile cache
     if not str(parallel.worker_cls).startswith("vllm_di.vllm.worker."):
         base = _path(assembled, "worker") or parallel.worker_cls
-        parallel.worker_cls = f"vllm_di.vllm.worker.{base.replace('.', '/')}"
+        parallel.worker_cls = path_of("vllm_di.vllm.worker", base)
     if "scheduler" in choices.chosen:
         config.scheduler_config.scheduler_cls = _path(assembled, "scheduler")
     if "executor" in choices.chosen:

@@ -9,21 +9,18 @@ with ``/`` for dots.
 from __future__ import annotations
 
 import functools
-import importlib
 from contextlib import ExitStack
 from typing import Any
 
 from vllm_di.errors import ConfigError
 from vllm_di.vllm.assembled import Assembled, current
 from vllm_di.vllm.errors import plain
+from vllm_di.vllm.extending import base_of
 from vllm_di.vllm.verify import held, verify
 
 
 def __getattr__(name: str) -> Any:
-    if "/" not in name:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, base = name.replace("/", ".").rpartition(".")
-    return worker_of(getattr(importlib.import_module(module), base))
+    return worker_of(base_of(__name__, name))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vllm_di.components.interfaces import BatchPlan, Model, ModelProgram, Placement
+from vllm_di.components.interfaces import BatchPlan, Model, ModelProgram, Placement, ShapePolicy
 from vllm_di.components.messages import KvGroup
 from vllm_di.containers.assembly import assemble
 from vllm_di.containers.fill import opened
@@ -25,6 +25,8 @@ Share = tuple[int, Sequence[int]]
 class Running:
     """A program with a cache of its own. Token ids are remembered by their number alone."""
 
+    block = BLOCK
+
     def __init__(self, model: Model, program: ModelProgram) -> None:
         self.model, self.program, self.caches = model, program, program.caches
         order = torch.randperm(
@@ -40,7 +42,9 @@ class Running:
             start, self.lengths[seq] = self.lengths[seq], self.lengths[seq] + len(ids)
             place = torch.arange(start, self.lengths[seq])
             positions.append(place)
-            slots.append(self.tables[seq, place // BLOCK].long() * BLOCK + place % BLOCK)
+            slots.append(
+                self.tables[seq, place // self.block].long() * self.block + place % self.block
+            )
         queries = [len(ids) for _, ids in shares]
         lengths = [self.lengths[seq] for seq, _ in shares]
         return BatchPlan(
@@ -59,6 +63,24 @@ class Running:
     def feed(self, shares: Sequence[Share], hidden: Tensor | None = None) -> Tensor:
         """-> logits [tokens, vocab], or what a stage that is not the last gives."""
         return self.program.run(self.plan(shares, hidden))
+
+
+class Padded(Running):
+    """Each batch as the shape policy pads it; block 0 is kept free for padding."""
+
+    def __init__(self, model: Model, program: ModelProgram, shapes: ShapePolicy) -> None:
+        super().__init__(model, program)
+        self.shapes = shapes
+        self.tables += 1
+
+    def feed(self, shares: Sequence[Share], hidden: Tensor | None = None) -> Tensor:
+        plan = self.plan(shares)
+        total = len(plan.token_ids)
+        padded = self.shapes.pad(plan)
+        if hidden is not None:
+            padded.hidden = hidden.new_zeros(len(padded.token_ids), hidden.shape[1])
+            padded.hidden[:total] = hidden
+        return self.program.run(padded)[:total]
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.ports.openvino.running import BLOCKS_PER_SEQUENCE, SEQUENCES, STEPS, Running, Share
+from tests.ports.openvino import running as by_hand
+from tests.ports.openvino.running import BLOCKS_PER_SEQUENCE, SEQUENCES, STEPS
 from torch import Tensor
 
 from vllm_di.components.interfaces import Model, Placement, ShapePolicy
@@ -19,22 +20,12 @@ ONE_SHAPE = ("scheduler.max_num_batched_tokens=128", "shapes.sizes=[128]")
 """One program is compiled for all of STEPS."""
 
 
-class Padded(Running):
-    """Each batch as the device is to see it. Token ids are remembered by their number alone."""
+class Padded(by_hand.Padded):
+    """With the program's own type."""
 
     def __init__(self, model: Model, program: TpuProgram, shapes: ShapePolicy) -> None:
-        super().__init__(model, program)
-        self.tpu, self.shapes = program, shapes
-        self.tables += 1  # block 0 is kept free for padding
-
-    def feed(self, shares: Sequence[Share], hidden: Tensor | None = None) -> Tensor:
-        plan = self.plan(shares)
-        total = len(plan.token_ids)
-        padded = self.shapes.pad(plan)
-        if hidden is not None:
-            padded.hidden = hidden.new_zeros(len(padded.token_ids), hidden.shape[1])
-            padded.hidden[:total] = hidden
-        return self.program.run(padded)[:total]
+        super().__init__(model, program, shapes)
+        self.tpu = program
 
 
 @contextmanager

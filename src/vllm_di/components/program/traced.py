@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from vllm_di.components.graph.eager import EagerGraph
 from vllm_di.components.interfaces import (
+    AttentionBackend,
     BatchPlan,
     Communicator,
     GraphPolicy,
@@ -75,6 +76,16 @@ def check_traceable(ops: OpTable, graph: GraphPolicy) -> None:
             f"graph: a compiled step has nothing for {type(graph).__name__} to record; "
             "take graph=eager"
         )
+
+
+def exported(attention: AttentionBackend, option: str) -> Build:
+    """``attention.export()``. Raises ConfigError; ``option`` is the platform's own attention, which
+    has one."""
+    try:
+        build: Build = attention.export()
+    except ConfigError as error:
+        raise ConfigError(f"{error}; on this platform attention={option} has, too") from None
+    return build
 
 
 def step_inputs(model: Model, build: Build, plan: BatchPlan) -> dict[str, Tensor]:

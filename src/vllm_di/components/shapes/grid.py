@@ -14,8 +14,7 @@ from vllm_di.components.interfaces import (
     ShapePolicy,
 )
 from vllm_di.components.shapes.padding import blank_of, pad_to
-from vllm_di.components.shapes.sizes import Count, Sizes, padding_slot
-from vllm_di.errors import ConfigError
+from vllm_di.components.shapes.sizes import Count, Sizes, padding_slot, refuse_mixed
 
 
 class GridShapes(ShapePolicy):
@@ -43,12 +42,7 @@ class GridShapes(ShapePolicy):
         report = limits.report()
         self._slot, self._max_tokens = padding_slot(limits), max_num_batched_tokens
         self._block_size = kv_layout.block_size
-        if report.mixed_steps or report.drafts:
-            key = "mixed_steps" if report.mixed_steps else "drafts"
-            raise ConfigError(
-                f"a step of shapes=grid is a prefill or a decode of one token each; set "
-                f"limits.{key}=false"
-            )
+        refuse_mixed(limits, "shapes=grid")
         rows = min(report.max_prefill_rows or max_num_seqs, max_num_seqs)
         self._decode_seqs = Sizes(
             "decode_seqs", decode_seqs, max_num_seqs, "lower scheduler.max_num_seqs"

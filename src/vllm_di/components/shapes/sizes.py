@@ -42,6 +42,16 @@ class Sizes:
         return self.sizes[place - 1] if place else 0
 
 
+def refuse_mixed(limits: SchedulerLimits, what: str) -> None:
+    """Raise ConfigError unless the scheduler keeps prefills and decodes apart."""
+    report = limits.report()
+    if report.mixed_steps or report.drafts:
+        key = "mixed_steps" if report.mixed_steps else "drafts"
+        raise ConfigError(
+            f"a step of {what} is a prefill or a decode of one token each; set limits.{key}=false"
+        )
+
+
 def padding_slot(limits: SchedulerLimits) -> int:
     """The slot of padding tokens: in block 0 where that is kept free for them."""
     return 0 if limits.report().null_block else -1

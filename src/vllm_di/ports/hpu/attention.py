@@ -23,8 +23,9 @@ from vllm_di.components.interfaces import (
     SchedulerLimits,
 )
 from vllm_di.components.products import matmul
+from vllm_di.components.shapes.sizes import refuse_mixed
 from vllm_di.errors import ConfigError
-from vllm_di.ports.hpu.shapes import FlatShape, refuse_mixed
+from vllm_di.ports.hpu.shapes import FlatShape
 from vllm_di.ports.hpu.vendor import fused_sdpa
 
 

@@ -15,8 +15,7 @@ from vllm_di.components.interfaces import (
     ShapePolicy,
 )
 from vllm_di.components.shapes.padding import blank_of, pad_to
-from vllm_di.components.shapes.sizes import Count, Sizes, padding_slot
-from vllm_di.errors import ConfigError
+from vllm_di.components.shapes.sizes import Count, Sizes, padding_slot, refuse_mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +121,6 @@ class HpuShapes(ShapePolicy):
         tokens = seqs * queries
         rows = tokens if scored else seqs
         return FlatShape(tokens, rows, seqs, self._columns, queries, context)
-
-
-def refuse_mixed(limits: SchedulerLimits, what: str) -> None:
-    """Raise ConfigError unless the scheduler keeps prefills and decodes apart."""
-    report = limits.report()
-    if report.mixed_steps or report.drafts:
-        key = "mixed_steps" if report.mixed_steps else "drafts"
-        raise ConfigError(
-            f"a step of {what} is a prefill or a decode of one token each; set limits.{key}=false"
-        )
 
 
 def _up_to(key: str, sizes: list[int], most: int) -> Sizes:

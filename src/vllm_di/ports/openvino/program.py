@@ -27,7 +27,13 @@ from vllm_di.components.interfaces import (
 from vllm_di.components.kv_groups import Groups
 from vllm_di.components.messages import KvGroup
 from vllm_di.components.program.compile_cache import compile_key
-from vllm_di.components.program.traced import TracedStep, check_traceable, step_inputs, trace_step
+from vllm_di.components.program.traced import (
+    TracedStep,
+    check_traceable,
+    exported,
+    step_inputs,
+    trace_step,
+)
 from vllm_di.components.shapes.padding import without_padding
 from vllm_di.errors import ConfigError, PortError
 from vllm_di.ports.openvino.convert import convert
@@ -64,10 +70,7 @@ class OpenVinoProgram(ModelProgram):
                 f"a compiled step cannot wait for {communicator.world_size} ranks; "
                 "take executor.tensor_parallel_size=1"
             )
-        try:
-            self._build = attention.export()
-        except ConfigError as error:
-            raise ConfigError(f"{error}; on this platform attention=openvino has, too") from None
+        self._build = exported(attention, "openvino")
         self._pool: list[LayerCache] = []
         self._num_compiles = 0
         self._groups: Groups

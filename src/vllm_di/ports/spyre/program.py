@@ -26,7 +26,13 @@ from vllm_di.components.interfaces import (
 )
 from vllm_di.components.kv_groups import Groups
 from vllm_di.components.messages import KvGroup
-from vllm_di.components.program.traced import TracedStep, check_traceable, step_inputs, trace_step
+from vllm_di.components.program.traced import (
+    TracedStep,
+    check_traceable,
+    exported,
+    step_inputs,
+    trace_step,
+)
 from vllm_di.errors import ConfigError, PortError
 from vllm_di.ports.spyre.device import spyre_device
 from vllm_di.ports.spyre.kv_layout import SpyreLayout
@@ -68,10 +74,7 @@ class SpyreProgram(ModelProgram):
                 f"{kv_layout.name!r}; take kv_layout=spyre"
             )
         self._model, self._layout, self._communicator = model, kv_layout, communicator
-        try:
-            self._build = attention.export()
-        except ConfigError as error:
-            raise ConfigError(f"{error}; on this platform attention=spyre has, too") from None
+        self._build = exported(attention, "spyre")
         self._groups: Groups
         self._step: TracedStep
         self._pool: list[LayerCache] = []

@@ -30,6 +30,7 @@ from vllm_di.components.messages import KvGroup
 from vllm_di.components.program.traced import (
     TracedStep,
     check_traceable,
+    exported,
     step_inputs,
     trace_step,
 )
@@ -80,12 +81,7 @@ class TpuProgram(ModelProgram):
                 f"executor.tensor_parallel_size {ranks}: one process drives all chips; take "
                 f"executor.tensor_parallel_size=1 device.chips={ranks}"
             )
-        try:
-            self._build = attention.export()
-        except ConfigError as error:
-            raise ConfigError(
-                f"{error}; on this platform attention={self.option} has, too"
-            ) from None
+        self._build = exported(attention, self.option)
         self._groups: Groups
         self.arrays: list[Any] = []
         """The cache: the tensors of each place of the pool, in order."""

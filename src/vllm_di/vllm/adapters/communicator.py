@@ -5,7 +5,6 @@ which this is a subclass."""
 from __future__ import annotations
 
 import functools
-import importlib
 import socket
 from contextlib import ExitStack
 from typing import Any
@@ -19,14 +18,12 @@ from vllm_di.errors import ConfigError
 from vllm_di.parts import open_parts
 from vllm_di.vllm.assembled import current
 from vllm_di.vllm.errors import plain
+from vllm_di.vllm.extending import base_of
 
 
 def __getattr__(name: str) -> Any:
     """``vllm/distributed/.../CpuCommunicator``: the adapter on top of that class."""
-    if "/" not in name:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, base = name.replace("/", ".").rpartition(".")
-    return group_communicator(getattr(importlib.import_module(module), base))
+    return group_communicator(base_of(__name__, name))
 
 
 @functools.cache

@@ -107,21 +107,19 @@ def torch_ops() -> SimpleNamespace:
             torch.empty(residual.shape, dtype=residual.dtype, device=x.device),
         )
 
-    @torch.library.custom_op("vllm_di::silu_and_mul", mutates_args=())
-    def silu_and_mul(engine: str, x: Tensor) -> Tensor:
-        return held[engine].silu_and_mul(x)
+    def gate(name: str) -> Any:
+        """The op ``name`` of x [..., 2 d]."""
 
-    @silu_and_mul.register_fake
-    def _(engine: str, x: Tensor) -> Tensor:
-        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+        @torch.library.custom_op(f"vllm_di::{name}", mutates_args=())
+        def gated(engine: str, x: Tensor) -> Tensor:
+            out: Tensor = getattr(held[engine], name)(x)
+            return out
 
-    @torch.library.custom_op("vllm_di::gelu_tanh_and_mul", mutates_args=())
-    def gelu_tanh_and_mul(engine: str, x: Tensor) -> Tensor:
-        return held[engine].gelu_tanh_and_mul(x)
+        @gated.register_fake
+        def _(engine: str, x: Tensor) -> Tensor:
+            return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
-    @gelu_tanh_and_mul.register_fake
-    def _(engine: str, x: Tensor) -> Tensor:
-        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+        return gated
 
     @torch.library.custom_op("vllm_di::rotary_embedding", mutates_args=())
     def rotary_embedding(
@@ -161,8 +159,8 @@ def torch_ops() -> SimpleNamespace:
         held=held,
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
-        silu_and_mul=silu_and_mul,
-        gelu_tanh_and_mul=gelu_tanh_and_mul,
+        silu_and_mul=gate("silu_and_mul"),
+        gelu_tanh_and_mul=gate("gelu_tanh_and_mul"),
         rotary_embedding=rotary_embedding,
     )
 
