@@ -44,7 +44,7 @@ class OpenVinoDevice(Device):
         memory_budget: str | int | None,
         default_dtype: str,
     ) -> None:
-        self._core = load_openvino().Core()
+        self._core: Any = load_openvino().Core()
         if "CPU" not in self._core.available_devices:
             raise PortError(
                 "OpenVINO has no CPU plugin here; it offers "
@@ -103,6 +103,7 @@ class OpenVinoDevice(Device):
         return self._host.zeros(shape, dtype)
 
     def close(self) -> None:
+        self._core = None  # it has threads
         self._host.close()
 
 
