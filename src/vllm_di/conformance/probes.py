@@ -121,7 +121,8 @@ def starved(base: type, slot: str) -> type:
             STARVED[0] -= 1
             if STARVED[0] < 0:
                 STARVED.clear()
-                raise torch.OutOfMemoryError("injected")
+                sequences = sum(count > 0 for count in args[0].query_lens_host)
+                raise torch.OutOfMemoryError(f"injected into {sequences}")
         return base.run(self, *args)  # type: ignore[attr-defined]
 
     return _made("Starved", base, run=run)
