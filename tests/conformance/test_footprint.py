@@ -1,4 +1,4 @@
-"""Resident bytes are those in use: what the allocator keeps free neither hides a leak nor is one."""
+"""Resident bytes are those in use: a free heap neither hides a leak nor looks like one."""
 
 from __future__ import annotations
 

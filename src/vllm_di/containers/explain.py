@@ -12,7 +12,8 @@ import msgspec
 from dependency_injector.containers import DeclarativeContainer
 
 from vllm_di.components.interfaces import INTERFACE_VERSION, OpTable, Placement
-from vllm_di.containers.assembly import MISSING, Assembly
+from vllm_di.containers.assembly import Assembly
+from vllm_di.containers.checkpoint import MISSING
 from vllm_di.containers.fill import opened
 from vllm_di.containers.schema import check
 from vllm_di.containers.slots import (
