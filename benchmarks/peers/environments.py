@@ -10,7 +10,7 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from vllm_di.kernels.build import usable_isas
+from vllm_di.kernels.isa import usable_isas
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / ".peers"

@@ -16,14 +16,12 @@ from vllm_di.components.ops.table import SelectedOps
 from vllm_di.errors import ConfigError
 from vllm_di.kernels.build import (
     COMPILING,
-    ISA_FLAGS,
-    NEEDED,
     BuildError,
     build,
     loaded_openmp,
     main,
-    usable_isas,
 )
+from vllm_di.kernels.isa import ISA_FLAGS, NEEDED, hindrance, usable_isas
 from vllm_di.progress import shown
 
 SMALL = "generic"
@@ -161,7 +159,7 @@ def test_prebuilt_libraries_need_no_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["build", str(tmp_path)])
-    best = usable_isas()[0]
+    best = next(isa for isa in usable_isas() if not hindrance(isa))
     monkeypatch.setattr("vllm_di.kernels.build.ISA_FLAGS", {best: ISA_FLAGS[best]})
     main()
     monkeypatch.setenv("PATH", "/nowhere")
@@ -175,7 +173,7 @@ def test_prebuilt_libraries_need_no_compiler(
 def test_an_instruction_set_that_the_cpu_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_di.components.ops.cpu.usable_isas", lambda: ["avx2", "generic"])
+    monkeypatch.setattr("vllm_di.kernels.isa.usable_isas", lambda: ["avx2", "generic"])
     with pytest.raises(ConfigError, match="isa=avx512: this CPU does not have it; it has avx2"):
         make(tmp_path, isa="avx512")
 

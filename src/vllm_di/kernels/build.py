@@ -17,6 +17,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vllm_di.cache import is_whole, obtain, user_cache
+from vllm_di.kernels.isa import (
+    AMX,
+    ISA_FLAGS,
+    compiler_lacks_tiles,
+    find_compiler,
+    first_error,
+    flags_of,
+)
 from vllm_di.progress import tell
 
 log = logging.getLogger(__name__)
@@ -35,25 +43,6 @@ COMMON_FLAGS: tuple[str, ...] = (
     "-Wno-psabi",
 )
 """NaN and infinities keep their meaning: no -ffast-math."""
-_WIDE = ("-march=x86-64-v4", "-mprefer-vector-width=512")
-ISA_FLAGS = {
-    "avx512_bf16": (*_WIDE, "-mavx512bf16", "-mavx512vnni"),
-    "avx512": _WIDE,
-    "avx2": ("-march=x86-64-v3",),
-    "generic": (),
-}
-"""Instruction sets, best first, with the flags that a kernel of it is compiled with."""
-_V3 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"}
-_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-NEEDED: dict[str, set[str]] = {
-    "avx512_bf16": _V4 | {"avx512_bf16", "avx512_vnni"},
-    "avx512": _V4,
-    "avx2": _V3,
-    "generic": set(),
-}
-"""CPU flags (names of /proc/cpuinfo) that the code of an instruction set may use: the levels of the
-x86-64 psABI."""
-
 
 COMPILING = "compiling kernels (once for this machine)"
 
@@ -66,16 +55,6 @@ class Built(NamedTuple):
     library: ctypes.CDLL
     note: str
     """What a person should know of it: that the cache could not be used, say. Mostly empty."""
-
-
-def usable_isas() -> list[str]:
-    """The instruction sets that this CPU has, best first."""
-    try:
-        rows = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        rows = []
-    flags = set(next((r for r in rows if r.startswith("flags")), "").partition(":")[2].split())
-    return [isa for isa, needed in NEEDED.items() if needed <= flags]
 
 
 def default_cache() -> Path:
@@ -133,7 +112,7 @@ def build(isa: str, cache: Path, openmp: Path | None) -> Built:
 def recipe(isa: str, cache: Path, openmp: Path | None) -> Recipe:
     """How ``build`` makes it. The name in the cache is a hash of sources, flags, compiler and
     runtime. Raises BuildError where there is no compiler."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
+    compiler = find_compiler()
     if compiler is None:
         raise BuildError("no C++ compiler: neither g++ nor clang++ is on the PATH")
     clang = Path(compiler).name.startswith("clang")
@@ -141,7 +120,7 @@ def recipe(isa: str, cache: Path, openmp: Path | None) -> Recipe:
         runtime = "-fopenmp"  # clang's code does not run on GNU's runtime
     else:
         runtime = str(openmp)
-    flags = [*COMMON_FLAGS, *ISA_FLAGS[isa]]
+    flags = [*COMMON_FLAGS, *flags_of(isa)]
     digest = hashlib.sha256(_sources().encode())
     for part in (compiler, _version(compiler), *flags, runtime):
         digest.update(part.encode() + b"\0")
@@ -206,11 +185,11 @@ def _compile(target: Path, command: list[str], runtime: str) -> None:
                 tell(f"{COMPILING}: {count} of {total} units")
         for unit in units:
             if unit.result().returncode:
-                raise BuildError(f"{compiler} failed: {_first_error(unit.result().stderr)}")
+                raise BuildError(f"{compiler} failed: {first_error(unit.result().stderr)}")
         link = [command[0], "-shared", *objects, runtime, "-o", str(target)]
         done = subprocess.run(link, capture_output=True, text=True)
         if done.returncode:
-            raise BuildError(f"{compiler} failed to link: {_first_error(done.stderr)}")
+            raise BuildError(f"{compiler} failed to link: {first_error(done.stderr)}")
     tell("kernels are compiled; loading")
 
 
@@ -218,21 +197,19 @@ def main() -> None:
     """``python -m vllm_di.kernels.build FOLDER``: every instruction set, to be shipped."""
     if len(sys.argv) != 2:
         raise SystemExit("usage: python -m vllm_di.kernels.build FOLDER")
-    compiler = shutil.which("g++") or shutil.which("clang++")
+    compiler = find_compiler()
     if compiler is None:
         raise SystemExit("no C++ compiler: neither g++ nor clang++ is on the PATH")
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for isa, flags in ISA_FLAGS.items():
+        if isa == AMX and (why := compiler_lacks_tiles()):
+            sys.stdout.write(f"no cpu-{isa}: {why}\n")
+            continue
         target = folder / f"cpu-{isa}-{_sources()}.so"
         command = [compiler, *COMMON_FLAGS, *flags]
         obtain(target, functools.partial(_compile, command=command, runtime="-fopenmp"))
         sys.stdout.write(f"{target}\n")
-
-
-def _first_error(text: str) -> str:
-    lines = [line for line in text.splitlines() if "error" in line] or text.splitlines()
-    return lines[0] if lines else "no message"
 
 
 if __name__ == "__main__":

@@ -10,17 +10,25 @@ from torch import Tensor
 from vllm_di.components.device.host import HostDevice
 from vllm_di.components.ops.cpu import CpuOps
 from vllm_di.components.ops.torch import TorchOps
-from vllm_di.kernels.build import usable_isas
+from vllm_di.kernels.isa import EMULATED, hindrance, usable_isas
 
-ISAS = usable_isas()
+ISAS = [*(isa for isa in usable_isas() if not hindrance(isa)), EMULATED]
 REFERENCE = TorchOps()
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @functools.cache
 def library(isa: str) -> CpuOps:
+    """Where it has tile registers, every product in bf16 goes there: the rest is another isa's."""
     device = HostDevice(threads=2, memory_budget=None, default_dtype="float32")
-    return CpuOps(device, isa=isa, compile="require", cache=None, rows_for_onednn=None)  # type: ignore[arg-type]
+    return CpuOps(
+        device,
+        isa=isa,  # type: ignore[arg-type]
+        compile="require",
+        cache=None,
+        rows_for_onednn=None,
+        rows_for_tiles=1,
+    )
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

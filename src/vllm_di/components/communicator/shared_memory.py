@@ -21,7 +21,8 @@ from vllm_di.components.device.sizes import parse_size
 from vllm_di.components.interfaces import Communicator, Device, Placement
 from vllm_di.errors import ConfigError, EngineDeadError
 from vllm_di.kernels.bindings import GroupKernels, Kernel
-from vllm_di.kernels.build import BuildError, build, default_cache, loaded_openmp, usable_isas
+from vllm_di.kernels.build import BuildError, build, default_cache, loaded_openmp
+from vllm_di.kernels.isa import choose_isa
 
 KINDS = {
     torch.float32: 0,
@@ -73,7 +74,7 @@ class SharedMemoryCommunicator(Communicator):
         size = max(unit, parse_size(piece, "piece") // unit * unit)
         try:
             folder = Path(cache).expanduser() if cache else default_cache()
-            self._kernels = GroupKernels(build(usable_isas()[0], folder, loaded_openmp()).library)
+            self._kernels = GroupKernels(build(choose_isa().isa, folder, loaded_openmp()).library)
         except BuildError as error:
             raise ConfigError(f"communicator=shared_memory needs its kernels: {error}") from None
         if len(os.sched_getaffinity(0)) < self.world_size:

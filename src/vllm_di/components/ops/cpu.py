@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm_di.cache import is_whole
 from vllm_di.components import products
 from vllm_di.components.interfaces import Activation, Device, OpLibrary, Recorder, Replay
+from vllm_di.components.ops.cpu_isa import select_isa
 from vllm_di.components.ops.cpu_packing import (
     TYPES,
     PackedBytes,
@@ -32,7 +33,6 @@ from vllm_di.kernels.build import (
     default_cache,
     loaded_openmp,
     recipe,
-    usable_isas,
 )
 from vllm_di.kernels.build import prebuilt as find_prebuilt
 from vllm_di.kernels.memory import Pool
@@ -60,19 +60,19 @@ class CpuOps(OpLibrary):
         self,
         device: Device,
         *,
-        isa: Literal["auto", "avx512_bf16", "avx512", "avx2", "generic"],
+        isa: Literal["auto", "amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "generic"],
         compile: Literal["auto", "require"],
         cache: str | None,
         prebuilt: str | None = None,
         rows_for_onednn: Annotated[int, msgspec.Meta(ge=1)] | None,
+        rows_for_tiles: Annotated[int, msgspec.Meta(ge=1)] = 32,
     ) -> None:
-        usable = usable_isas()
-        if isa != "auto" and isa not in usable:
-            raise ConfigError(f"isa={isa}: this CPU does not have it; it has {', '.join(usable)}")
+        shipped = Path(prebuilt).expanduser() if prebuilt else None
+        choice = select_isa(isa, shipped)
         if device.torch_device != torch.device("cpu"):  # kernels take addresses of host memory
             raise ConfigError(f"ops=cpu runs on the host, not on {device.torch_device}")
-        self.isa = usable[0] if isa == "auto" else isa
-        self._rows_for_onednn = rows_for_onednn
+        self.isa = choice.isa
+        self._rows_for_onednn, self._rows_for_tiles = rows_for_onednn, rows_for_tiles
         self._reference = TorchOps()
         self.threads = torch.get_num_threads()
         self._empty: Allocate = _empty
@@ -80,7 +80,7 @@ class CpuOps(OpLibrary):
         """Rows to outputs that nobody has had."""
         try:
             folder = Path(cache).expanduser() if cache else default_cache()
-            ready = find_prebuilt(self.isa, Path(prebuilt).expanduser()) if prebuilt else None
+            ready = find_prebuilt(self.isa, shipped) if shipped else None
             built = ready or self._build(folder)
         except BuildError as error:
             if compile == "require":
@@ -91,7 +91,9 @@ class CpuOps(OpLibrary):
             self._where = str(error)
             return
         note = UNBUILT if built is None else built.note
-        self._where = f"cpu ({'; '.join(filter(None, (self.isa, 'fp16: torch', note)))})"
+        passed_over = [f"no {better}: {why}" for better, why in choice.passed_over.items()]
+        parts = (self.isa, *passed_over, "fp16: torch", note)
+        self._where = f"cpu ({'; '.join(filter(None, parts))})"
         if built is not None:
             self._bind(built)
 
@@ -119,6 +121,7 @@ class CpuOps(OpLibrary):
         self._packed_rows = kernels.packed_rows
         self._group_rows = kernels.group_rows
         self._quantized = kernels.quantized_linear
+        self._has_tiles = bool(kernels.has_tiles())
         self.kernels = kernels
 
     def describe(self) -> dict[str, str]:
@@ -294,6 +297,7 @@ class CpuOps(OpLibrary):
             stride,
             TYPES[out.dtype],
             gate,
+            self._has_tiles and len(x) >= self._rows_for_tiles,
             self.threads,
         )
         return out if out.dtype is dtype else out.to(dtype)

@@ -2,7 +2,7 @@
 //
 // Weights are packed in pairs of panels of 16 outputs (tile.h): [k / 2][2][16][2] in bf16, [k][2][16] in fp32. With few rows
 // the product is as fast as weights come from memory.
-#include "product.h"
+#include "tiled.h"
 
 template <typename S>
 struct Linear {
@@ -23,15 +23,42 @@ struct Linear {
   }
 };
 
-// bf16: k and x_stride are even.
+#if defined(__AMX_TILE__) || defined(EMULATE_TILES)
+// The same in bf16 by tile registers. Sums come out in another order than those of Linear.
+struct TiledLinear {
+  const uint32_t *x, *weights;
+  int64_t rows, steps, x_stride;
+  Output to;
+
+  int64_t work() const { return rows * to.pairs() * kPair * steps; }
+  void run(const Team& team) const {
+    const TileRows in = TileRows::make(team, x, rows, steps, x_stride);
+    over_blocks<DotBf16>(team, in, weights, rows, to.pairs(), steps, [&](const float* sums, int64_t row, int64_t pair) {
+      to.put(load16(sums), load16(sums + kLanes), row, pair);
+    });
+  }
+};
+#endif
+
+// bf16: k and x_stride are even. tiled: by tile registers, which a library has or not (has_tiles), for bf16 alone.
 EXPORT void linear(int dtype, const void* x, const void* weights, const void* bias, void* out, int bias_dtype,
-                   int64_t rows, int64_t n, int64_t k, int64_t x_stride, int out_dtype, int gate, int threads) {
+                   int64_t rows, int64_t n, int64_t k, int64_t x_stride, int out_dtype, int gate, int tiled, int threads) {
   const Output to{out, bias, n, out_dtype, bias_dtype, Gate(gate)};
-  if (dtype == 0)
+  if (dtype == 0) {
     submit(Linear<float>{(const float*)x, (const float*)weights, rows, k, x_stride, to}, threads);
-  else
-    submit(Linear<uint32_t>{(const uint32_t*)x, (const uint32_t*)weights, rows, k / 2, x_stride / 2, to}, threads);
+    return;
+  }
+#if defined(__AMX_TILE__) || defined(EMULATE_TILES)
+  if (tiled) {
+    reserve(TileRows::workspace(rows, k / 2));
+    submit(TiledLinear{(const uint32_t*)x, (const uint32_t*)weights, rows, k / 2, x_stride / 2, to}, threads);
+    return;
+  }
+#endif
+  submit(Linear<uint32_t>{(const uint32_t*)x, (const uint32_t*)weights, rows, k / 2, x_stride / 2, to}, threads);
 }
+
+EXPORT int has_tiles() { return kTiles; }
 
 // Rows of a packed weight: words of one lane, step after step.
 struct PackedRows {

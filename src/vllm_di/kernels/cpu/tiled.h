@@ -1,0 +1,115 @@
+// Products by tile registers (tiles.h), for many rows: 32 rows of x times 32 outputs a block, from the same packed weights as
+// the other products read.
+#pragma once
+#include "product.h"
+#include "tiles.h"
+
+#if defined(__AMX_TILE__) || defined(EMULATE_TILES)
+
+static const int64_t kBlockRows = 2 * kTileHeight;
+static const int64_t kBlockWords = kTileHeight * kTileWidth;  // of a register
+
+// x as registers read it: [rows in 16s][steps in 16s][16][16] words, in the team's workspace; the rest is 0. A row of x may
+// be a power of two long, and 16 such rows would fall on the same lines of the first-level cache.
+struct TileRows {
+  const uint32_t* blocks;
+  int64_t columns;  // registers along k
+
+  static int64_t rows_of(int64_t rows) { return (rows + kTileHeight - 1) / kTileHeight; }
+  static int64_t columns_of(int64_t steps) { return (steps + kTileWidth - 1) / kTileWidth; }
+  static size_t workspace(int64_t rows, int64_t steps) { return size_t(rows_of(rows) * columns_of(steps) * kBlockWords); }
+
+  const uint32_t* row(int64_t row) const { return blocks + row / kTileHeight * columns * kBlockWords; }
+
+  // x_stride counts words.
+  static TileRows make(const Team& team, const uint32_t* x, int64_t rows, int64_t steps, int64_t x_stride) {
+    const int64_t columns = columns_of(steps), padded = rows_of(rows) * kTileHeight;
+    uint32_t* to = (uint32_t*)team.shared->workspace.data();
+    for (int64_t r = team.first(padded); r < team.last(padded); r++) {
+      uint32_t* at = to + (r / kTileHeight * columns * kTileHeight + r % kTileHeight) * kTileWidth;
+      for (int64_t c = 0; c < columns; c++, at += kBlockWords) {
+        const int64_t count = r < rows ? std::min(kTileWidth, steps - c * kTileWidth) : 0;
+        std::memcpy(at, x + r * x_stride + c * kTileWidth, size_t(4 * count));
+        std::memset(at + count, 0, size_t(4 * (kTileWidth - count)));
+      }
+    }
+    team.barrier();
+    return TileRows{to, columns};
+  }
+};
+
+struct DotBf16 {
+  typedef float Sum;
+};
+struct DotInt8 {
+  typedef int32_t Sum;
+};
+// c += a times b, for the kind of operand; a macro, as registers are literals.
+#define TILE_DOT(Dot, c, a, b)              \
+  if (std::is_same<Dot, DotBf16>::value)    \
+    tile_dot_bf16(c, a, b);                 \
+  else                                      \
+    tile_dot_int8(c, a, b)
+
+// One block: `rows` 16 or 32 rows of x from `x`, times a pair of panels -> sums [32][32]. `tail`: the last steps of the pair,
+// [16][32], where `steps` are no multiple of 16. ahead: what is asked for meanwhile, two lines of each 16 steps.
+template <typename Dot>
+static inline void multiply_block(typename Dot::Sum (&sums)[kBlockRows][kPair], const TileRows& in, int64_t row, bool both,
+                                  const uint32_t* weights, const uint32_t* tail, int64_t steps, const char* ahead,
+                                  int64_t ahead_step) {
+  const int64_t in_step = kTileWidth * 4, b_step = kPair * 4, whole = steps / kTileHeight;
+  const uint32_t *x = in.row(row), *other = in.row(row + kTileHeight);
+  tile_zero(0);
+  tile_zero(1);
+  tile_zero(2);
+  tile_zero(3);
+  for (int64_t k = 0; k < in.columns; k++) {
+    const uint32_t* b = k < whole ? weights + k * kTileHeight * kPair : tail;
+    for (int64_t i = 0; i < ahead_step; i += kLine) __builtin_prefetch(ahead + k * ahead_step + i, 0, 2);
+    tile_load(6, b, b_step);
+    tile_load(4, x + k * kBlockWords, in_step);
+    TILE_DOT(Dot, 0, 4, 6);
+    tile_load(7, b + kLanes, b_step);
+    TILE_DOT(Dot, 1, 4, 7);
+    if (both) {
+      tile_load(5, other + k * kBlockWords, in_step);
+      TILE_DOT(Dot, 2, 5, 6);
+      TILE_DOT(Dot, 3, 5, 7);
+    }
+  }
+  const int64_t out_step = kPair * 4;
+  tile_store(0, sums[0], out_step);
+  tile_store(1, sums[0] + kLanes, out_step);
+  tile_store(2, sums[kTileHeight], out_step);
+  tile_store(3, sums[kTileHeight] + kLanes, out_step);
+}
+
+// Calls put(sums of a row [32], row, pair) for all rows of x [rows, steps] times `pairs` of panels of weights, of this
+// thread's share.
+template <typename Dot, typename Put>
+static inline void over_blocks(const Team& team, const TileRows& in, const uint32_t* weights, int64_t rows, int64_t pairs,
+                               int64_t steps, const Put& put) {
+  typedef typename Dot::Sum Sum;
+  const int64_t size = steps * kPair, left = steps % kTileHeight;
+  alignas(64) uint32_t tail[kTileHeight * kPair] = {};
+  alignas(64) Sum sums[kBlockRows][kPair];
+  tile_config();
+  share_out(team, rows, pairs, [&](int64_t pair, int64_t last, int64_t row, int64_t end) {
+    // the next pair comes from memory meanwhile, a part of it by each block
+    const int64_t blocks = (end - row + kBlockRows - 1) / kBlockRows;
+    const int64_t part = (4 * size / blocks / in.columns + kLine - 1) / kLine * kLine;
+    for (; pair < last; pair++) {
+      const uint32_t* at = weights + pair * size;
+      std::memcpy(tail, at + (steps - left) * kPair, size_t(4 * left * kPair));
+      const char* next = (const char*)(at + size);
+      const int64_t ahead = pair + 1 < last ? part : 0;
+      for (int64_t r = row; r < end; r += kBlockRows, next += ahead * in.columns) {
+        multiply_block<Dot>(sums, in, r, end - r > kTileHeight, at, tail, steps, next, ahead);
+        for (int64_t i = 0; i < std::min(kBlockRows, end - r); i++) put(sums[i], r + i, pair);
+      }
+    }
+  });
+  tile_release();
+}
+
+#endif
