@@ -23,7 +23,7 @@ from vllm_di.components.kv_layout.hnd import HndLayout
 from vllm_di.components.loader.gguf import GgufLoader
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
-from vllm_di.components.quantization.gguf import GgufQuantization
+from vllm_di.components.quantization.kept import KeptWeights
 from vllm_di.components.quantization.none import NoQuantization
 from vllm_di.components.quantization.rounded import RoundedWeights
 from vllm_di.models.checkpoint import describe
@@ -36,7 +36,7 @@ KINDS: dict[str, Callable[[OpTable], Quantization]] = {
     "none": NoQuantization,
     "int8": partial(RoundedWeights, bits=8, scales="channel"),
     "int4": partial(RoundedWeights, bits=4, scales="group"),
-    "gguf": GgufQuantization,
+    "gguf": KeptWeights,
 }
 
 

@@ -19,7 +19,7 @@ class QuantizedWeight:
     """weight = scale * q + offset, for a group of weights along ``in``, or for a whole row."""
 
     q: Tensor  # [out, in] uint8; below 16 where bits is 4
-    scale: Tensor  # [out, in / group]: fp16 by group, fp32 by channel
+    scale: Tensor  # [out, in / group]: fp16 or fp32 by group, fp32 by channel
     offset: Tensor  # [out, in / group], like scale
     bits: int  # 4 or 8
 
@@ -33,9 +33,9 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        """What it takes in memory when it is packed."""
-        size = self.scale.element_size() + self.offset.element_size()
-        return self.q.numel() * self.bits // 8 + self.scale.numel() * size
+        """What it takes in memory when it is packed: scale and offset of a group in fp16, or the
+        scale of a row in fp32."""
+        return self.q.numel() * self.bits // 8 + self.scale.numel() * 4
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[out, in], computed in fp32."""
@@ -48,8 +48,11 @@ class QuantizedWeight:
         return QuantizedWeight(self.q[index], self.scale[index], self.offset[index], self.bits)
 
     def columns(self, span: slice) -> QuantizedWeight:
-        """Raises ValueError for a span that cuts a group."""
+        """Raises ValueError for a span that cuts a group. One scale a row holds for any part of the
+        row; kernels take it by whole groups of 32."""
         start, stop, _ = span.indices(self.shape[1])
+        if self.scale.shape[1] == 1 and start % GROUP == stop % GROUP == 0:
+            return QuantizedWeight(self.q[:, span], self.scale, self.offset, self.bits)
         if start % self.group or stop % self.group:
             raise ValueError(f"inputs {start} to {stop} cut a group of {self.group} weights")
         groups = slice(start // self.group, stop // self.group)

@@ -43,6 +43,7 @@ def resolve_checkpoint(tree: ConfigTree, composition: Composition, incomplete: b
     loader = composition.choices["loader"][0]
     registered = _pop_architectures(composition)
     takes_sampling = _takes_sampling(composition)
+    config: dict[str, Any] = {}
     if values.model_name is None:
         found_by_path = option == "local" or chosen.chosen_by == "checkpoint"
         named = not found_by_path or model.get("path") is None
@@ -87,6 +88,22 @@ def resolve_checkpoint(tree: ConfigTree, composition: Composition, incomplete: b
                 f"{Path(description.weights).name} is {description.format}",
             )
     _fall_back(composition)
+    _keep_quantized(tree, composition, config)
+
+
+def _keep_quantized(tree: ConfigTree, composition: Composition, config: dict[str, Any]) -> None:
+    """Take ``quantization=checkpoint`` for quantised safetensors, where the platform declares it
+    and nobody chose another."""
+    from vllm_di.components.loader.scheme import read_scheme
+
+    values, option = composition.values, "checkpoint"
+    declared = OmegaConf.select(values, "platform.capabilities.quantization")
+    keeps = OmegaConf.is_list(declared) and option in declared
+    foreign = values.model.get("_target_") == TRANSFORMERS_MODEL
+    if not keeps or foreign or _is_chosen(composition, "quantization"):
+        return
+    if composition.choices["loader"][0] == "safetensors" and (scheme := read_scheme(config)):
+        replace_option(tree, composition, "quantization", option, f"config.json: {scheme}")
 
 
 def _note_missing(composition: Composition) -> None:

@@ -113,6 +113,7 @@ class Decoder(nn.Module, Model):
         self.eos_token_ids = c.eos_token_ids or []
         self._quantization, self._device = quantization, parts.device
         self.takes_quantized = quantization.takes_quantized
+        self._takes: set[str] | None = None
         self.embedding = parts.vocabulary() if self.first else None
         self._vocabulary = parts.vocabulary
         shared = self.embedding if c.tie_word_embeddings else None
@@ -174,7 +175,7 @@ class Decoder(nn.Module, Model):
         table = own_head = None
         left_out: list[str] = []
         for raw, tensor in weights:
-            name = raw.removeprefix("language_model.").replace("model.language_model.", "model.")
+            name = _own_name(raw)
             if name == TABLE:
                 table = tensor
             if name == HEAD and tied and self.last:
@@ -204,6 +205,14 @@ class Decoder(nn.Module, Model):
         if left_out:
             log.warning("%d tensors are left out: %s", len(left_out), _summary(left_out))
         self.finalize()
+
+    def keeps_quantized(self, name: str) -> bool:
+        if self._takes is None:
+            self._takes = {name for name, target in self.targets().items() if target.quantized}
+            self._takes |= {TABLE, HEAD}
+        own = _own_name(name)
+        # what another stage has it takes as it is
+        return self.takes_quantized and (own in self._takes or self._is_elsewhere(own))
 
     def _fill(self, name: str, target: Target, tensor: Any) -> None:
         if tuple(tensor.shape) != target.shape:
@@ -262,6 +271,9 @@ class Decoder(nn.Module, Model):
             return  # the config says how they are computed
         if self.config.architecture == "Gemma3ForCausalLM" and name.startswith(VISION):
             return
+        weight = f"{name.removesuffix('.bias')}.weight"
+        if name.endswith(".bias") and weight in targets and not bool(tensor.any()):
+            return  # quantisers write one of zeros beside each weight
         raise CheckpointError(
             f"tensor {name} is in the checkpoint but not in the model{nearest(name, targets)}"
         )
@@ -289,6 +301,13 @@ class Decoder(nn.Module, Model):
 
     def finalize(self) -> None:
         """Hand the linear weights to the quantization; from here on the model can run."""
+        if mixed := [n for n, m in self.named_modules() if isinstance(m, Linear) and m.is_mixed]:
+            log.warning(
+                "%d products have weights of which the checkpoint quantizes some: they are "
+                "dequantised: %s",
+                len(mixed),
+                _summary(mixed),
+            )
         for module in self.modules():
             if isinstance(module, Linear | Experts):
                 module.finalize(self._quantization)
@@ -356,6 +375,11 @@ class Decoder(nn.Module, Model):
         if (cap := self.config.final_logit_softcapping) is not None:
             out = cap * torch.tanh(out / cap)
         return out
+
+
+def _own_name(name: str) -> str:
+    """Of a tensor of the checkpoint, where the text model is a part of a larger one."""
+    return name.removeprefix("language_model.").replace("model.language_model.", "model.")
 
 
 def _summary(names: list[str]) -> str:

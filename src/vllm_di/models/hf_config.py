@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from vllm_di.components.loader.scheme import read_scheme
 from vllm_di.errors import CheckpointError, UnsupportedModelError, VllmDiError
 from vllm_di.models.hf_settings import (
     Config,
     refuse,
-    refuse_quantized,
     refuse_unknown,
     shorten,
     with_defaults,
@@ -102,7 +102,7 @@ def model_fields(
     native decoder lacks.
     """
     name = architecture_of(config)
-    refuse_quantized(config)
+    read_scheme(config)  # what cannot be read is refused before anything is built
     if name == "Gemma3ForConditionalGeneration" and "text_config" in config and native:
         config = _text_part(config)
     name = config["architectures"][0]

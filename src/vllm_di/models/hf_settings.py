@@ -236,17 +236,6 @@ def refuse_unknown(config: Config, own: Collection[str] = ()) -> None:
         )
 
 
-def refuse_quantized(config: Config) -> None:
-    """Raises UnsupportedModelError for packed weights, which no part here can read."""
-    quantized = config.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
-        raise UnsupportedModelError(
-            f"{config['architectures'][0]}: the checkpoint's weights are quantized ({method}), "
-            "which is not supported; take the unquantized checkpoint or a GGUF file"
-        )
-
-
 def refuse(config: Config, **expected: Any) -> None:
     """Raises UnsupportedModelError where a key is set to anything but the one supported value."""
     for name, value in expected.items():

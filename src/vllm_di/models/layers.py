@@ -199,6 +199,11 @@ class Linear(nn.Module):
 
         return fill
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some parts of the weight came quantised and some in floats."""
+        return 0 < len(self._quantized) < len(self.outputs)
+
     def finalize(self, quantization: Quantization) -> None:
         """Hand the weight over; the original is dropped."""
         assert self.weight is not None

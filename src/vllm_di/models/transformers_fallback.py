@@ -181,7 +181,10 @@ class TransformersModel(Model):
 def _read_config(path: str) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    hf = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if hasattr(hf, "quantization_config"):  # the loader brings floats
+        del hf.quantization_config
+    return hf
 
 
 def _sizes(hf: Any) -> tuple[int, int, int]:

@@ -22,7 +22,7 @@ from vllm_di.components.loader.gguf import GgufLoader
 from vllm_di.components.loader.gguf_blocks import FLOATS
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
-from vllm_di.components.quantization.gguf import GgufQuantization
+from vllm_di.components.quantization.kept import KeptWeights
 from vllm_di.components.quantization.none import NoQuantization
 from vllm_di.components.quantization.rounded import RoundedWeights
 from vllm_di.components.quantized import by_channel
@@ -57,14 +57,14 @@ def test_a_gguf_is_multiplied_as_it_is(case: str, kind: str, tmp_path: Path) -> 
     plain = SelectedOps(TorchOps())
     want = logits(file, tmp_path, NoQuantization, plain)
     size = float(want.abs().max())
-    exact = logits(file, tmp_path, GgufQuantization, plain)
+    exact = logits(file, tmp_path, KeptWeights, plain)
     assert float((exact - want).abs().max()) < 1e-4 * size
-    kernels = logits(file, tmp_path, GgufQuantization, SelectedOps(library(ISAS[0])))
+    kernels = logits(file, tmp_path, KeptWeights, SelectedOps(library(ISAS[0])))
     error = (kernels - want).square().mean().sqrt() / want.square().mean().sqrt()
     assert 0 < float(error) < 0.15  # activations in 8 bits, through a random model
 
 
-@pytest.mark.parametrize("kind", [GgufQuantization, NoQuantization])
+@pytest.mark.parametrize("kind", [KeptWeights, NoQuantization])
 def test_what_is_wrong_with_a_gguf_names_tensor_and_file(
     kind: Callable[[OpTable], Quantization], tmp_path: Path
 ) -> None:
@@ -100,7 +100,7 @@ def test_weights_in_floats_stay_so_under_gguf() -> None:
     assert "F32" in FLOATS
     ops, weight = SelectedOps(TorchOps()), random(8, 32)
     x = random(3, 32)
-    got = GgufQuantization(ops).linear(weight, None)(x)
+    got = KeptWeights(ops).linear(weight, None)(x)
     assert torch.equal(got, NoQuantization(ops).linear(weight, None)(x))
 
 

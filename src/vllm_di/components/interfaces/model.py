@@ -134,6 +134,11 @@ class Model(ABC):
         Raises CheckpointError that names missing, unexpected and misshaped tensors. Ends with
         ``finalize``."""
 
+    def keeps_quantized(self, name: str) -> bool:
+        """Whether ``load_weights`` multiplies the weight of this name (of the checkpoint) as a
+        QuantizedWeight, and does not widen it."""
+        return self.takes_quantized
+
     @abstractmethod
     def load_random(self, seed: int) -> None:
         """Fill with random weights (std 0.02), the same on every rank, then ``finalize``."""

@@ -14,20 +14,28 @@ from torch import Tensor
 
 from vllm_di.components.interfaces import Loader, Model
 from vllm_di.components.loader.progress import shown
+from vllm_di.components.loader.quantized_files import QuantizedFiles
+from vllm_di.components.loader.scheme import read_scheme
 from vllm_di.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
+CONFIG = "config.json"
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"(?P<name>.+)-(?P<n>\d+)-of-(?P<of>\d+)\.safetensors")
 
 
 class SafetensorsLoader(Loader):
-    """Reads each tensor once, straight from the mapped file."""
+    """Reads each tensor once, straight from the mapped file.
 
-    def __init__(self, *, path: str | None, progress: bool) -> None:
-        self._path, self._progress = path, progress
+    Weights that ``quantization_config`` of the folder's config.json says are quantised stay so
+    where the model takes them; with ``dequantize`` the others become the model's dtype, else they
+    are refused.
+    """
+
+    def __init__(self, *, path: str | None, progress: bool, dequantize: bool = False) -> None:
+        self._path, self._progress, self._dequantize = path, progress, dequantize
 
     def load(self, model: Model) -> None:
         if self._path is None:
@@ -35,8 +43,39 @@ class SafetensorsLoader(Loader):
                 "loader=safetensors has no files: set model.path to a folder, "
                 "or take loader=dummy for random weights"
             )
-        files = find_files(Path(self._path))
-        fill(model, shown(read_files(files), self._progress), self._path)
+        weights = self._weights(Path(self._path), model)
+        fill(model, shown(weights, self._progress), self._path)
+
+    def _weights(self, folder: Path, model: Model) -> Iterator[tuple[str, Any]]:
+        files = find_files(folder)
+        scheme = read_scheme(_config(folder))
+        if scheme is None:
+            return read_files(files)
+        if not (model.takes_quantized or self._dequantize):
+            raise CheckpointError(
+                f"{folder}: its weights are quantized ({scheme}), and this model with this "
+                "quantization takes floats alone: loader.dequantize=true makes them floats of the "
+                "model's dtype; quantization=checkpoint keeps them in a native model, where the "
+                "platform has kernels for them"
+            )
+        quantized = QuantizedFiles(
+            scheme,
+            files,
+            dtype=model.dtype,
+            keeps=model.keeps_quantized,
+            may_dequantize=self._dequantize,
+        )
+        return quantized.read()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json; empty where the weights lie without one. The assembly has read it before: what
+    is wrong with it is an error by then."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return {}
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
 
 
 def fill(model: Model, weights: Iterator[tuple[str, Any]], place: str) -> None:

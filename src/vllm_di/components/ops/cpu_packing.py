@@ -83,16 +83,17 @@ def pack_quantized(
         return weight
     if gated := gated and outputs % PAIR == 0:
         weight = weight.rows(_beside_gates(outputs))
-    q, scale, offset = weight.q.contiguous(), weight.scale, weight.offset
+    q, scale = weight.q.contiguous(), weight.scale
     padded = -(-outputs // PAIR) * PAIR
     if _by_group(weight):
         size = padded * inputs // GROUP * (GROUP * weight.bits // 8 + 4)
         data = huge_zeros((size,), torch.uint8)
+        halves, offsets = scale.half().contiguous(), weight.offset.half().contiguous()
         kernels.pack_groups(
             weight.bits,
             q.data_ptr(),
-            scale.contiguous().data_ptr(),
-            offset.contiguous().data_ptr(),
+            halves.data_ptr(),
+            offsets.data_ptr(),
             data.data_ptr(),
             outputs,
             inputs,
@@ -107,10 +108,10 @@ def pack_quantized(
 
 
 def _by_group(weight: QuantizedWeight) -> bool:
-    halves = weight.scale.dtype is weight.offset.dtype is torch.float16
-    return weight.group == GROUP and halves
+    return weight.group == GROUP and not _by_channel(weight)
 
 
 def _by_channel(weight: QuantizedWeight) -> bool:
-    one_scale = weight.group == weight.shape[1]
-    return one_scale and torch.equal(weight.offset, -ZERO * weight.scale)
+    if weight.group != weight.shape[1] or weight.scale.dtype is not torch.float32:
+        return False
+    return torch.equal(weight.offset, -ZERO * weight.scale)

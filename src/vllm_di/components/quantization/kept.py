@@ -1,4 +1,4 @@
-"""Weights in the 4 or 8 bits of the GGUF file. What the file holds as floats stays floats."""
+"""Weights in the 4 or 8 bits of the checkpoint. What it holds as floats stays floats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_di.components.quantization.products import QuantizedProducts
 from vllm_di.components.quantized import QuantizedWeight
 
 
-class GgufQuantization(Quantization):
+class KeptWeights(Quantization):
     """Never dequantises a linear weight. With weights from elsewhere it does what ``none`` does."""
 
     reuses = frozenset({"record", "capture"})

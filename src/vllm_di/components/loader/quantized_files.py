@@ -1,0 +1,120 @@
+"""Weights of a quantised checkpoint in safetensors: the tensors of a linear layer become one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_di.components.loader.packed import unpack
+from vllm_di.components.loader.scheme import SUPPORTED, Scheme
+from vllm_di.components.loader.tensor_files import TensorFiles
+from vllm_di.components.quantized import QuantizedWeight
+from vllm_di.errors import CheckpointError
+from vllm_di.progress import tell
+
+log = logging.getLogger(__name__)
+
+PARTS: dict[str, tuple[str, ...]] = {
+    "awq": ("qweight", "qzeros", "scales"),
+    "gptq": ("qweight", "qzeros", "scales"),
+}
+"""Last part of the names of a linear layer's tensors, of which none may be missing."""
+OPTIONAL: dict[str, tuple[str, ...]] = {"gptq": ("g_idx",)}
+MOST_NAMES = 3
+"""Of weights that a line shows."""
+
+
+class QuantizedFiles:
+    """``keeps`` says of a weight's name whether the model takes it as it is. What it does not take,
+    or what has no form that kernels multiply, is dequantised to ``dtype`` where ``may_dequantize``,
+    and else refused."""
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        files: list[Path],
+        *,
+        dtype: torch.dtype,
+        keeps: Callable[[str], bool],
+        may_dequantize: bool,
+    ) -> None:
+        self._scheme, self._files, self._dtype = scheme, files, dtype
+        self._keeps, self._may_dequantize = keeps, may_dequantize
+        self._parts = PARTS[scheme.method]
+        self._known = (*self._parts, *OPTIONAL.get(scheme.method, ()))
+
+    def read(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        """(name, tensor) of every weight, and a line about what became of them. Raises
+        CheckpointError naming file and tensor for what is missing, does not fit or is refused."""
+        num_kept, widened = 0, list[tuple[str, str]]()
+        with TensorFiles(self._files) as tensors:
+            done: set[str] = set()
+            for name in tensors.names:
+                module, _, part = name.rpartition(".")
+                if part not in self._known:
+                    yield name, tensors.get(name)
+                    continue
+                if module in done:
+                    continue
+                done.add(module)
+                weight, why = self._weight(module, tensors)
+                if why:
+                    widened.append((f"{module}.weight", why))
+                num_kept += not why
+                yield f"{module}.weight", weight
+        if not done:
+            raise CheckpointError(
+                f"{self._files[0]}: config.json says that the weights are quantized "
+                f"({self._scheme}), but no tensor is a {self._parts[0]}"
+            )
+        if num_kept:
+            tell(f"{self._scheme}: {num_kept} weights stay as the checkpoint has them")
+        if widened:
+            some = ", ".join(f"{name} ({why})" for name, why in widened[:MOST_NAMES])
+            more = ", ..." if len(widened) > MOST_NAMES else ""
+            log.warning(
+                "%s: %d weights are dequantised to %s, as loader.dequantize=true allows: %s%s",
+                self._scheme,
+                len(widened),
+                str(self._dtype).removeprefix("torch."),
+                some,
+                more,
+            )
+
+    def _weight(self, module: str, tensors: TensorFiles) -> tuple[Tensor | QuantizedWeight, str]:
+        """-> (the weight, why it is dequantised, if so)."""
+        name = f"{module}.weight"
+        parts = self._tensors_of(module, tensors)
+        place = tensors.place(f"{module}.{self._parts[0]}")
+        try:
+            unpacked = unpack(self._scheme, parts)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{place}: tensors of {module}: {error} (quantization_config: {self._scheme})"
+            ) from None
+        why = "" if self._keeps(name) else "the model takes it in floats alone"
+        if not why:
+            try:
+                return unpacked.keep(), ""
+            except ValueError as error:
+                why = str(error)
+        if not self._may_dequantize:
+            raise CheckpointError(
+                f"{place}: {name} is quantized ({self._scheme}) and cannot stay so: {why}; "
+                "loader.dequantize=true makes such weights floats of the model's dtype"
+            )
+        return unpacked.dequantize(self._dtype), why
+
+    def _tensors_of(self, module: str, tensors: TensorFiles) -> Mapping[str, Tensor]:
+        present = [part for part in self._known if f"{module}.{part}" in tensors]
+        if missing := [part for part in self._parts if part not in present]:
+            raise CheckpointError(
+                f"{tensors.place(f'{module}.{present[0]}')}: tensor {module}.{missing[0]} is "
+                f"missing beside {module}.{present[0]}: quantization_config of config.json says "
+                f"{self._scheme}, which has {', '.join(self._parts)}; supported are {SUPPORTED}"
+            )
+        return {part: tensors.get(f"{module}.{part}") for part in present}
