@@ -11,13 +11,41 @@ import orjson
 
 from vllm_di.components.interfaces import Tokenizer
 from vllm_di.components.messages import TokenLogprobs
+from vllm_di.errors import RequestError
 from vllm_di.frontend.processor import Update
+from vllm_di.server.errors import openai_error
 from vllm_di.server.protocol import GenerateRequest
+
+_DONE = b"data: [DONE]\n\n"
 
 
 class Answer(ABC):
-    """Renders the updates of one request, as events or as one body. What does not change between
-    events is encoded once."""
+    """Renders the updates of one request, as events or as one body."""
+
+    @abstractmethod
+    def events(self, position: int, update: Update) -> bytes:
+        """The events of one update of the prompt at ``position``; empty when there is nothing to
+        show."""
+
+    @abstractmethod
+    def add(self, position: int, update: Update) -> None:
+        """Keep one update for ``body``."""
+
+    @abstractmethod
+    def closing_events(self) -> bytes:
+        """What comes after the last update."""
+
+    @abstractmethod
+    def body(self) -> dict[str, Any]:
+        """The whole answer."""
+
+    @abstractmethod
+    def error_event(self, error: RequestError) -> bytes:
+        """The last event of a stream that fails."""
+
+
+class OpenAiAnswer(Answer):
+    """In OpenAI's form. What does not change between events is encoded once."""
 
     OBJECT: ClassVar[str]
     EVENT_OBJECT: ClassVar[str]
@@ -48,26 +76,18 @@ class Answer(ABC):
         self._event_end = b'],"usage":null}\n\n' if self._wants_usage else b"]}\n\n"
 
     @abstractmethod
-    def events(self, position: int, update: Update) -> bytes:
-        """The events of one update of the prompt at ``position``; empty when there is nothing to
-        show."""
-
-    @abstractmethod
-    def add(self, position: int, update: Update) -> None:
-        """Keep one update for ``body``."""
-
-    @abstractmethod
     def choices(self) -> list[dict[str, Any]]:
         """``choices`` of the body."""
 
     def closing_events(self) -> bytes:
-        """What comes before ``[DONE]``."""
         if not self._wants_usage:
-            return b""
-        return self._event_head + b'],"usage":' + orjson.dumps(self._usage()) + b"}\n\n"
+            return _DONE
+        return self._event_head + b'],"usage":' + orjson.dumps(self._usage()) + b"}\n\n" + _DONE
+
+    def error_event(self, error: RequestError) -> bytes:
+        return b"data: " + openai_error(error) + b"\n\n"
 
     def body(self) -> dict[str, Any]:
-        """The whole answer."""
         return self._head | {"choices": self.choices(), "usage": self._usage()}
 
     def _note(self, position: int, update: Update) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_di.errors import ConfigError
@@ -23,14 +24,18 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._hashes)
 
-    def allow(self, path: str, authorization: bytes | None) -> bool:
-        """Whether a request may pass. ``path`` must be the one that routing sees."""
+    def allow(self, path: str, headers: Mapping[bytes, bytes]) -> bool:
+        """Whether a request may pass. ``path`` must be the one that routing sees. A key comes as
+        OpenAI's clients send it, or as Anthropic's do (``x-api-key``)."""
         if not self._hashes or path in OPEN_PATHS:
             return True
-        scheme, _, key = (authorization or b"").partition(b" ")
-        digest = _hash(key.strip())
-        matches = [hmac.compare_digest(digest, known) for known in self._hashes]
-        return any(matches) and scheme.lower() == b"bearer"
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        keys = [bearer] if scheme.lower() == b"bearer" else []
+        if (key := headers.get(b"x-api-key")) is not None:
+            keys.append(key)
+        digests = [_hash(key.strip()) for key in keys]
+        matches = [hmac.compare_digest(d, known) for d in digests for known in self._hashes]
+        return any(matches)
 
 
 def _hash(key: bytes) -> bytes:

@@ -12,7 +12,7 @@ from vllm_di.components.interfaces import ParserRequest
 from vllm_di.components.messages import MAX_LOGPROBS, TokenLogprobs
 from vllm_di.errors import RequestError
 from vllm_di.frontend.processor import Generation, Update
-from vllm_di.server.answer import Answer
+from vllm_di.server.answer import OpenAiAnswer
 from vllm_di.server.logprobs import chat_logprobs, prompt_logprobs
 from vllm_di.server.parsing import ChoiceParser, MessageDelta, MessageParts, wants_tools
 from vllm_di.server.protocol import ChatRequest, sampling_params
@@ -21,10 +21,24 @@ from vllm_di.server.service import Service, new_id
 
 async def start_chat(service: Service, request: ChatRequest) -> tuple[list[Generation], ChatAnswer]:
     """Check a decoded request, render and tokenise its prompt. Raises RequestError."""
-    service.check_model(request.model)
-    fields: Mapping[str, Any] = msgspec.structs.asdict(request)
-    service.tool_parser.check(fields)
-    service.reasoning_parser.check(fields)
+    generation, parsers = await begin_chat(service, request, "chatcmpl")
+    answer = ChatAnswer(
+        request,
+        parsers=parsers,
+        request_id=generation.request_id,
+        model=service.config.name,
+        tokenizer=service.tokenizer,
+        prompts=[generation.prompt_token_ids],
+    )
+    return [generation], answer
+
+
+async def begin_chat(
+    service: Service, request: ChatRequest, prefix: str
+) -> tuple[Generation, list[ChoiceParser]]:
+    """A generation, and a parser for each of its choices. ``prefix``: of the request's id. Raises
+    RequestError."""
+    fields = check_chat(service, request)
     limit = request.max_completion_tokens
     params = sampling_params(
         request,
@@ -36,30 +50,37 @@ async def start_chat(service: Service, request: ChatRequest) -> tuple[list[Gener
     parsers = (service.reasoning_parser, tool_parser)
     if request.skip_special_tokens is None and any(p and p.needs_special_tokens for p in parsers):
         params = msgspec.structs.replace(params, skip_special_tokens=False)
-    prompt = await service.render(
-        request.messages,
-        tools=request.tools,
-        add_generation_prompt=request.add_generation_prompt,
-        continue_final_message=request.continue_final_message,
-        kwargs=request.chat_template_kwargs,
-    )
+    prompt = await render_chat(service, request)
     generation = await service.start(
-        new_id("chatcmpl"),
+        new_id(prefix),
         prompt,
         params,
         request,
         add_special_tokens=bool(request.add_special_tokens),  # the template writes those it wants
     )
     parser_request = ParserRequest(fields, prompt)
-    answer = ChatAnswer(
-        request,
-        parsers=[ChoiceParser(*parsers, parser_request) for _ in generation.requests],
-        request_id=generation.request_id,
-        model=service.config.name,
-        tokenizer=service.tokenizer,
-        prompts=[generation.prompt_token_ids],
+    return generation, [ChoiceParser(*parsers, parser_request) for _ in generation.requests]
+
+
+def check_chat(service: Service, request: ChatRequest) -> Mapping[str, Any]:
+    """The fields of a request for this model whose tools and reasoning the parsers accept. Raises
+    RequestError."""
+    service.check_model(request.model)
+    fields: Mapping[str, Any] = msgspec.structs.asdict(request)
+    service.tool_parser.check(fields)
+    service.reasoning_parser.check(fields)
+    return fields
+
+
+async def render_chat(service: Service, request: ChatRequest) -> str:
+    """The prompt. Raises RequestError."""
+    return await service.render(
+        request.messages,
+        tools=request.tools,
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+        kwargs=request.chat_template_kwargs,
     )
-    return [generation], answer
 
 
 def _num_logprobs(request: ChatRequest) -> int | None:
@@ -75,7 +96,7 @@ def _num_logprobs(request: ChatRequest) -> int | None:
     return top or 0
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(OpenAiAnswer):
     """A ``chat.completion``, or its chunks."""
 
     OBJECT, EVENT_OBJECT = "chat.completion", "chat.completion.chunk"
@@ -84,7 +105,7 @@ class ChatAnswer(Answer):
         self, request: ChatRequest, *, parsers: Sequence[ChoiceParser], **common: Any
     ) -> None:
         super().__init__(request, **common)
-        self._choices = [_Choice(parser) for parser in parsers]
+        self._choices = [ChatChoice(parser) for parser in parsers]
         self._has_logprobs = bool(request.logprobs)
 
     def events(self, position: int, update: Update) -> bytes:
@@ -156,7 +177,7 @@ class ChatAnswer(Answer):
         return b',"prompt_token_ids":' + orjson.dumps(self._prompts[0])
 
 
-class _Choice:
+class ChatChoice:
     """What one choice has generated so far."""
 
     def __init__(self, parser: ChoiceParser) -> None:

@@ -11,7 +11,7 @@ import orjson
 
 from vllm_di.errors import RequestError
 from vllm_di.frontend.processor import Generation, Update
-from vllm_di.server.answer import Answer
+from vllm_di.server.answer import OpenAiAnswer
 from vllm_di.server.logprobs import LegacyLogprobs, joined, prompt_logprobs
 from vllm_di.server.protocol import CompletionRequest, sampling_params
 from vllm_di.server.service import Service, new_id
@@ -84,7 +84,7 @@ def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
     return [prompt] if kinds == {int} else prompt
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(OpenAiAnswer):
     """A ``text_completion``, or its chunks. Choice ``i * n + j`` is choice j of prompt i."""
 
     OBJECT = EVENT_OBJECT = "text_completion"

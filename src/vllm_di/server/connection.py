@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 
 from vllm_di.errors import ConfigError, RequestError
 from vllm_di.server.config import ServerConfig
-from vllm_di.server.errors import error_body, retry_after
+from vllm_di.server.errors import openai_error, retry_after
 from vllm_di.server.rarely import Rarely
 
 HIGH_WATER = 32 * 1024
@@ -182,7 +182,7 @@ class Connection(H11Protocol):
         if error is None or self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        body = error_body(error)
+        body = openai_error(error)
         headers = [
             *self.server_state.default_headers,
             (b"content-type", b"application/json"),

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from vllm_di.errors import RequestError
-from vllm_di.server.errors import error_body
+from vllm_di.server.errors import openai_error
 
 
 class Cors(CORSMiddleware):
@@ -35,4 +35,4 @@ class Cors(CORSMiddleware):
             f"{bytes(response.body).decode()} (server.cors_origins)", code="cors_refused"
         )
         headers = {"vary": response.headers["vary"], "content-type": "application/json"}
-        return Response(error_body(error), response.status_code, headers=headers)
+        return Response(openai_error(error), response.status_code, headers=headers)

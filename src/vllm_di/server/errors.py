@@ -1,10 +1,11 @@
-"""Errors in OpenAI's form."""
+"""Errors as clients see them."""
 
 from __future__ import annotations
 
 import orjson
 
 from vllm_di.errors import EngineDeadError, QueueFullError, RequestError
+from vllm_di.server.anthropic.errors import anthropic_error
 
 _TYPES = {
     401: "authentication_error",
@@ -31,7 +32,13 @@ def as_request_error(error: Exception) -> RequestError:
     return RequestError("internal server error", code="internal_error", status=500)
 
 
-def error_body(error: RequestError) -> bytes:
+def error_body(error: RequestError, path: str) -> bytes:
+    """In the form of the API that ``path`` belongs to."""
+    is_anthropic = path.startswith("/v1/messages")
+    return anthropic_error(error) if is_anthropic else openai_error(error)
+
+
+def openai_error(error: RequestError) -> bytes:
     """``{"error": {message, type, param, code}}``."""
     server_side = "server_error" if error.status >= 500 else "invalid_request_error"
     return orjson.dumps(

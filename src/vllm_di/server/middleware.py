@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 class RequestMiddleware:
     """Checks host and key, gives the request an id, counts it, and turns exceptions into error
-    responses in OpenAI's form."""
+    responses in the form of the API that was asked."""
 
     def __init__(
         self,
@@ -68,9 +68,9 @@ class RequestMiddleware:
             _check_head(scope)
             self._hosts.check(headers.get(b"host"))
             _check_length(headers)
-            if not self._keys.allow(scope["path"], headers.get(b"authorization")):
+            if not self._keys.allow(scope["path"], headers):
                 raise RequestError(
-                    "a valid API key is needed: Authorization: Bearer KEY",
+                    "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY",
                     code="invalid_api_key",
                     status=401,
                 )
@@ -86,7 +86,7 @@ class RequestMiddleware:
             if status == 0:
                 await send_json(
                     send_with_id,
-                    error_body(refusal),
+                    error_body(refusal, scope["path"]),
                     refusal.status,
                     _error_headers(refusal),
                 )

@@ -39,11 +39,16 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
-class GenerateRequest(msgspec.Struct, kw_only=True):
-    """What chat and plain completions have in common. None, like null, means not set."""
+class StreamRequest(msgspec.Struct, kw_only=True):
+    """One whose answer may be a stream. None, like null, means not set."""
+
+    stream: bool | None = None
+
+
+class GenerateRequest(StreamRequest, kw_only=True):
+    """What chat and plain completions have in common."""
 
     model: str | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     # sampling
     n: Int | None = None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Generic, TypeVar
 
-import msgspec
 import orjson
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -19,25 +19,25 @@ from vllm_di.errors import RequestError
 from vllm_di.frontend.processor import Generation
 from vllm_di.frontend.requests import check_token_ids
 from vllm_di.server.answer import Answer
+from vllm_di.server.anthropic.endpoints import count_tokens, start_messages
+from vllm_di.server.anthropic.request import MessagesRequest
+from vllm_di.server.body import read_request
 from vllm_di.server.chat import start_chat
 from vllm_di.server.completions import start_completion
-from vllm_di.server.errors import ClientGone, error_body
+from vllm_di.server.errors import error_body
 from vllm_di.server.generation import running
 from vllm_di.server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    GenerateRequest,
+    StreamRequest,
     TokenizeRequest,
-    decode,
-    refuse_unknown,
 )
 from vllm_di.server.sending import EventWriter, send_events, send_whole
 from vllm_di.server.service import Service
 from vllm_di.version import __version__
 
-T = TypeVar("T", bound=msgspec.Struct)
-G = TypeVar("G", bound=GenerateRequest)
+G = TypeVar("G", bound=StreamRequest)
 
 
 class GenerateEndpoint(Generic[G]):
@@ -68,54 +68,6 @@ class GenerateEndpoint(Generic[G]):
                 await send_events(updates, answer, writer)
             else:
                 await send_whole(updates, answer, send)
-
-
-async def read_request(request: Request, service: Service, kind: type[T]) -> T:
-    """The decoded body. Raises RequestError: 400, 408, 413 or 415."""
-    config = service.config
-    body = await _read_body(request, config.max_body_bytes, config.body_timeout_seconds)
-    decoded, unknown = decode(body, kind, max_depth=config.max_json_depth)
-    if unknown:
-        if config.unknown_fields == "refuse":
-            refuse_unknown(kind, unknown)
-        # Not every Metrics component counts these.
-        count: Callable[[int], None] | None = getattr(service.metrics, "unknown_fields", None)
-        if count is not None:
-            count(len(unknown))
-    return decoded
-
-
-async def _read_body(request: Request, limit: int, timeout: float) -> bytes:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a form on a hostile web page cannot send this type
-        raise RequestError(
-            "the body must be JSON, with the header Content-Type: application/json", status=415
-        )
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        raise RequestError(
-            f"Content-Encoding: {encoding[:50]} is not supported; send the body uncompressed",
-            code="unsupported_encoding",
-            status=415,
-        )
-    too_long = RequestError(
-        f"the body is longer than {limit} bytes", code="body_too_large", status=413
-    )
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > limit:
-        raise too_long
-    body = bytearray()
-    try:
-        async with asyncio.timeout(timeout):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise too_long
-    except TimeoutError:
-        raise RequestError("the body arrived too slowly", code="timeout", status=408) from None
-    except ClientDisconnect:
-        raise ClientGone from None
-    return bytes(body)
 
 
 class Endpoints:
@@ -237,9 +189,12 @@ def routes(service: Service) -> list[Route]:
     other = Endpoints(service)
     chat = GenerateEndpoint(service, ChatRequest, start_chat)
     completions = GenerateEndpoint(service, CompletionRequest, start_completion)
+    messages = GenerateEndpoint(service, MessagesRequest, start_messages)
     return [
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/messages", messages, methods=["POST"]),
+        Route("/v1/messages/count_tokens", partial(count_tokens, service), methods=["POST"]),
         Route("/v1/models", other.models),
         Route("/v1/models/{model:path}", other.model),
         Route("/tokenize", other.tokenize, methods=["POST"]),
@@ -254,7 +209,7 @@ def routes(service: Service) -> list[Route]:
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's own 404 and 405, in OpenAI's form."""
+    """Starlette's own 404 and 405, in the form of the API that was asked."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         message = f"{request.method[:20]} is not allowed on this path"
@@ -264,7 +219,8 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
             "there is no such path", code="unknown_path", status=error.status_code
         )
     headers = {**(error.headers or {}), "content-type": "application/json"}
-    return Response(error_body(refusal), error.status_code, headers=headers)
+    body = error_body(refusal, request.url.path)
+    return Response(body, error.status_code, headers=headers)
 
 
 def _json(value: Any, status: int = 200) -> Response:

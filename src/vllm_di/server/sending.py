@@ -8,11 +8,10 @@ import orjson
 from starlette.types import Send
 
 from vllm_di.server.answer import Answer
-from vllm_di.server.errors import ClientGone, as_request_error, error_body
+from vllm_di.server.errors import ClientGone, as_request_error
 from vllm_di.server.updates import Updates
 
 _KEEP_ALIVE = b": keep-alive\n\n"
-_DONE = b"data: [DONE]\n\n"
 _EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -51,11 +50,10 @@ async def send_events(updates: Updates, answer: Answer, writer: EventWriter) -> 
         async for item in updates:
             if data := _KEEP_ALIVE if item is None else answer.events(*item):
                 await writer.write(data)
-        await writer.write(answer.closing_events() + _DONE, more=False)
+        await writer.write(answer.closing_events(), more=False)
     except Exception as error:
         if writer.has_begun and not isinstance(error, ClientGone):
-            last = b"data: " + error_body(as_request_error(error)) + b"\n\n"
-            await writer.write(last, more=False)
+            await writer.write(answer.error_event(as_request_error(error)), more=False)
         raise
 
 
