@@ -49,7 +49,8 @@ test-mutants: venv  ## every mutant against every check that needs no process of
 vllm-env: venv  ## vLLM for the CPU in .vllm, an environment for each version (11 GB, some minutes)
 	$(BIN)/python -m tests.vllm.environment $(ARGS)
 
-test-vllm: vllm-env  ## inside the real vLLM, three versions: each adapter beside stock vLLM
+test-vllm: venv  ## inside the real vLLM, three versions: each adapter beside stock vLLM
+	$(BIN)/python -m tests.vllm.environment
 	$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 faults: venv  ## kill, stop, damage and starve running servers: nothing may be lost (a quarter of an hour)

@@ -6,7 +6,7 @@ import datetime
 import re
 import xml.etree.ElementTree
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -19,7 +19,10 @@ from vllm_di.containers.evidence import report_files
 from vllm_di.containers.manifest import LEVELS
 from vllm_di.containers.ports import conf_of_project
 from vllm_di.containers.tree import ConfigFiles
+from vllm_di.errors import VllmDiError
 from vllm_di.version import __version__
+from vllm_di.vllm.conformance.report import Outcome as VllmCase
+from vllm_di.vllm.conformance.report import Report as VllmReport
 
 TODAY = datetime.date(2026, 11, 24)
 PAGE = Path(__file__).parents[2] / "docs" / "support-matrix.md"
@@ -224,3 +227,65 @@ def test_every_platform_has_the_level_of_its_reports() -> None:
     for column in found.platforms:
         text = tree.options("platform")[column.name].read_text(encoding="utf-8")
         assert yaml.safe_load(text)["platform"]["level"] == column.level, column.name
+
+
+def write_vllm(
+    folder: Path,
+    vllm: str,
+    days: int = 0,
+    outcome: Literal["pass", "fail"] = "pass",
+    partial: bool = False,
+) -> Path:
+    """A report of a run inside vLLM ``days`` ago."""
+    started = datetime.datetime.combine(TODAY, datetime.time(), datetime.UTC)
+    report = VllmReport(
+        vllm=f"{vllm}+cpu",
+        platform="chip",
+        started=started - datetime.timedelta(days=days),
+        seconds=1.0,
+        device="chip:0",
+        partial=partial,
+        versions={"vllm-di": "0.1.0", "torch": "2.13.0"},
+        cases=[
+            VllmCase(name="nothing-set", outcome="pass", seconds=1.0),
+            VllmCase(name="compiled", outcome=outcome, seconds=1.0, compiled=True),
+        ],
+    )
+    path = folder / f"{vllm}.json"
+    report.write(path)
+    return path
+
+
+def test_a_platform_runs_in_the_versions_of_vllm_whose_cases_all_passed(
+    tree: ConfigFiles, tmp_path: Path
+) -> None:
+    folder = tmp_path / "reports" / "vllm"
+    files = [
+        write_vllm(folder, "0.9.0"),
+        write_vllm(folder, "0.10.0", outcome="fail"),
+        write_vllm(folder, "0.28.0", days=181),
+        write_vllm(folder, "0.31.0", days=180),
+    ]
+    found = matrix.build(tree, [], "0.1.0", TODAY, files)
+    assert [run.vllm for run in found.vllm] == ["0.9.0", "0.10.0", "0.28.0", "0.31.0"]
+    assert matrix.feature_rows(found)[-1] == ["runs in vLLM", "0.9.0, 0.31.0"]
+    text = matrix.markdown(found, tmp_path / "docs" / "page.md")
+    cell = "[0.9.0](../reports/vllm/0.9.0.json), [0.31.0](../reports/vllm/0.31.0.json)"
+    assert f"| runs in vLLM | {cell} |" in text
+    assert "| compiled | pass | FAILS | pass | pass |" in text
+    assert "(expired)" in text
+    page = matrix_html.html(found, tmp_path / "docs" / "page.html")
+    assert '<a href="../reports/vllm/0.31.0.json">0.31.0</a>' in page
+    assert "<td>FAILS</td>" in page
+
+
+def test_a_part_of_the_suite_inside_vllm_is_no_evidence(tree: ConfigFiles, tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="a part of the suite"):
+        matrix.build(tree, [], "0.1.0", TODAY, [write_vllm(tmp_path, "0.31.0", partial=True)])
+
+
+def test_a_broken_report_of_a_run_inside_vllm_is_named(tree: ConfigFiles, tmp_path: Path) -> None:
+    file = tmp_path / "broken.json"
+    file.write_text("{")
+    with pytest.raises(VllmDiError, match="broken"):
+        matrix.build(tree, [], "0.1.0", TODAY, [file])

@@ -9,6 +9,8 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,41 +57,33 @@ def test_the_recorded_signatures_are_those_of_the_package(version: str, tmp_path
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_launcher_answers_over_http(version: str, tmp_path: Path) -> None:
-    """The API process, the engine's and the worker's: three processes, one override each way."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    """The API process, the engine's and the worker's: three processes."""
     choices = ["attention=sdpa", "ops.rms_norm=torch"]
-    flags = ["--enforce-eager", "--max-model-len", "512", "--port", str(port), "--dtype", "float32"]
-    line = ["-m", "vllm_di.cli", "vllm", "serve", str(smollm2()), *choices, "--", *flags]
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [str(interpreter(version)), *line],
-            env={**_environment(version), "VLLM_SERVER_DEV_MODE": "1"},
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait(url, server, log)
-        body = {
-            "model": str(smollm2()),
-            "messages": [{"role": "user", "content": "What is the capital of France?"}],
-            "temperature": 0,
-            "max_tokens": 16,
-        }
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).json()
-        assert "Paris" in answer["choices"][0]["message"]["content"]
-        method = {"method": "vllm_di_report"}
-        [told] = httpx.post(f"{url}/collective_rpc", json=method, timeout=60).json()["results"]
-        assert told["calls"]["attention.forward"] >= 30
-        assert told["calls"]["rms_norm"] >= 1
-        assert "silu_and_mul" not in told["calls"]
-    finally:
-        os.killpg(server.pid, 15)
-        server.wait(60)
+    line = ["-m", "vllm_di.cli", "vllm", "serve", str(smollm2()), *choices, "--"]
+    with served(version, line, ["--enforce-eager", "--dtype", "float32"], tmp_path / "log") as url:
+        assert "Paris" in ask(url)
+        calls = report_of(url)["calls"]
+    assert calls["attention.forward"] >= 30
+    assert calls["rms_norm"] >= 1
+    assert "silu_and_mul" not in calls
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_environment_and_flag_add_up_over_http(version: str, tmp_path: Path) -> None:
+    """``vllm serve`` itself, as it compiles by default, with a worker of a user's."""
+    worker = "vllm_di.vllm.conformance.samples.CountedWorker"
+    chosen = {"DI_CONFIG": f"attention=paged worker._target_={worker}"}
+    flag = json.dumps({"vllm_di": ["ops=cpu", "quantization=none"]})
+    line = ["-m", "vllm.entrypoints.cli.main", "serve", str(smollm2())]
+    flags = ["--additional-config", flag]
+    with served(version, line, flags, tmp_path / "log", chosen) as url:
+        assert "Paris" in ask(url)
+        found = report_of(url)
+    assert found["held"]["worker"] == [worker]
+    for name in ("attention.forward", "rms_norm", "silu_and_mul", "rotary_embedding"):
+        assert found["calls"][name] >= 30, name
+    assert found["calls"]["linear"] >= 120
+    assert found["calls"]["head"] >= 1
 
 
 @pytest.mark.parametrize("version", VERSIONS[:1])
@@ -104,8 +98,56 @@ def test_a_wrong_name_ends_python_before_vllm_is_imported(version: str) -> None:
     assert out.rstrip().endswith("False")
 
 
+@contextmanager
+def served(
+    version: str, line: list[str], flags: list[str], log: Path, more: Mapping[str, str] = {}
+) -> Iterator[str]:
+    """The address of a server of vLLM's, in processes of its own."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    flags = [*flags, "--max-model-len", "512", "--port", str(port)]
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [str(interpreter(version)), *line, *flags],
+            env={**_environment(version), "VLLM_SERVER_DEV_MODE": "1", **more},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait(url, server, log)
+        yield url
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(60)
+
+
+def ask(url: str) -> str:
+    """The answer to one question."""
+    [model] = httpx.get(f"{url}/v1/models", timeout=10).json()["data"]
+    body = {
+        "model": model["id"],
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
+        "max_tokens": 16,
+    }
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).json()
+    text: str = answer["choices"][0]["message"]["content"]
+    return text
+
+
+def report_of(url: str) -> dict[str, Any]:
+    """What the worker's process holds and has called."""
+    method = {"method": "vllm_di_report"}
+    found: dict[str, Any]
+    [found] = httpx.post(f"{url}/collective_rpc", json=method, timeout=60).json()["results"]
+    return found
+
+
 def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(600):
+    for _ in range(1200):
         assert server.poll() is None, log.read_text(errors="replace")[-3000:]
         try:
             if httpx.get(f"{url}/health", timeout=2).status_code == 200:

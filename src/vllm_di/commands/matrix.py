@@ -11,8 +11,8 @@ import msgspec
 from vllm_di.commands.arguments import Arguments, UsageError, no_words
 from vllm_di.commands.say import warn
 from vllm_di.commands.table import print_table
-from vllm_di.conformance import matrix, matrix_html
-from vllm_di.containers.evidence import report_files
+from vllm_di.conformance import matrix, matrix_html, matrix_vllm
+from vllm_di.containers.evidence import report_files, vllm_report_files
 from vllm_di.containers.tree import ConfigFiles
 from vllm_di.version import __version__
 
@@ -29,7 +29,7 @@ def run(arguments: Arguments) -> int:
             raise UsageError(f"--reports {folder}: no such folder")
         files += Path(folder).glob("*.json")
     today = datetime.datetime.now(datetime.UTC).date()
-    found = matrix.build(tree, files, __version__, today)
+    found = matrix.build(tree, files, __version__, today, vllm_report_files())
     warn(found.problems)
     if "--json" in arguments.switches:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
@@ -42,4 +42,7 @@ def run(arguments: Arguments) -> int:
         print()
         names = [column.name for column in found.platforms]
         print_table(["feature", *names], matrix.feature_rows(found))
+        if found.vllm:
+            print()
+            print_table(matrix_vllm.HEAD, matrix_vllm.run_rows(found.vllm, matrix.SHOWN))
     return 0

@@ -80,5 +80,5 @@ def conform(arguments: Arguments) -> int:
             print(f"\nFAILED {case.name}: {case.why}")
     print(f"\nvLLM {report.vllm}: {sum(c.outcome == 'pass' for c in report.cases)} of {len(rows)}")
     if path := arguments.options.get("--json"):
-        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+        report.write(Path(path))
     return 1 if any(case.outcome == "fail" for case in report.cases) else 0

@@ -17,17 +17,15 @@ from typing import Literal
 
 import msgspec
 
+from vllm_di.conformance import matrix_vllm
 from vllm_di.conformance.compiling import COMPILED
-from vllm_di.conformance.report import Outcome, Report, ReportError
-from vllm_di.containers.evidence import port_of_report, report_files
+from vllm_di.conformance.report import VALID, Outcome, Report, ReportError, expires, has_expired
+from vllm_di.containers.evidence import port_of_report, report_files, vllm_report_files
 from vllm_di.containers.manifest import LEVELS, Capabilities, Level, Manifest, read_manifest
 from vllm_di.containers.ports import conf_of_project
 from vllm_di.containers.tree import ConfigFiles, shown
 from vllm_di.errors import ConfigError
 from vllm_di.version import __version__
-
-VALID = datetime.timedelta(days=180)
-MINORS = 2
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,10 +82,19 @@ class Matrix(msgspec.Struct, frozen=True):
     platforms: list[Column]
     problems: list[str] = []
     """What is wrong with ports that are left out, a line each."""
+    vllm: list[matrix_vllm.Run] = []
+    """What ran inside vLLM."""
 
 
-def build(tree: ConfigFiles, files: Iterable[Path], version: str, on: datetime.date) -> Matrix:
-    """The matrix of all platforms of ``tree``, from report ``files``, for vllm-di ``version``.
+def build(
+    tree: ConfigFiles,
+    files: Iterable[Path],
+    version: str,
+    on: datetime.date,
+    vllm: Iterable[Path] = (),
+) -> Matrix:
+    """The matrix of all platforms of ``tree``, from report ``files`` and those of runs inside
+    ``vllm``, for vllm-di ``version``.
 
     Raises ReportError for a file that is no report or shows no level, ConfigError for a wrong
     manifest. A port out of tree is left out instead, with a line in ``problems``.
@@ -112,7 +119,8 @@ def build(tree: ConfigFiles, files: Iterable[Path], version: str, on: datetime.d
         runs.setdefault(report.platform, []).append(_evidence(file, report, version, on))
     columns = [_column(name, manifests.get(name), found) for name, found in sorted(runs.items())]
     rows = {feature: None for column in columns for feature in column.cells}
-    return Matrix(on, sorted(rows, key=_place), columns, problems)
+    inside = matrix_vllm.build(vllm, version, on)
+    return Matrix(on, sorted(rows, key=_place), columns, problems, inside)
 
 
 def _evidence_of(file: Path) -> Report:
@@ -153,7 +161,7 @@ def _manifest(tree: ConfigFiles, option: str, path: Path) -> Manifest:
 def _evidence(file: Path, report: Report, version: str, on: datetime.date) -> Evidence:
     ran = report.started.date()
     assert report.level != "none"  # refused before
-    late = on > ran + VALID or _minors(report.versions.get("vllm-di", version), version) > MINORS
+    late = has_expired(ran, report.versions.get("vllm-di", version), version, on)
     fallen: Level = (
         "runtime-tested" if report.level == LEVELS[-1] and on <= ran + 2 * VALID else "declared"
     )
@@ -162,7 +170,7 @@ def _evidence(file: Path, report: Report, version: str, on: datetime.date) -> Ev
         level=report.level,
         counts_as=fallen if late else report.level,
         ran=ran,
-        expires=ran + VALID,
+        expires=expires(ran),
         expired=late,
         simulated=report.simulated,
         device=report.device,
@@ -172,15 +180,6 @@ def _evidence(file: Path, report: Report, version: str, on: datetime.date) -> Ev
         failed=len(report.failed),
         features=report.features(),
     )
-
-
-def _minors(old: str, new: str) -> int:
-    """How many minors ``new`` is ahead; many where the major differs."""
-    try:
-        (a, b), (c, d) = (tuple(map(int, v.split(".")[:2])) for v in (old, new))
-    except ValueError:  # a report may say anything
-        return 100
-    return d - b if a == c else 100
 
 
 def _rank(evidence: Evidence) -> tuple[int, datetime.date]:
@@ -267,10 +266,16 @@ def evidence_rows(matrix: Matrix) -> list[list[str]]:
 
 
 def feature_rows(matrix: Matrix) -> list[list[str]]:
-    return [
+    """One for each feature, and one for the versions of vLLM that a platform's parts run in."""
+    rows = [
         [feature, *(cell_text(column.cells.get(feature)) for column in matrix.platforms)]
         for feature in matrix.features
     ]
+    return [*rows, [matrix_vllm.FEATURE, *(_vllm_cell(matrix, c.name) for c in matrix.platforms)]]
+
+
+def _vllm_cell(matrix: Matrix, platform: str) -> str:
+    return ", ".join(r.vllm for r in matrix_vllm.runs_in(matrix.vllm, platform)) or NOTHING
 
 
 def markdown(matrix: Matrix, page: Path) -> str:
@@ -285,9 +290,30 @@ def markdown(matrix: Matrix, page: Path) -> str:
         [feature, *(_linked_cell(c.cells.get(feature), page) for c in matrix.platforms)]
         for feature in matrix.features
     ]
-    return "\n".join(
-        [*_table([*HEAD, "ran besides"], levels), "", *_table(["feature", *names], features), ""]
-    )
+    features.append([matrix_vllm.FEATURE, *(_linked_vllm(matrix, name, page) for name in names)])
+    lines = [*_table([*HEAD, "ran besides"], levels), "", *_table(["feature", *names], features)]
+    return "\n".join([*lines, *_inside_vllm(matrix, page), ""])
+
+
+def _linked_vllm(matrix: Matrix, platform: str, page: Path) -> str:
+    runs = matrix_vllm.runs_in(matrix.vllm, platform)
+    links = [f"[{run.vllm}]({os.path.relpath(run.file, page.parent)})" for run in runs]
+    return ", ".join(links) or NOTHING
+
+
+def _inside_vllm(matrix: Matrix, page: Path) -> list[str]:
+    if not matrix.vllm:
+        return []
+    files = {Path(run.file).name: run.file for run in matrix.vllm}
+    rows = matrix_vllm.run_rows(matrix.vllm, SHOWN)
+    linked = [[*row[:-1], _link(row[-1], files, page)] for row in rows]
+    heads = ["case", *(f"vLLM {run.vllm}" for run in matrix.vllm)]
+    return [
+        *("", "## Inside vLLM", "", INSIDE_VLLM, ""),
+        *_table(matrix_vllm.HEAD, linked),
+        "",
+        *_table(heads, matrix_vllm.case_rows(matrix.vllm)),
+    ]
 
 
 def _link(name: str, files: Mapping[str, str], page: Path) -> str:
@@ -327,11 +353,17 @@ The same as a [page](support-matrix.html) and as a picture:
 """
 
 
+INSIDE_VLLM = """\
+The parts of a platform in the slots of the real [vLLM](vllm.md), each case beside stock vLLM. A
+version stands in the row above when every case of its newest report passed."""
+
+
 def of_project(tree: ConfigFiles) -> Matrix:
     """The project's own platforms, as of the day of the newest report."""
-    files = report_files(tree)
+    files, inside = report_files(tree), vllm_report_files()
     days = [Report.read(file).started.date() for file in files]
-    return build(tree, files, __version__, max(days, default=datetime.date.min))
+    days += [run.ran for run in matrix_vllm.build(inside, __version__, datetime.date.min)]
+    return build(tree, files, __version__, max(days, default=datetime.date.min), inside)
 
 
 def page(tree: ConfigFiles, path: Path) -> str:

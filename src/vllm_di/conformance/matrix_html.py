@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from vllm_di.conformance import matrix as data
+from vllm_di.conformance import matrix_vllm
 from vllm_di.conformance.compiling import COMPILED
 from vllm_di.conformance.matrix import Cell, Column, Matrix
 from vllm_di.containers.manifest import LEVELS
@@ -53,7 +54,8 @@ def html(matrix: Matrix, page: Path) -> str:
             return Markup('<span class="none">{}</span>').format(text)
         return mark(_word(found) or text, found.expired, found.evidence)
 
-    names = {"matrix": matrix, "legend": list(MEANINGS.items())}
+    names: dict[str, object] = {"matrix": matrix, "legend": list(MEANINGS.items())}
+    names["vllm_cases"] = matrix_vllm.case_rows(matrix.vllm)
     return _render("page.html.jinja", names | {"link": link, "mark": mark, "cell": cell})
 
 

@@ -27,6 +27,10 @@ Required = Literal["declared", "contract", "compile", "runtime"]
 WORST_FIRST: tuple[Outcome, ...] = ("fail", "not-run", "waived", "pass", "not-declared")
 """The outcome of a check whose cases differ: the first of these that occurs."""
 
+VALID = datetime.timedelta(days=180)
+MINORS = 2
+"""For so long, and for so many minors of vllm-di, a report counts."""
+
 LONGEST_WAIVER = datetime.timedelta(days=90)
 
 
@@ -159,6 +163,25 @@ class Report(msgspec.Struct, kw_only=True):
                     ElementTree.SubElement(item, "skipped", message=message)
         path.parent.mkdir(parents=True, exist_ok=True)
         ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
+
+
+def expires(ran: datetime.date) -> datetime.date:
+    """The last day on which a run counts."""
+    return ran + VALID
+
+
+def has_expired(ran: datetime.date, reported: str, version: str, on: datetime.date) -> bool:
+    """Whether a run with vllm-di ``reported`` counts no longer for vllm-di ``version``."""
+    return on > expires(ran) or _minors(reported, version) > MINORS
+
+
+def _minors(old: str, new: str) -> int:
+    """How many minors ``new`` is ahead; many where the major differs."""
+    try:
+        (a, b), (c, d) = (tuple(map(int, v.split(".")[:2])) for v in (old, new))
+    except ValueError:  # a report may say anything
+        return 100
+    return d - b if a == c else 100
 
 
 def together(outcomes: Iterable[Outcome]) -> Outcome:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -19,6 +18,7 @@ from vllm_di.conformance.catalog import BY_NAME, CHECKS
 from vllm_di.conformance.plugin import Conformance
 from vllm_di.conformance.report import Report, ReportError, Required, Waiver, level_of
 from vllm_di.conformance.subject import Subject
+from vllm_di.containers.evidence import source_commit
 from vllm_di.errors import ConfigError, nearest
 from vllm_di.version import __version__
 
@@ -139,20 +139,10 @@ def versions(subject: Subject) -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "absent"
-    if commit := _commit():
+    if commit := source_commit():
         found["commit"] = commit
     return found
 
 
 def _fields(manifest: object) -> list[str]:
     return list(manifest.capabilities.__struct_fields__)  # type: ignore[attr-defined]
-
-
-def _commit() -> str | None:
-    """The source tree's commit, with ``+`` where it was changed; None outside a checkout."""
-    words = ["git", "-C", str(FOLDER), "describe", "--always", "--abbrev=12", "--dirty=+"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None

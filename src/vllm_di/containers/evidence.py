@@ -5,6 +5,7 @@ The whole of a report is read by ``vllm_di.conformance``, which stands above.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,12 @@ def report_files(tree: ConfigFiles) -> list[Path]:
     return [file for folder in folders for file in sorted(folder.glob("*.json"))]
 
 
+def vllm_report_files() -> list[Path]:
+    """The project's recorded reports of runs inside vLLM, one a version."""
+    folder = conf_of_project().parent / "conformance" / "reports" / "vllm"
+    return sorted(folder.glob("*.json"))
+
+
 def port_of_report(tree: ConfigFiles, file: Path) -> Port | None:
     """The port that ships a report."""
     owners = (p for p in tree.ports if p.conf and file.parent == p.conf.parent / "reports")
@@ -57,3 +64,15 @@ def shown_level(reports: Iterable[Recorded], platform: str) -> Level:
         if report.platform == platform and not report.partial and report.level != "none":
             shown = max(shown, report.level, key=LEVELS.index)
     return shown
+
+
+def source_commit() -> str | None:
+    """The commit of the source tree that runs, with ``+`` where it was changed; None outside a
+    checkout. Stands in every report."""
+    folder = str(Path(__file__).parent)
+    words = ["git", "-C", folder, "describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -6,42 +6,25 @@ is left for the next. Stock vLLM runs in a fresh process, without this project's
 
 from __future__ import annotations
 
+import datetime
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
-
+from vllm_di.components.device.system import cpu_name
 from vllm_di.errors import ConfigError, nearest
 from vllm_di.vllm import versions
 from vllm_di.vllm.conformance.cases import CASES, REFERENCES, Case
-from vllm_di.vllm.conformance.engine import answer, write_model
+from vllm_di.vllm.conformance.engine import NUM_PROMPTS, answer, write_model
+from vllm_di.vllm.conformance.report import Outcome, Report, used_versions
 
-LIMIT = 300
+LIMIT = 900
 """Seconds for one case."""
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """Of one case."""
-
-    name: str
-    outcome: Literal["pass", "fail"]
-    seconds: float
-    why: str = ""
-
-
-class Report(msgspec.Struct):
-    """Of all cases in one version of vLLM."""
-
-    vllm: str
-    platform: str
-    cases: list[Outcome]
 
 
 def run(platform: str | None = None, only: Sequence[str] = ()) -> Report:
@@ -52,11 +35,22 @@ def run(platform: str | None = None, only: Sequence[str] = ()) -> Report:
     for name in only:
         if name not in names:
             raise ConfigError(f"--only: no case {name!r}{nearest(name, names)}")
+    started = datetime.datetime.now(datetime.UTC)
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(Path(folder), platform)
         cases = [suite.judge(case) for case in CASES if not only or case.name in only]
-    name = (platform or "platform=auto").partition("=")[2]
-    return Report(versions.installed() or "", name, cases)
+    seconds = (datetime.datetime.now(datetime.UTC) - started).total_seconds()
+    built_for, _ = versions.build() or ("auto", "")
+    return Report(
+        vllm=versions.installed() or "",
+        platform=platform.partition("=")[2] if platform else built_for,
+        started=started,
+        seconds=round(seconds, 1),
+        device=cpu_name(),
+        partial=bool(only),
+        versions=used_versions(),
+        cases=cases,
+    )
 
 
 class Suite:
@@ -70,13 +64,22 @@ class Suite:
     def judge(self, case: Case) -> Outcome:
         """Run a case and hold it against its reference."""
         start = time.perf_counter()
-        why = self._why(case)
-        seconds = round(time.perf_counter() - start, 1)
-        return Outcome(case.name, "fail" if why else "pass", seconds, why)
-
-    def _why(self, case: Case) -> str:
-        """Why a case failed; empty where it passed."""
         found = self._run(case)
+        why = self._why(case, found)
+        equal = f"{NUM_PROMPTS} of {NUM_PROMPTS} prompts as {case.reference}"
+        return Outcome(
+            name=case.name,
+            outcome="fail" if why else "pass",
+            seconds=round(time.perf_counter() - start, 1),
+            why=why,
+            overrides=list(case.overrides),
+            compiled=not case.arguments.get("enforce_eager", True),
+            calls=[report["calls"] for report in found.get("reports", [])],
+            tokens=equal if case.reference and not case.refused and not why else "",
+        )
+
+    def _why(self, case: Case, found: dict[str, Any]) -> str:
+        """Why a case failed; empty where it passed."""
         if case.refused:
             error = found.get("error", "it started")
             missing = [part for part in case.refused if part not in error]
@@ -144,7 +147,3 @@ class Suite:
 def _tail(log: Path) -> str:
     text = log.read_text(errors="replace") if log.is_file() else ""
     return text[-600:]
-
-
-if __name__ == "__main__":
-    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(run(only=sys.argv[1:]))))

@@ -11,6 +11,25 @@ ATTENTION = ("attention.build", "attention.forward")
 LAYERS = ("rms_norm", "add_rms_norm", "silu_and_mul", "rotary_embedding")
 PRODUCTS = ("linear", "head")
 ALL = ("attention=paged", "ops=cpu", "quantization=none")
+MIXED = ("attention=sdpa", "ops=cpu", "ops.rms_norm=torch")
+OF_A_USERS = tuple(
+    f"{slot}._target_={SAMPLES}.Counted{name}"
+    for slot, name in (
+        ("attention", "Attention"),
+        ("model_runner", "Runner"),
+        ("worker", "Worker"),
+        ("scheduler", "Scheduler"),
+        ("sampler", "Sampler"),
+    )
+)
+COUNTED = ("attention", "model_runner", "worker", "scheduler", "sampler")
+HELD = {
+    "attention": "CountedAttention",
+    "model_runner": "CountedRunner",
+    "worker": "CountedWorker",
+    "sampler": "CountedSampler",
+}
+COMPILED: Mapping[str, Any] = {"enforce_eager": False}
 
 
 class Case(NamedTuple):
@@ -41,6 +60,12 @@ REFERENCES = (
         environment={"VLLM_PLUGINS": ""},
         reference="",
     ),
+    Case(
+        "stock-compiled",
+        arguments={"enforce_eager": False},
+        environment={"VLLM_PLUGINS": ""},
+        reference="",
+    ),
 )
 """vLLM without this project's plugin, each in a fresh process."""
 
@@ -54,6 +79,8 @@ CASES = (
     Case("one-op", ("ops.rms_norm=torch",), LAYERS[:2], held={"attention": "CPUAttentionBackend"}),
     Case("quantization=none", ("quantization=none",), PRODUCTS),
     Case("quantization=int8", ("quantization=int8",), PRODUCTS, reference=""),
+    Case("quantization=int4", ("quantization=int4",), PRODUCTS, reference=""),
+    Case("one-op-of-another-table", MIXED, (*ATTENTION, *LAYERS)),
     Case("all-of-ours", ALL, (*ATTENTION, *LAYERS, *PRODUCTS)),
     Case(
         "DI_CONFIG",
@@ -82,20 +109,9 @@ CASES = (
     ),
     Case(
         "classes-of-a-users",
-        (
-            f"attention._target_={SAMPLES}.CountedAttention",
-            f"model_runner._target_={SAMPLES}.CountedRunner",
-            f"worker._target_={SAMPLES}.CountedWorker",
-            f"scheduler._target_={SAMPLES}.CountedScheduler",
-            f"sampler._target_={SAMPLES}.CountedSampler",
-        ),
-        ("attention", "model_runner", "worker", "scheduler", "sampler"),
-        held={
-            "attention": "CountedAttention",
-            "model_runner": "CountedRunner",
-            "worker": "CountedWorker",
-            "sampler": "CountedSampler",
-        },
+        OF_A_USERS,
+        COUNTED,
+        held=HELD,
     ),
     Case(
         "options-of-vLLMs-own",
@@ -113,15 +129,27 @@ CASES = (
         "compiled",
         ALL,
         (*ATTENTION, *LAYERS, *PRODUCTS),
-        {"enforce_eager": False},
+        COMPILED,
     ),
     Case(
         "compiled-again",  # from vLLM's compile cache
         ALL,
         (*ATTENTION, *LAYERS, *PRODUCTS),
-        {"enforce_eager": False},
+        COMPILED,
     ),
-    Case("compiled-one-op", ("ops.rms_norm=torch",), LAYERS[:2], {"enforce_eager": False}),
+    Case("compiled-one-op", ("ops.rms_norm=torch",), LAYERS[:2], COMPILED),
+    Case("compiled-attention", ("attention=paged",), ATTENTION, COMPILED),
+    Case("compiled-products", ("quantization=none",), PRODUCTS, COMPILED),
+    Case("compiled-int8", ("quantization=int8",), PRODUCTS, COMPILED, reference=""),
+    Case("compiled-one-op-of-another-table", MIXED, (*ATTENTION, *LAYERS), COMPILED),
+    Case("compiled-classes-of-a-users", OF_A_USERS, COUNTED, COMPILED, held=HELD),
+    Case(
+        "compiled-two-ranks",
+        ("communicator=shared_memory", *ALL),
+        ("all_reduce", "all_gather", *ATTENTION, *LAYERS, *PRODUCTS),
+        {"tensor_parallel_size": 2, **COMPILED},
+        reference="stock-two-ranks",
+    ),
     Case(
         "a-wrong-name",
         ("attention=sdap",),
