@@ -121,6 +121,7 @@ class CpuOps(OpLibrary):
         self._packed_rows = kernels.packed_rows
         self._group_rows = kernels.group_rows
         self._quantized = kernels.quantized_linear
+        self._experts = kernels.fused_experts
         self._has_tiles = bool(kernels.has_tiles())
         self.kernels = kernels
 
@@ -400,6 +401,47 @@ class CpuOps(OpLibrary):
             out.data_ptr(),
             len(token_ids),
             weight.inputs,
+            self.threads,
+        )
+        return out
+
+    def fused_experts(
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: Activation,
+    ) -> Tensor:
+        """Reads the experts' weights as they are. A token with an id that is no expert is NaN."""
+        if not (
+            _rows(x)
+            and x.dtype is gate_up.dtype is down.dtype
+            and gate_up.is_contiguous()
+            and down.is_contiguous()
+        ):
+            return self._reference.fused_experts(
+                x, gate_up, down, topk_weights, topk_ids, activation
+            )
+        shares, ids = topk_weights.float().contiguous(), topk_ids.long().contiguous()
+        experts, hidden, inter = down.shape
+        out = self._empty(x.shape, x.dtype)
+        self._experts(
+            TYPES[x.dtype],
+            x.data_ptr(),
+            gate_up.data_ptr(),
+            down.data_ptr(),
+            shares.data_ptr(),
+            ids.data_ptr(),
+            out.data_ptr(),
+            len(x),
+            hidden,
+            inter,
+            experts,
+            ids.shape[1],
+            x.stride()[0],
+            GATES[activation],
             self.threads,
         )
         return out

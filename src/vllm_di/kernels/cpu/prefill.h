@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "transpose.h"
 
 // What tiles multiply: pairs of bf16 where the CPU has an instruction for them, else floats.
 template <typename T>
@@ -57,9 +58,11 @@ struct Span {
   void pack_keys(const T* const* from, int64_t count, S* to) const {
     int64_t step = 0;
 #if defined(__AVX512F__)
-    if (sizeof(T) == sizeof(E) && count == kLanes)
-      for (; step + kLanes <= d / PER; step += kLanes)
-        transpose(from, step, (uint32_t*)to + step * kPair);
+    if (sizeof(T) == sizeof(E) && count == kLanes) {
+      const uint32_t* rows[16];
+      for (int i = 0; i < 16; i++) rows[i] = (const uint32_t*)from[i];
+      for (; step + kLanes <= d / PER; step += kLanes) transpose(rows, step, (uint32_t*)to + step * kPair);
+    }
 #endif
     for (; step < q_steps; step++)
       for (int64_t lane = 0; lane < count; lane++)
@@ -80,37 +83,6 @@ struct Span {
     for (int64_t lane = 0; lane < lanes; lane++)
       for (int64_t j = 0; j < count; j++) pack_to((E*)(to + lane) + j, from[j][i + lane]);
   }
-
-#if defined(__AVX512F__)
-  // Words [step, step + 16) of 16 rows -> 16 rows of kPair words.
-  static void transpose(const T* const* from, int64_t step, uint32_t* to) {
-    __m512i a[16], b[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512((const uint32_t*)from[i] + step);
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {  // a[i + j]: word 4 lane + j of rows i to i + 3
-      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      const __m512i even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-      const __m512i even2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
-      const __m512i odd2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-      _mm512_storeu_si512(to + j * kPair, _mm512_shuffle_i32x4(even, even2, 0x88));
-      _mm512_storeu_si512(to + (4 + j) * kPair, _mm512_shuffle_i32x4(odd, odd2, 0x88));
-      _mm512_storeu_si512(to + (8 + j) * kPair, _mm512_shuffle_i32x4(even, even2, 0xdd));
-      _mm512_storeu_si512(to + (12 + j) * kPair, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
-    }
-  }
-#endif
 
   void score(const S* rows, int64_t pair, float (&scores)[kTileRows][kChunk]) {
     floats part[kTileRows][2] = {};
