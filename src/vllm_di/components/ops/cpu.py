@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm_di.cache import is_whole
 from vllm_di.components import products
 from vllm_di.components.interfaces import Activation, Device, OpLibrary, Recorder, Replay
+from vllm_di.components.ops.cpu_candidates import candidates
 from vllm_di.components.ops.cpu_isa import select_isa
 from vllm_di.components.ops.cpu_packing import (
     TYPES,
@@ -22,6 +23,7 @@ from vllm_di.components.ops.cpu_packing import (
     pack_linear,
     pack_quantized,
 )
+from vllm_di.components.ops.cpu_paths import Measured, kept, measured, place
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.components.quantized import QuantizedWeight
 from vllm_di.errors import ConfigError
@@ -35,6 +37,7 @@ from vllm_di.kernels.build import (
     recipe,
 )
 from vllm_di.kernels.build import prebuilt as find_prebuilt
+from vllm_di.kernels.isa import AMX, EMULATED
 from vllm_di.kernels.memory import Pool
 from vllm_di.kernels.tape import record
 
@@ -43,7 +46,15 @@ NO_GATE = 0
 GATES: dict[Activation, int] = {"silu": 1, "gelu_tanh": 2}
 """Numbers of the gates in the C++ interface."""
 SMALL_BATCH = 8
+PRODUCTS = {
+    "linear": ("bf16", "fp32"),
+    "gated_linear": ("bf16", "fp32"),
+    "quantized_linear": ("int8",),
+    "gated_quantized_linear": ("int8",),
+}
+"""Ops to the dtypes that are measured of them."""
 UNBUILT = "will be compiled at the first start"
+UNMEASURED = "the ways to multiply will be measured at the first start"
 
 
 class CpuOps(OpLibrary):
@@ -65,16 +76,19 @@ class CpuOps(OpLibrary):
         cache: str | None,
         prebuilt: str | None = None,
         rows_for_onednn: Annotated[int, msgspec.Meta(ge=1)] | None,
-        rows_for_tiles: Annotated[int, msgspec.Meta(ge=1)] = 32,
+        rows_for_tiles: Annotated[int, msgspec.Meta(ge=1)] | None = None,
     ) -> None:
         shipped = Path(prebuilt).expanduser() if prebuilt else None
         choice = select_isa(isa, shipped)
         if device.torch_device != torch.device("cpu"):  # kernels take addresses of host memory
             raise ConfigError(f"ops=cpu runs on the host, not on {device.torch_device}")
         self.isa = choice.isa
-        self._rows_for_onednn, self._rows_for_tiles = rows_for_onednn, rows_for_tiles
+        self._rows_for_onednn = rows_for_onednn
+        self._rows_for_tiles = 1 if rows_for_tiles is None and isa == EMULATED else rows_for_tiles
+        self._measured: Measured | None = None
         self._reference = TorchOps()
         self.threads = torch.get_num_threads()
+        self.has_tiles = False
         self._empty: Allocate = _empty
         self._ready: dict[int, list[Tensor]] = {}
         """Rows to outputs that nobody has had."""
@@ -96,6 +110,10 @@ class CpuOps(OpLibrary):
         self._where = f"cpu ({'; '.join(filter(None, parts))})"
         if built is not None:
             self._bind(built)
+        if self._rows_for_tiles is None and built is not None:
+            self._measured = self._measure(place(folder, Path(built.library._name).name))
+            if self._measured is not None:
+                self._rows_for_tiles = self._measured.rows_for_tiles()
 
     @classmethod
     def preview(cls, **arguments: Any) -> OpLibrary:
@@ -104,6 +122,9 @@ class CpuOps(OpLibrary):
 
     def _build(self, cache: Path) -> Built | None:
         return build(self.isa, cache, loaded_openmp())
+
+    def _measure(self, path: Path) -> Measured | None:
+        return measured(path, lambda: candidates(self), self.threads)
 
     def _bind(self, built: Built) -> None:
         kernels = CpuKernels(built.library)
@@ -122,13 +143,25 @@ class CpuOps(OpLibrary):
         self._group_rows = kernels.group_rows
         self._quantized = kernels.quantized_linear
         self._experts = kernels.fused_experts
-        self._has_tiles = bool(kernels.has_tiles())
+        self.has_tiles = bool(kernels.has_tiles())
         self.kernels = kernels
 
     def describe(self) -> dict[str, str]:
-        """Op to where it runs, or to the reason why it has no kernel here."""
+        """Op to where it runs, or to the reason why it has no kernel here; for products, also to
+        what was measured of the ways to multiply."""
         missing = "no C++ kernel" if self.implements else self._where
-        return {op: self._where if op in self.implements else missing for op in self.OPS}
+        rows = {op: self._where if op in self.implements else missing for op in self.OPS}
+        for op, dtypes in PRODUCTS.items() if self.implements else ():
+            notes = [rows[op]]
+            few, found = self._rows_for_tiles, self._measured
+            if few is None and found is None:
+                notes.append(UNMEASURED)
+            elif self.has_tiles and "bf16" in dtypes:
+                notes.append(f"bf16 from {few} rows on by tiles" if few else "tiles are slower")
+            if found is not None:
+                notes.append(found.describe(dtypes))
+            rows[op] = "; ".join(notes)
+        return rows
 
     # -- norms, rotary, gates -------------------------------------------------------------------
 
@@ -257,7 +290,17 @@ class CpuOps(OpLibrary):
         dtype = out_dtype or x.dtype
         if weight.plain is not None and len(x) >= (self._rows_for_onednn or 0) and dtype is x.dtype:
             return products.linear(x, weight.plain, bias)
-        return self._product(x, weight, bias, dtype, NO_GATE)
+        return self._product(x, weight, bias, dtype, NO_GATE, self._tiled(x))
+
+    def multiply(self, x: Tensor, weight: PackedWeight, *, tiled: bool) -> Tensor:
+        """``linear`` by the path that is named: by tile registers, which the library has, or
+        not."""
+        return self._product(x, weight, None, x.dtype, NO_GATE, tiled)
+
+    def _tiled(self, x: Tensor) -> bool:
+        return (
+            self.has_tiles and self._rows_for_tiles is not None and len(x) >= self._rows_for_tiles
+        )
 
     def pack_gated_linear(self, weight: Tensor) -> Any:
         plain = self._rows_for_onednn is not None
@@ -268,13 +311,19 @@ class CpuOps(OpLibrary):
     ) -> Tensor:
         if not (isinstance(weight, PackedWeight) and weight.gated):
             return self._act(self.linear(x, weight, bias), activation)
-        return self._product(x, weight, bias, x.dtype, GATES[activation])
+        return self._product(x, weight, bias, x.dtype, GATES[activation], self._tiled(x))
 
     def _act(self, x: Tensor, activation: Activation) -> Tensor:
         return self.silu_and_mul(x) if activation == "silu" else self.gelu_tanh_and_mul(x)
 
     def _product(
-        self, x: Tensor, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype, gate: int
+        self,
+        x: Tensor,
+        weight: PackedWeight,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        gate: int,
+        tiled: bool,
     ) -> Tensor:
         if x.dtype is not weight.dtype:
             x = x.to(weight.dtype)
@@ -298,7 +347,7 @@ class CpuOps(OpLibrary):
             stride,
             TYPES[out.dtype],
             gate,
-            self._has_tiles and len(x) >= self._rows_for_tiles,
+            tiled,
             self.threads,
         )
         return out if out.dtype is dtype else out.to(dtype)
@@ -655,7 +704,7 @@ class CpuRecorder(Recorder):
 
 
 class CpuOpsPreview(CpuOps):
-    """A preview of CpuOps: it describes itself, computes nothing and compiles nothing."""
+    """A preview of CpuOps: it describes itself, computes nothing, compiles and measures nothing."""
 
     def _build(self, cache: Path) -> Built | None:
         is_there = is_whole(recipe(self.isa, cache, loaded_openmp()).target)
@@ -663,6 +712,10 @@ class CpuOpsPreview(CpuOps):
 
     def _bind(self, built: Built) -> None:
         """Nothing is going to be called."""
+        self.has_tiles = self.isa in (AMX, EMULATED)
+
+    def _measure(self, path: Path) -> Measured | None:
+        return kept(path)
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

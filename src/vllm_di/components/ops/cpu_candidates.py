@@ -1,0 +1,43 @@
+"""The ways to multiply that the CPU's kernels and torch have between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_di.components import products
+from vllm_di.components.ops.cpu_paths import INPUTS, ONEDNN, OUTPUTS, ROWS, TILES, Candidate
+from vllm_di.components.quantized import by_channel
+
+if TYPE_CHECKING:
+    from vllm_di.components.ops.cpu import CpuOps
+
+
+def candidates(ops: CpuOps) -> list[Candidate]:
+    """Each multiplies a weight of its own dtype by the threads of ``ops``."""
+    found = []
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        for path, run in _plain(ops, dtype).items():
+            found.append(Candidate(name, path, run))
+    x = torch.ones(ROWS[-1], INPUTS, dtype=torch.bfloat16)
+    packed = ops.pack_quantized(by_channel(_weight(torch.float32)))
+    found.append(Candidate("int8", ops.isa, lambda rows: ops.quantized_linear(x[:rows], packed)))
+    return found
+
+
+def _plain(ops: CpuOps, dtype: torch.dtype) -> dict[str, Callable[[int], object]]:
+    x, weight = torch.ones(ROWS[-1], INPUTS, dtype=dtype), _weight(dtype)
+    packed = ops.pack_linear(weight)
+    found: dict[str, Callable[[int], object]] = {
+        ops.isa: lambda rows: ops.multiply(x[:rows], packed, tiled=False)
+    }
+    if ops.has_tiles and dtype is torch.bfloat16:
+        found[TILES] = lambda rows: ops.multiply(x[:rows], packed, tiled=True)
+    found[ONEDNN] = lambda rows: products.linear(x[:rows], weight)
+    return found
+
+
+def _weight(dtype: torch.dtype) -> torch.Tensor:
+    return torch.linspace(-1, 1, OUTPUTS * INPUTS, dtype=torch.float32).view(OUTPUTS, -1).to(dtype)
