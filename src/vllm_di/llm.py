@@ -209,9 +209,10 @@ def _by_container(objects: dict[str, Any]) -> dict[Any, dict[str, Any]]:
     containers = (ServerContainer, EngineContainer, WorkerContainer)
     apart: dict[Any, dict[str, Any]] = {c: {} for c in containers}
     for name, value in objects.items():
-        home = next((c for c in containers if name in c.providers), None)
-        if home is None:
+        homes = [c for c in containers if name in c.providers]
+        if not homes:
             known = [slot for c in containers for slot in c.providers]
             raise TypeError(f"LLM has no slot {name!r}{nearest(name, known)}")
-        apart[home][name] = value
+        for home in homes:
+            apart[home][name] = value
     return apart

@@ -15,6 +15,7 @@ TINY = ["platform=cpu", "model=tiny", "model.dtype=float32", "ops=torch", "trust
 PARTS = "tests.growth.parts"
 DRAFTS = [f"drafter._target_={PARTS}.PromptLookup"]
 MASKS = [
+    "structured_output=none",
     f"structured_output._target_={PARTS}.TokenChoice",
     f"sampler._target_={PARTS}.MaskingSampler",
     f"program._target_={PARTS}.MeetingProgram",

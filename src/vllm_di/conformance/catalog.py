@@ -31,6 +31,7 @@ CHECKS = (
     Check(12, "kv", "contract", "KV writes and copies, bit for bit"),
     Check(13, "communicator", "contract", "Collectives"),
     Check(14, "sampler", "contract", "Sampler"),
+    Check(27, "masks", "contract", "Masks of tokens: structured output"),
     Check(15, "weights", "runtime", "Weights: every tensor is taken, wrong ones are refused"),
     Check(16, "golden", "runtime", "Greedy tokens of tiny models"),
     Check(17, "logprobs", "runtime", "Log-probabilities of tiny models"),

@@ -21,6 +21,7 @@ from vllm_di.components.interfaces import Engine
 from vllm_di.components.messages import EngineOutputs, TokenOutput
 from vllm_di.components.transport import Codec, Connection, Failure, connect
 from vllm_di.containers.assembly import Assembly
+from vllm_di.containers.checks import Checked, Checks
 from vllm_di.containers.fill import open_engine
 from vllm_di.errors import EngineDeadError, RequestError
 from vllm_di.progress import shown
@@ -29,7 +30,7 @@ from vllm_di.server.sharing import Borrower
 
 IDLE_SECONDS = 1.0
 """Seconds between two checks of the workers by an idle engine."""
-Inbox = queue.SimpleQueue[wire.ToEngine | None]
+Inbox = queue.SimpleQueue[wire.ToEngine | Checked | None]
 
 
 def main() -> None:
@@ -91,7 +92,7 @@ class Pulse:
 def serve(engine: Engine, connection: Connection[wire.ToEngine], pulse: Pulse) -> None:
     """Run until the peer closes."""
     inbox: Inbox = queue.SimpleQueue()
-    borrower = Borrower()
+    borrower, checks = Borrower(), Checks(engine, inbox.put)
     threading.Thread(target=_read, args=(connection, inbox), name="requests", daemon=True).start()
     while True:
         messages = _drain(inbox, wait=not engine.has_work())
@@ -102,12 +103,18 @@ def serve(engine: Engine, connection: Connection[wire.ToEngine], pulse: Pulse) -
         for message in messages:
             if message is None:
                 return
-            if isinstance(message, wire.Add):
+            if isinstance(message, wire.Add | Checked):
+                request_id = message.request.request_id
                 try:
-                    engine.add(borrower.request(message))
+                    if isinstance(message, Checked):
+                        if checks.end(message):
+                            engine.add(message.request)
+                    elif not checks.begin(request := borrower.request(message)):
+                        engine.add(request)
                 except RequestError as error:
-                    refused.append(_refusal(message.request.request_id, error))
+                    refused.append(_refusal(request_id, error))
             elif isinstance(message, wire.Abort):
+                checks.abort(message.request_id)
                 engine.abort(message.request_id)
             elif isinstance(message, wire.Keep):
                 borrower.keep(message)
@@ -130,9 +137,9 @@ def _read(connection: Connection[wire.ToEngine], inbox: Inbox) -> None:
         inbox.put(None)
 
 
-def _drain(inbox: Inbox, *, wait: bool) -> list[wire.ToEngine | None]:
+def _drain(inbox: Inbox, *, wait: bool) -> list[wire.ToEngine | Checked | None]:
     """All messages that have arrived; with ``wait`` returns none only after ``IDLE_SECONDS``."""
-    messages = []
+    messages: list[wire.ToEngine | Checked | None] = []
     try:
         if wait:
             messages.append(inbox.get(timeout=IDLE_SECONDS))

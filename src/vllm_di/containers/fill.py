@@ -20,7 +20,7 @@ from dependency_injector.providers import Object, Provider, Singleton
 from vllm_di.components.interfaces import Engine, OpLibrary, Placement, Worker, WorkerLauncher
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.schema import Part, check, class_of
-from vllm_di.containers.slots import DERIVED, EngineContainer, WorkerContainer
+from vllm_di.containers.slots import DERIVED, SHARED, EngineContainer, WorkerContainer
 from vllm_di.containers.trial import try_out
 from vllm_di.errors import ConfigError, PortError, VllmDiError, nearest, one_line
 
@@ -52,7 +52,8 @@ def opened(
     with ExitStack() as stack:
         providers: dict[str, Provider[Any]] = {n: Object(o) for n, o in objects.items()}
         for slot, part in plan.parts.items():
-            path = assembly.path(container, slot, stage)
+            shared = slot in SHARED.get(container, {})
+            path = slot if shared else assembly.path(container, slot, stage)
             providers[slot] = _provider(path, part, filled, assembly, stack, preview)
         for slot, (source, method) in DERIVED.get(container, {}).items():
             if slot not in objects:
@@ -102,7 +103,7 @@ def _provider(
             provider = _provider(f"{path}.{name}", inner, container, assembly, stack, preview)
             if issubclass(inner.cls, OpLibrary):  # ops.rms_norm=cpu beside ops=cpu: one library
                 built_once.append((inner, provider))
-        arguments[name] = provider
+        arguments[name] = Object(provider) if name in part.lazy else provider
 
     make: Callable[..., Any] = part.cls
     if preview and issubclass(part.cls, OpLibrary):

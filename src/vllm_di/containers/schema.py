@@ -8,6 +8,7 @@ this happens before any weight is read.
 
 from __future__ import annotations
 
+import collections.abc
 import graphlib
 import importlib
 import inspect
@@ -23,7 +24,7 @@ from dependency_injector.containers import DeclarativeContainer
 
 from vllm_di.components.interfaces import Executor
 from vllm_di.containers.assembly import Assembly
-from vllm_di.containers.slots import DERIVED, GIVEN, SLOTS, slots
+from vllm_di.containers.slots import DERIVED, GIVEN, SHARED, SLOTS, slots
 from vllm_di.errors import ConfigError, PortError, VllmDiError, nearest, one_line
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ class Part(msgspec.Struct):
     """Keyword arguments from the node."""
     parts: dict[str, Part]
     """Keyword arguments that are components themselves."""
+    lazy: list[str] = []
+    """Those of ``parts`` that the constructor takes as ``Callable[[], Interface]``: built when they
+    are first called."""
 
     def needs(self) -> set[str]:
         """All names that this part and the parts within take from the container."""
@@ -65,7 +69,7 @@ def check(
     Slots that are ``replaced`` by objects are not looked at. Raises ConfigError.
     """
     nodes, kinds = assembly.nodes(container, stage), slots(container)
-    derived = DERIVED.get(container, {})
+    derived, shared = DERIVED.get(container, {}), SHARED.get(container, {})
     inspector = _Inspector(container, assembly)
     parts: dict[str, Part] = {}
     needs: dict[str, set[str]] = {}
@@ -79,6 +83,10 @@ def check(
         elif slot in kinds:
             path = assembly.path(container, slot, stage)
             parts[slot] = inspector.part(path, nodes[slot], kinds[slot])
+            needs[slot] = parts[slot].needs()
+        elif slot in shared:
+            node = assembly.nodes(shared[slot])[slot]
+            parts[slot] = inspector.part(slot, node, SLOTS[slot])
             needs[slot] = parts[slot].needs()
         else:
             raise ConfigError(f"opening {container.__name__} needs {slot}")
@@ -269,6 +277,8 @@ class _Inspector:
                     "component"
                 )
             part.parts[name] = self.part(path, value, kinds[0])
+            if typing.get_origin(hint) is collections.abc.Callable:
+                part.lazy.append(name)
         else:
             part.values[name] = self._convert(path, value, hint)
 

@@ -60,6 +60,8 @@ class WorkerContainer(DeclarativeContainer):
     sampler = Dependency(instance_of=i.Sampler)
     model_runner = Dependency(instance_of=i.ModelRunner)
     worker = Dependency(instance_of=i.Worker)
+    # shared with the engine: built here too, where a part asks for it
+    structured_output = Dependency(instance_of=i.StructuredOutput)
     # given
     placement = Dependency(instance_of=i.Placement)
 
@@ -78,10 +80,15 @@ DERIVED: dict[Container, dict[str, tuple[str, str]]] = {
 }
 """Slots that hold what a method of another slot returned."""
 
+SHARED: dict[Container, dict[str, Container]] = {
+    WorkerContainer: {"structured_output": EngineContainer}
+}
+"""Slots of another container, whose node fills them here as well: one choice for both."""
+
 
 def slots(container: Container) -> dict[str, type]:
     """Slot name to interface, for the slots that a YAML node fills."""
-    apart = {*GIVEN[container], *DERIVED.get(container, {})}
+    apart = {*GIVEN[container], *DERIVED.get(container, {}), *SHARED.get(container, {})}
     providers: dict[str, Any] = container.providers
     return {n: p.instance_of for n, p in providers.items() if n not in apart}
 

@@ -212,6 +212,18 @@ SAMPLER = (
         "make no difference",
         "sampler/test_a_seed_gives_the_same_tokens_again",
     ),
+    _slot(
+        "sampler",
+        "sampling.MasksIgnored",
+        "masks were not obeyed",
+        "masks/test_a_row_obeys_its_own_mask_alone[begun]",
+    ),
+    _slot(
+        "sampler",
+        "sampling.MasksOfDraftsLost",
+        "assert",
+        "masks/test_masks_go_on_with_the_answer_and_its_drafts",
+    ),
     _slot("sampler", "sampling.PenaltyLeak", "other tokens", "sampler/test_rows_do_not_leak"),
     _slot("sampler", "sampling.BiasLeak", "other tokens", "sampler/test_rows_do_not_leak"),
     _slot(

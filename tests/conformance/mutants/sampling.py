@@ -43,6 +43,25 @@ class OneSeed(StandardSampler):
         return super().sample(logits, [_with(row, seed=7) for row in rows])
 
 
+class MasksIgnored(StandardSampler):
+    """Knows no grammars."""
+
+    def __init__(self, ops: OpTable) -> None:
+        super().__init__(ops)
+
+
+class MasksOfDraftsLost(StandardSampler):
+    """Takes the mask of the first draft for all."""
+
+    def begin(self, rows: Sequence[SequenceState], drafts: Sequence[list[int]]) -> None:
+        super().begin(rows, drafts)
+        for row in rows:
+            place = row.sampler_state.place
+            if place is not None and self._masks is not None:
+                self._masks._wait()
+                place.masks[:] = place.masks[0]
+
+
 class PenaltyLeak(StandardSampler):
     """Every row is penalised as the first one is."""
 

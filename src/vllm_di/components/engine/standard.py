@@ -32,6 +32,9 @@ class StandardEngine(Engine):
         """The oldest first."""
         self._num_compiles = 0
 
+    def check(self, request: EngineRequest) -> None:
+        self._scheduler.check(request)
+
     def add(self, request: EngineRequest) -> None:
         self._scheduler.add(request)
 

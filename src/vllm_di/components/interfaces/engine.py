@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_di.components.interfaces.device import DEFAULT_ROLE, Placement
 from vllm_di.components.interfaces.worker import Worker
@@ -23,6 +23,10 @@ from vllm_di.components.messages import (
     WorkerReport,
 )
 from vllm_di.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class WorkerLauncher(ABC):
@@ -202,6 +206,11 @@ class Scheduler(ABC):
     """Chooses what runs in each step. Continuous batching: a step mixes decodes with chunks of
     prefills."""
 
+    def check(self, request: EngineRequest) -> None:
+        """What of ``add`` may take long, a grammar: raises RequestError. Called from any thread
+        before it."""
+        return
+
     @abstractmethod
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises RequestError (it can never fit) or QueueFullError."""
@@ -225,12 +234,44 @@ class Scheduler(ABC):
     def stats(self) -> EngineStats: ...
 
 
+@dataclass(slots=True)
+class MaskTask:
+    """What a sampler wants to know of one sequence before its next token is chosen."""
+
+    place: Any
+    """What ``StructuredOutput.start`` returned for it."""
+    tokens: Sequence[int]
+    """Generated since the task before, to be taken in first."""
+    drafts: Sequence[int]
+    """Guesses of what follows. They are not taken in."""
+    masks: NDArray[np.uint32]
+    """[1 + drafts, ceil(vocab / 32)], to be filled: bit b of word w stands for token 32 w + b, and
+    is set where that token may come; row 0 is the next token, row i the one behind draft i. Rows
+    behind a draft that may not come stay as they are."""
+    error: str | None = None
+    """Why the sequence cannot go on; to be set in place of the masks."""
+
+
 class StructuredOutput(ABC):
-    """Constrains tokens to a grammar."""
+    """Constrains tokens to a grammar. Built in the engine, for ``check``, and in each worker whose
+    sampler asks for it, for the rest: its constructor takes values of its YAML alone."""
 
     @abstractmethod
     def check(self, params: SamplingParams) -> None:
-        """Raise RequestError for a request that this component cannot honour."""
+        """Raise RequestError for a request that this component cannot honour. It may take long:
+        a server calls it on a thread of its own before ``Scheduler.add``, which calls it again."""
+
+    def start(
+        self, params: SamplingParams, *, vocab_size: int, eos_token_ids: Sequence[int]
+    ) -> Any:
+        """The beginning of the grammar of ``params.structured_output``, for one sequence; it
+        belongs to this component. ``vocab_size``: columns of the logits. Called on the sampler's
+        thread while the model runs. Raises RequestError."""
+        raise NotImplementedError(f"{type(self).__qualname__} works out no masks of tokens")
+
+    def fill(self, tasks: Sequence[MaskTask]) -> None:
+        """Work out the masks of one step. Called on the thread of ``start``."""
+        raise NotImplementedError(f"{type(self).__qualname__} works out no masks of tokens")
 
 
 class Engine(ABC):
@@ -238,6 +279,11 @@ class Engine(ABC):
     and ``add``, which it calls between steps."""
 
     report: WorkerReport
+
+    def check(self, request: EngineRequest) -> None:
+        """Its scheduler's: called from any thread before ``add``, so that steps go on
+        meanwhile. Raises RequestError."""
+        return
 
     @abstractmethod
     def add(self, request: EngineRequest) -> None:

@@ -13,23 +13,28 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vllm_di.components.interfaces import OpTable, Sampler, SequenceState
+from vllm_di.components.interfaces import OpTable, Sampler, SequenceState, StructuredOutput
 from vllm_di.components.messages import SampledTokens, TokenLogprobs
 from vllm_di.components.sampler.adjust import Adjustments, Known, adjust
 from vllm_di.components.sampler.logprobs import report
+from vllm_di.components.sampler.masks import GRAMMAR_FAULT, Masks, Place
 
 NOT_FINITE = "the model gave logits that are not finite (NaN or infinity)"
-NONE_LEFT = "no token can be chosen: allowed_token_ids, bad_words and min_tokens leave none"
+NONE_LEFT = (
+    "no token can be chosen: allowed_token_ids, bad_words, min_tokens and the grammar leave none"
+)
 TOO_LARGE = "a penalty took the model's logits beyond what a float holds"
 
 
 class RowState:
     """What the sampler keeps of one sequence."""
 
-    def __init__(self, row: SequenceState, known: Known) -> None:
+    def __init__(self, row: SequenceState, known: Known, place: Place | None = None) -> None:
+        """``place``: of a row with a grammar."""
         params = row.params
         self.params = params
         self.adjustments = Adjustments.of(row, known)
+        self.place = place
         seed = params.seed if params.seed is not None else secrets.randbits(64)
         self.seed = seed % 2**64
 
@@ -41,12 +46,14 @@ class Group:
         params = [state.params for state in states]
         self.states = states
         self.adjusted = [i for i, state in enumerate(states) if state.adjustments is not None]
+        self.constrained = [i for i, state in enumerate(states) if state.place is not None]
+        self.edited = bool(self.adjusted or self.constrained)
         self.reported = [i for i, p in enumerate(params) if p.logprobs is not None]
         self.counts = [params[i].logprobs or 0 for i in self.reported]
         self.greedy = [i for i, p in enumerate(params) if p.greedy]
         drawn = len(self.greedy) < len(states)
         self.draws = Draws(states, device, vocab_size) if drawn else None
-        self.plain = not (drawn or self.adjusted or self.reported)
+        self.plain = not (drawn or self.edited or self.reported)
 
 
 class Draws:
@@ -66,15 +73,33 @@ class Draws:
 
 
 class StandardSampler(Sampler):
-    """Penalties, masks and biases where a row asks for them; argmax or top-k, top-p, min-p by the
-    op table."""
+    """Penalties, masks, biases and grammars where a row asks for them; argmax or top-k, top-p,
+    min-p by the op table."""
 
-    request_faults = frozenset([NONE_LEFT])
+    request_faults = frozenset([NONE_LEFT, GRAMMAR_FAULT])
 
-    def __init__(self, ops: OpTable) -> None:
+    def __init__(self, ops: OpTable, structured_output: StructuredOutput | None = None) -> None:
+        """Without ``structured_output`` whoever holds the sampler sees to grammars."""
+        self._masks = None if structured_output is None else Masks(structured_output)
         self._greedy, self._random = ops.greedy_sample, ops.top_k_top_p_sample
         self._group: Group | None = None
         self._known: Known = WeakValueDictionary()
+
+    def close(self) -> None:
+        """Ends the thread that works out masks."""
+        if self._masks is not None:
+            self._masks.close()
+
+    def begin(self, rows: Sequence[SequenceState], drafts: Sequence[list[int]]) -> None:
+        if self._masks is None:
+            return
+        wanted = [
+            (row, place, guesses)
+            for row, guesses in zip(rows, drafts, strict=True)
+            if row.params.structured_output is not None
+            if (place := (row.sampler_state or self._state(row)).place) is not None
+        ]
+        self._masks.begin(wanted)
 
     def sample(
         self, logits: Tensor, rows: Sequence[SequenceState]
@@ -101,8 +126,8 @@ class StandardSampler(Sampler):
     ) -> tuple[list[SampledTokens], dict[int, str]]:
         """Rows of finite logits, whose argmax is ``best``, as each one asks."""
         raw = self._raw(logits, group) if group.reported else None
-        dead = self._adjust(logits, rows, group) if group.adjusted else {}
-        if group.adjusted:
+        dead = self._adjust(logits, rows, group) if group.edited else {}
+        if group.edited:
             best = _listed(self._greedy(logits))
         ids = self._choose(logits, rows, group, best)
         reports = self._reports(raw, ids, group)
@@ -116,6 +141,8 @@ class StandardSampler(Sampler):
     @torch.inference_mode()
     def warm_up(self, logits: Tensor) -> None:
         rows, vocab_size = logits.shape
+        if self._masks is not None:
+            self._masks.vocab_size = vocab_size
         self._greedy(logits)
         top_k = torch.full((rows,), vocab_size, dtype=torch.int64, device=logits.device)
         one = torch.ones(rows, dtype=torch.float32, device=logits.device)
@@ -135,12 +162,14 @@ class StandardSampler(Sampler):
         return self._group
 
     def _state(self, row: SequenceState) -> RowState:
-        row.sampler_state = state = RowState(row, self._known)
+        has_grammar = self._masks is not None and row.params.structured_output is not None
+        place = Place() if has_grammar else None
+        row.sampler_state = state = RowState(row, self._known, place)
         return state
 
     def _raw(self, logits: Tensor, group: Group) -> Tensor:
         """Logits before any adjustment, of the rows that report log-probabilities."""
-        if group.adjusted or len(group.reported) < len(group.states):
+        if group.edited or len(group.reported) < len(group.states):
             return logits[group.reported]  # a copy
         return logits
 
@@ -150,13 +179,16 @@ class StandardSampler(Sampler):
         """-> rows without a token to choose, and why; they get a harmless one, which nobody is
         told."""
         owned = [(i, rows[i], group.states[i].adjustments) for i in group.adjusted]
+        places = [(i, rows[i], group.states[i].place) for i in group.constrained]
+        dead: dict[int, str] = {}
+        if self._masks is not None and places:
+            masked = [(i, row, place) for i, row, place in places if place is not None]
+            dead = self._masks.apply(logits, masked)
         adjust(logits, [(i, row, own) for i, row, own in owned if own is not None])
         peaks = logits.amax(-1).tolist()
-        dead = {
-            i: NONE_LEFT if peaks[i] == -math.inf else TOO_LARGE
-            for i in group.adjusted
-            if not math.isfinite(peaks[i])
-        }
+        for i in {*group.adjusted, *group.constrained} - dead.keys():
+            if not math.isfinite(peaks[i]):
+                dead[i] = NONE_LEFT if peaks[i] == -math.inf else TOO_LARGE
         for i in dead:
             logits[i] = 0.0
         return dead

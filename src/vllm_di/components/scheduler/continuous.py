@@ -98,6 +98,9 @@ class ContinuousScheduler(Scheduler):
 
     # -- requests -----------------------------------------------------------------------------
 
+    def check(self, request: EngineRequest) -> None:
+        self._structured.check(request.params)
+
     def add(self, request: EngineRequest) -> None:
         if request.request_id in self._by_request:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")

@@ -15,7 +15,8 @@ class NoStructuredOutput(StructuredOutput):
     def check(self, params: SamplingParams) -> None:
         if params.structured_output is not None:
             raise RequestError(
-                "structured output is not available: the slot structured_output is `none`",
-                param="response_format",
+                "structured output is not available: the slot structured_output is `none`; start "
+                "with structured_output=llguidance",
+                param=next(iter(params.structured_output), "response_format"),
                 code="unsupported_parameter",
             )
