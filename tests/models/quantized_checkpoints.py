@@ -1,4 +1,4 @@
-"""Small random checkpoints whose linear weights are packed as AWQ's and GPTQ's tools pack them.
+"""Small random checkpoints whose linear weights are written as quantisation tools write them.
 
 Written from the formats' descriptions, one word at a time, apart from the code that reads them. The
 integers and scales are random: what quantiser chose them does not matter to a reader.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Grid:
     """A random quantised weight: w = scale * (q - zero)."""
 
     q: np.ndarray  # [out, in]
-    scale: np.ndarray  # [out, groups] fp16
+    scale: np.ndarray  # [out, groups] fp32, exact in the kind's dtype
     zero: np.ndarray  # [out, groups]
     group_of: np.ndarray  # [in]
 
@@ -39,16 +39,35 @@ class Grid:
 
 
 @dataclass
+class SmallFloats:
+    """A random weight of fp8: w = scale * value."""
+
+    value: Tensor  # [out, in] float8_e4m3fn
+    scale: Tensor  # what it is multiplied by, in any shape
+    wide: Tensor  # [out, in] the scale of each
+
+    @property
+    def weight(self) -> Tensor:
+        return self.value.float() * self.wide
+
+
+Drawn = Any
+"""A Grid or SmallFloats."""
+
+
+@dataclass
 class Kind:
     """One scheme, and how it is written."""
 
     config: dict[str, Any]
-    write: Callable[[Grid, int], dict[str, Tensor]]
+    write: Callable[[Drawn, int], dict[str, Tensor]]
     bits: int = 4
     group: int = 32
     symmetric: bool = False
     act_order: bool = False
-    more: dict[str, Any] = field(default_factory=dict)
+    scale: torch.dtype = torch.float16
+    draw: Callable[[np.random.Generator, Any, Tensor], Drawn] | None = None
+    """None: a Grid."""
 
 
 def words(values: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
@@ -70,7 +89,7 @@ def awq(grid: Grid, bits: int) -> dict[str, Tensor]:
     return {
         "qweight": words(grid.q.T, bits, AWQ_ORDER),
         "qzeros": words(grid.zero.T, bits, AWQ_ORDER),
-        "scales": torch.from_numpy(grid.scale.T.copy()),
+        "scales": torch.from_numpy(grid.scale.T.copy()).half(),
     }
 
 
@@ -78,13 +97,79 @@ def gptq(grid: Grid, bits: int, offset: int = 1) -> dict[str, Tensor]:
     return {
         "qweight": words(grid.q, bits).t().contiguous(),
         "qzeros": words(grid.zero.T - offset, bits),
-        "scales": torch.from_numpy(grid.scale.T.copy()),
+        "scales": torch.from_numpy(grid.scale.T.copy()).half(),
         "g_idx": torch.from_numpy(grid.group_of.astype(np.int32)),
     }
 
 
 def gptq_v2(grid: Grid, bits: int) -> dict[str, Tensor]:
     return gptq(grid, bits, 0)
+
+
+def packed(grid: Grid, bits: int) -> dict[str, Tensor]:
+    """compressed-tensors' pack-quantized, symmetric: half the range is added to signed integers."""
+    return {
+        "weight_packed": words(grid.q, bits),
+        "weight_scale": torch.from_numpy(grid.scale.copy()).bfloat16(),
+        "weight_shape": torch.tensor(grid.q.shape),
+    }
+
+
+def packed_asym(grid: Grid, bits: int) -> dict[str, Tensor]:
+    points = words(grid.zero.T, bits).t().contiguous()
+    return packed(grid, bits) | {"weight_zero_point": points}
+
+
+def packed_order(grid: Grid, bits: int) -> dict[str, Tensor]:
+    order = torch.from_numpy(grid.group_of.astype(np.int32))
+    return packed(grid, bits) | {"weight_g_idx": order}
+
+
+def int8(grid: Grid, bits: int) -> dict[str, Tensor]:
+    half = 2 ** (bits - 1)
+    return {
+        "weight": torch.from_numpy((grid.q - half).astype(np.int8)),
+        "weight_scale": torch.from_numpy(grid.scale.copy()).bfloat16(),
+    }
+
+
+def int8_asym(grid: Grid, bits: int) -> dict[str, Tensor]:
+    point = torch.from_numpy((grid.zero - 2 ** (bits - 1)).astype(np.int8))
+    return int8(grid, bits) | {"weight_zero_point": point}
+
+
+def fp8(made: SmallFloats, bits: int) -> dict[str, Tensor]:
+    return {
+        "weight": made.value,
+        "weight_scale": made.scale,
+        "input_scale": torch.tensor(0.01),
+    }
+
+
+def fp8_inv(made: SmallFloats, bits: int) -> dict[str, Tensor]:
+    return {"weight": made.value, "weight_scale_inv": made.scale}
+
+
+def small_floats(
+    *, block: tuple[int, int] | None = None, rows: bool = False
+) -> Callable[[np.random.Generator, Kind, Tensor], SmallFloats]:
+    """One scale for a tensor, for each row, or for each block."""
+
+    def draw(rng: np.random.Generator, kind: Kind, weight: Tensor) -> SmallFloats:
+        outputs, inputs = weight.shape
+        size = block or ((1, inputs) if rows else (outputs, inputs))
+        shape = (-(-outputs // size[0]), -(-inputs // size[1]))
+        spread = float(weight.std()) / 100
+        scale = torch.from_numpy(rng.uniform(0.5, 1.5, shape).astype(np.float32)) * spread
+        values = torch.from_numpy(rng.normal(0, 100, (outputs, inputs)).clip(-448, 448))
+        wide = torch.empty(outputs, inputs)
+        for row in range(outputs):
+            for column in range(0, inputs, size[1]):
+                wide[row, column : column + size[1]] = scale[row // size[0], column // size[1]]
+        written = scale if block or rows else scale.reshape(())
+        return SmallFloats(values.to(torch.float8_e4m3fn), written, wide)
+
+    return draw
 
 
 def _awq(group: int) -> Kind:
@@ -107,6 +192,43 @@ def _gptq(
     return Kind(config, write, bits, group, symmetric, act_order)
 
 
+def _compressed(
+    write: Callable[[Drawn, int], dict[str, Tensor]],
+    form: str,
+    strategy: str,
+    *,
+    bits: int = 4,
+    group: int = -1,
+    symmetric: bool = True,
+    act_order: bool = False,
+    **more: Any,
+) -> Kind:
+    weights = {
+        "num_bits": bits,
+        "type": "float" if form.startswith("float") else "int",
+        "symmetric": symmetric,
+        "strategy": strategy,
+        "group_size": group if strategy == "group" else None,
+        "block_structure": list(more.pop("block")) if "block" in more else None,
+        "dynamic": False,
+        "actorder": "group" if act_order else None,
+    }
+    node = {"targets": ["Linear"], "weights": weights, "input_activations": {"num_bits": 8}}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": node},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "quantization_status": "compressed",
+    }
+    return Kind(config, write, bits, group, symmetric, act_order, torch.bfloat16, **more)
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+BLOCK = (48, 32)
+"""No whole number of them fills a matrix of 64 outputs."""
+
 KINDS: dict[str, Kind] = {
     "awq_32": _awq(32),
     "awq_64": _awq(64),
@@ -120,8 +242,36 @@ KINDS: dict[str, Kind] = {
     "gptq_4_act_order": _gptq(4, 32, symmetric=True, act_order=True),
     "gptq_8_act_order_v2": _gptq(8, 64, symmetric=False, act_order=True, v2=True),
     "awq_16": _awq(16),
+    "w4a16": _compressed(packed, "pack-quantized", "group", group=32),
+    "w4a16_asym": _compressed(packed_asym, "pack-quantized", "group", group=64, symmetric=False),
+    "w4a16_row": _compressed(packed, "pack-quantized", "channel"),
+    "w8a16": _compressed(packed, "pack-quantized", "channel", bits=8),
+    "w4a16_order": _compressed(packed_order, "pack-quantized", "group", group=32, act_order=True),
+    "w8a8": _compressed(int8, "int-quantized", "channel", bits=8),
+    "w8a8_asym": _compressed(int8_asym, "int-quantized", "channel", bits=8, symmetric=False),
+    "fp8_tensor": Kind(FP8 | {"activation_scheme": "static"}, fp8, 8, draw=small_floats()),
+    "fp8_blocks": Kind(
+        FP8 | {"fmt": "e4m3", "weight_block_size": list(BLOCK)},
+        fp8_inv,
+        8,
+        draw=small_floats(block=BLOCK),
+    ),
+    "ct_fp8_rows": _compressed(
+        fp8, "float-quantized", "channel", bits=8, draw=small_floats(rows=True)
+    ),
+    "ct_fp8_tensor": _compressed(fp8, "float-quantized", "tensor", bits=8, draw=small_floats()),
+    "ct_fp8_blocks": _compressed(
+        fp8, "float-quantized", "block", bits=8, block=BLOCK, draw=small_floats(block=BLOCK)
+    ),
 }
-IN_FLOATS = ("gptq_4_act_order", "gptq_8_act_order_v2", "awq_16")
+SMALL_FLOATS = ("fp8_tensor", "fp8_blocks", "ct_fp8_rows", "ct_fp8_tensor", "ct_fp8_blocks")
+IN_FLOATS = (
+    "gptq_4_act_order",
+    "gptq_8_act_order_v2",
+    "awq_16",
+    "w4a16_order",
+    *SMALL_FLOATS,
+)
 """Those whose weights have no form that kernels multiply."""
 
 
@@ -134,7 +284,8 @@ def grid(rng: np.random.Generator, kind: Kind, weight: Tensor) -> Grid:
     low, high = (levels // 2, levels // 2 + 1) if kind.symmetric else (0, levels)
     zero = rng.integers(low, high, (outputs, groups))
     spread = float(weight.std()) / levels
-    scale = (rng.uniform(0.5, 1.5, (outputs, groups)) * 2 * spread).astype(np.float16)
+    wide = torch.from_numpy(rng.uniform(0.5, 1.5, (outputs, groups)) * 2 * spread)
+    scale = wide.to(kind.scale).float().numpy()
     group_of = np.arange(inputs) // size
     if kind.act_order:
         group_of = rng.permutation(group_of)
@@ -165,7 +316,7 @@ def quantize(
         if not is_packed(name, tensor):
             written[name] = tensor
             continue
-        made = grid(rng, kind, tensor)
+        made = (kind.draw or grid)(rng, kind, tensor)
         module = name.removesuffix(".weight")
         written |= {f"{module}.{part}": t for part, t in kind.write(made, kind.bits).items()}
         wide[name] = made.weight

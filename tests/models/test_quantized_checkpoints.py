@@ -9,10 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.components.ops.libraries import ISAS, library
-from tests.models.quantized_checkpoints import IN_FLOATS, KINDS, quantize
+from tests.models.quantized_checkpoints import (
+    FP8,
+    IN_FLOATS,
+    KINDS,
+    SMALL_FLOATS,
+    Kind,
+    fp8_inv,
+    quantize,
+    small_floats,
+)
 from tests.models.ranks import on_ranks
 from tests.models.runner import BLOCK, Running, attention, device
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from vllm_di import LLM, SamplingParams
 from vllm_di.components.communicator.single import SingleCommunicator
@@ -74,6 +85,21 @@ def test_dequantised_it_equals_transformers(kind: str, tmp_path: Path) -> None:
         assert off(load(tmp_path, keep=keep, dequantize=True).feed(TOKENS), want) < 1e-4
 
 
+def test_fp8_in_blocks_equals_transformers_own_reading(tmp_path: Path) -> None:
+    block = (32, 32)
+    kind = Kind(
+        FP8 | {"weight_block_size": list(block)}, fp8_inv, 8, draw=small_floats(block=block)
+    )
+    quantize("llama_gqa_tied", kind, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=FineGrainedFP8Config(weight_block_size=block, dequantize=True),
+        dtype=torch.float32,
+        attn_implementation="eager",
+    )
+    assert off(load(tmp_path, dequantize=True).feed(TOKENS), wanted(theirs.eval())) < 1e-4
+
+
 @pytest.mark.parametrize("kind", KEPT)
 def test_kept_it_equals_transformers(kind: str, tmp_path: Path) -> None:
     """On the reference, which leaves activations whole; the kernels round them to bytes."""
@@ -103,7 +129,7 @@ def test_kept_weights_use_the_packed_kernels(
         monkeypatch.setattr(ops, name, spy)
     load(tmp_path, table=SelectedOps(ops))
     assert len(packed) == 4 * 4  # qkv, o, gate and up, down
-    by_row = kind == "gptq_8_sym_row"
+    by_row = kind in ("gptq_8_sym_row", "w8a16", "w8a8")
     for weight in packed:
         assert isinstance(weight, PackedBytes)
         assert weight.bits == (0 if by_row else KINDS[kind].bits)
@@ -135,8 +161,8 @@ def test_a_share_that_cuts_a_group_is_refused(tmp_path: Path) -> None:
 def test_without_a_packed_form_it_is_refused_with_the_key(kind: str, tmp_path: Path) -> None:
     quantize("llama_gqa_tied", kind, tmp_path)
     words = (
-        r"model\.safetensors: model\.layers\.0\.\S+\.weight is quantized \((awq|gptq), . bits, "
-        r"groups of \d+\) and cannot stay so: .*loader\.dequantize=true"
+        r"model\.safetensors: model\.layers\.0\.\S+\.weight is quantized \([\w-]+, .*\d bits, .*\) "
+        r"and cannot stay so: .*loader\.dequantize=true"
     )
     with pytest.raises(CheckpointError, match=words):
         load(tmp_path)
@@ -170,6 +196,39 @@ def test_experts_are_refused_or_widened_with_a_line(
         assert off(load(tmp_path, dequantize=True).feed(TOKENS), want) < 1e-3
     assert "48 weights are dequantised to float32, as loader.dequantize=true" in caplog.text
     assert "16 weights stay as the checkpoint has them" in caplog.text  # attention's
+
+
+@pytest.mark.parametrize("kind", ["fp8_blocks", "w8a8", "w4a16_order"])
+def test_experts_of_other_formats(kind: str, tmp_path: Path) -> None:
+    want = wanted(quantize("qwen3_moe", kind, tmp_path, moe_intermediate_size=64))
+    assert off(load(tmp_path, dequantize=True).feed(TOKENS), want) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["fp8_tensor", "ct_fp8_rows"])
+def test_scales_of_activations_are_left_out_with_a_line(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantize("llama_gqa_tied", kind, tmp_path)
+    load(tmp_path, dequantize=True)
+    assert "28 scales of activations and of the KV cache are left out" in caplog.text
+
+
+def test_zero_points_beside_a_symmetric_scheme_are_read(tmp_path: Path) -> None:
+    """Older tools write them, all zeros; what is written is what counts."""
+    model = quantize(
+        "llama_gqa_tied",
+        "w8a8",
+        tmp_path,
+        lambda t: (
+            t
+            | {
+                name.replace("_scale", "_zero_point"): torch.zeros(scale.shape, dtype=torch.int8)
+                for name, scale in t.items()
+                if name.endswith("weight_scale")
+            }
+        ),
+    )
+    assert off(load(tmp_path).feed(TOKENS), wanted(model)) < 1e-3
 
 
 def test_a_bias_of_zeros_that_the_model_lacks_is_left_out(
@@ -207,6 +266,12 @@ def test_the_assembly_chooses_and_says_why(tmp_path: Path) -> None:
     assert choice(tmp_path, "platform=cpu", "model.implementation=transformers")[0] == "none"
 
 
+@pytest.mark.parametrize("kind", SMALL_FLOATS)
+def test_small_floats_are_chosen_by_nobody(kind: str, tmp_path: Path) -> None:
+    quantize("llama_gqa_tied", kind, tmp_path)
+    assert choice(tmp_path, "platform=cpu")[0] == "none"
+
+
 @pytest.mark.parametrize("more", [[], ["quantization=int8", "loader.dequantize=true"]])
 def test_it_generates(more: list[str], tmp_path: Path) -> None:
     quantize("llama_gqa_tied", "gptq_4_asym", tmp_path)
@@ -232,6 +297,18 @@ def test_floats_are_made_where_the_user_asks_alone(more: str, tmp_path: Path) ->
 # ------------------------------------------------------------------------------------------------
 # what is wrong
 
+W4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+
+
+def ct(
+    weights: dict[str, Any] | None = None, more: dict[str, Any] | None = None, **node: Any
+) -> dict[str, Any]:
+    """A quantization_config of compressed-tensors with changes."""
+    groups = {"a": {"weights": W4 | (weights or {})}, **(more or {})}
+    start = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    return start | {"config_groups": groups} | node
+
+
 SCHEMES: dict[str, tuple[dict[str, Any] | Any, str]] = {
     "no object": ("awq", "quantization_config of its config.json 'awq' is no object"),
     "no method": ({}, "quant_method of its config.json None is not supported"),
@@ -248,6 +325,29 @@ SCHEMES: dict[str, tuple[dict[str, Any] | Any, str]] = {
     "marlin": ({"checkpoint_format": "marlin"}, "'marlin' is not supported, gptq or gptq_v2 is"),
     "own bits": ({"dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic of its config.json .* own"),
     "gemv": ({"quant_method": "awq", "version": "gemv"}, "version of its config.json 'gemv'"),
+    "nvfp4": (ct(format="nvfp4-pack-quantized"), "format of its .*'nvfp4-pack-quantized' is not"),
+    "sparse": (ct(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config of its"),
+    "rotated": (
+        ct(transform_config={"config_groups": {"u": {}}}),
+        "transform_config of its .*rotat",
+    ),
+    "no groups": (ct(config_groups={}), "config_groups of its .*: expected groups of weights"),
+    "no weights": (
+        ct(config_groups={"a": {}}),
+        r"config_groups\.a\.weights of its .*expected what",
+    ),
+    "2 bits": (ct({"num_bits": 2}), r"config_groups\.a\.weights\.num_bits of its .* 2 is not supp"),
+    "no bits in a group": (ct({"num_bits": None}), r"weights\.num_bits of its .* is missing"),
+    "by token": (ct({"strategy": "token"}), r"weights\.strategy of its config.json 'token' is not"),
+    "in between": (
+        ct({"type": "float", "num_bits": 8}),
+        r"weights\.type of its .* does not go with",
+    ),
+    "when it runs": (ct({"dynamic": True}), r"weights\.dynamic of its config.json True is not"),
+    "a group of 0": (ct({"group_size": 0}), r"weights\.group_size of its config.json 0: expected"),
+    "two schemes": (ct(more={"b": {"weights": W4 | {"group_size": 64}}}), "groups of several"),
+    "fp8 of another kind": ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt of its .* 'e5m2' is not"),
+    "half a block": ({"quant_method": "fp8", "weight_block_size": [128]}, "expected two counts"),
     "8 bits": ({"quant_method": "awq", "bits": 8}, "bits of its config.json 8 is not supported, 4"),
 }
 
@@ -279,16 +379,81 @@ def _with(part: str, change: Any) -> Any:
     return lambda t: t | {f"{MODULE}.{part}": change(t[f"{MODULE}.{part}"]).contiguous()}
 
 
+ONE_OF_EACH = (
+    "awq_32",
+    "gptq_4_sym",
+    "w4a16_asym",
+    "w8a8_asym",
+    "fp8_tensor",
+    "fp8_blocks",
+    "ct_fp8_rows",
+)
+"""Kinds that have every tensor that a format needs."""
+MAY_BE_ABSENT = ("g_idx", "input_scale")
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_every_missing_tensor_is_named(kind: str, tmp_path: Path) -> None:
+    quantize("llama_gqa_tied", kind, tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    parts = [name for name in whole if name.startswith(f"{MODULE}.")]
+    needed = [name for name in parts if not name.endswith(MAY_BE_ABSENT)]
+    assert len(needed) >= 2
+    for name in needed:
+        save_file({k: v for k, v in whole.items() if k != name}, file)
+        words = rf"model\.safetensors: tensor {name} is missing beside {MODULE}\..* supported are"
+        with pytest.raises(CheckpointError, match=words):
+            load(tmp_path, dequantize=True)
+
+
 WRONG: dict[str, tuple[str, Any, str]] = {
-    **{
-        f"{method} without {part}": (
-            f"{method}_32" if method == "awq" else "gptq_4_sym",
-            _without(part),
-            rf"tensor {MODULE}\.{part} is missing beside .*{method}, 4 bits.*qzeros, scales",
-        )
-        for method in ("awq", "gptq")
-        for part in ("qweight", "qzeros", "scales")
-    },
+    "fp8 without scales": (
+        "fp8_blocks",
+        lambda t: {k: v for k, v in t.items() if not k.endswith("_inv")},
+        r"down_proj\.weight_scale_inv is missing",
+    ),
+    "fp8 of another kind": (
+        "fp8_tensor",
+        _with("weight", lambda t: t.float().to(torch.float8_e5m2)),
+        "weight is .*e5m2, expected a matrix of torch.float8_e4m3fn",
+    ),
+    "fp8 in floats": ("fp8_tensor", _with("weight", lambda t: t.float()), "weight is .*float32"),
+    "a scale for each of half the rows": (
+        "ct_fp8_rows",
+        _with("weight_scale", lambda t: t[::2]),
+        r"weight_scale has shape \[32, 1\], expected \[64, 1\]",
+    ),
+    "a block too few": (
+        "fp8_blocks",
+        _with("weight_scale_inv", lambda t: t[1:]),
+        r"weight_scale_inv has shape \[1, 4\], expected \[2, 4\]",
+    ),
+    "an infinite scale": (
+        "fp8_tensor",
+        _with("weight_scale", lambda t: t / 0),
+        "weight_scale holds values that are not finite",
+    ),
+    "zero points of another shape": (
+        "w4a16_asym",
+        _with("weight_zero_point", lambda t: t[1:]),
+        r"weight_zero_point has shape \[7, 2\], expected \[8, 2\]",
+    ),
+    "zero points of another dtype": (
+        "w8a8_asym",
+        _with("weight_zero_point", lambda t: t.int()),
+        "weight_zero_point is .*int32, expected one int8 for each scale",
+    ),
+    "a shape that is another": (
+        "w4a16",
+        _with("weight_shape", lambda t: t * 2),
+        "weight_packed has shape",
+    ),
+    "a group too far in act-order": (
+        "w4a16_order",
+        _with("weight_g_idx", lambda t: t - 1),
+        "weight_g_idx names groups beyond the 4",
+    ),
     "scales of another shape": ("awq_32", _with("scales", lambda t: t[:-1]), "scales has shape"),
     "scales of integers": ("awq_32", _with("scales", lambda t: t.int()), "scales is torch.int32"),
     "scales that are NaN": (
@@ -330,6 +495,6 @@ def test_what_is_wrong_names_tensor_and_file(what: str, keep: bool, tmp_path: Pa
     kind, change, words = WRONG[what]
     quantize("llama_gqa_tied", kind, tmp_path, change)
     with pytest.raises(CheckpointError, match=words) as error:
-        load(tmp_path, keep=keep, dequantize=not keep)
+        load(tmp_path, keep=keep, dequantize=True)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)

@@ -102,7 +102,8 @@ def _keep_quantized(tree: ConfigTree, composition: Composition, config: dict[str
     foreign = values.model.get("_target_") == TRANSFORMERS_MODEL
     if not keeps or foreign or _is_chosen(composition, "quantization"):
         return
-    if composition.choices["loader"][0] == "safetensors" and (scheme := read_scheme(config)):
+    scheme = read_scheme(config)
+    if composition.choices["loader"][0] == "safetensors" and scheme and not scheme.is_float:
         replace_option(tree, composition, "quantization", option, f"config.json: {scheme}")
 
 

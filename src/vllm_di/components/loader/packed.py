@@ -1,7 +1,10 @@
-"""Integers that AWQ and GPTQ pack into 32-bit words, taken apart.
+"""Integers that are packed into 32-bit words, taken apart.
 
-Layouts: AutoAWQ's ``WQLinear_GEMM`` and AutoGPTQ's ``QuantLinear`` (GPTQModel calls its zero points
-``gptq`` and, without the offset of one, ``gptq_v2``).
+Layouts: AutoAWQ's ``WQLinear_GEMM``; AutoGPTQ's ``QuantLinear`` (GPTQModel calls its zero points
+``gptq`` and, without the offset of one, ``gptq_v2``); ``pack-quantized`` of compressed-tensors.
+
+A function takes the tensors of one linear layer, by the last part of their names. It raises
+ValueError naming the tensor whose shape, dtype or values do not fit.
 """
 
 from __future__ import annotations
@@ -54,46 +57,54 @@ class Unpacked:
         return QuantizedWeight(self.q, self.scale[:, groups], offset[:, groups], self.bits)
 
 
-def unpack(scheme: Scheme, parts: Mapping[str, Tensor]) -> Unpacked:
-    """The tensors of one linear layer, by the last part of their names. Raises ValueError naming
-    the tensor whose shape, dtype or values do not fit."""
-    return UNPACK[scheme.method](scheme, parts)
-
-
-def _awq(scheme: Scheme, parts: Mapping[str, Tensor]) -> Unpacked:
+def awq(scheme: Scheme, parts: Mapping[str, Tensor]) -> Unpacked:
     """qweight [in, out / 8], qzeros [groups, out / 8], scales [groups, out]."""
-    _words(parts, "qweight", "qzeros")
+    words(parts, "qweight", "qzeros")
     inputs, outputs = parts["qweight"].shape[0], 8 * parts["qweight"].shape[1]
-    groups = _groups(scheme, inputs)
-    _shape(parts, "qzeros", groups, outputs // 8)
-    scale = _scale(parts, "scales", groups, outputs)
+    groups = num_groups(scheme, inputs)
+    shape(parts, "qzeros", groups, outputs // 8)
+    shape(parts, "scales", groups, outputs)
+    scale = floats(parts, "scales").t().contiguous()
     q, zero = (_in_order(_last(parts[name], 4)) for name in ("qweight", "qzeros"))
-    return Unpacked(q.t().contiguous(), scale, zero.t().float(), _even(scheme, inputs), 4)
+    return Unpacked(q.t().contiguous(), scale, zero.t().float(), group_of(scheme, parts, inputs), 4)
 
 
-def _gptq(scheme: Scheme, parts: Mapping[str, Tensor]) -> Unpacked:
+def gptq(scheme: Scheme, parts: Mapping[str, Tensor]) -> Unpacked:
     """qweight [in * bits / 32, out], qzeros [groups, out * bits / 32], scales [groups, out], g_idx
     [in], where it is there."""
-    _words(parts, "qweight", "qzeros")
+    words(parts, "qweight", "qzeros")
     count = 32 // scheme.bits
     inputs, outputs = count * parts["qweight"].shape[0], parts["qweight"].shape[1]
-    groups = _groups(scheme, inputs)
-    _shape(parts, "qzeros", groups, -(-outputs // count))
-    scale = _scale(parts, "scales", groups, outputs)
+    groups = num_groups(scheme, inputs)
+    shape(parts, "qzeros", groups, -(-outputs // count))
+    shape(parts, "scales", groups, outputs)
+    scale = floats(parts, "scales").t().contiguous()
     q = _last(parts["qweight"].t().contiguous(), scheme.bits)
     stored = _last(parts["qzeros"], scheme.bits)[:, :outputs]
     # a zero point of 0 is stored as all ones by the first format
     zero = (stored + scheme.zero_offset) & (2**scheme.bits - 1)
-    group_of = _even(scheme, inputs)
-    if "g_idx" in parts:
-        _shape(parts, "g_idx", inputs)
-        group_of = parts["g_idx"].long()
-        if not bool(((group_of >= 0) & (group_of < groups)).all()):
-            raise ValueError(f"g_idx names groups beyond the {groups} that there are")
-    return Unpacked(q, scale, zero.t().float(), group_of, scheme.bits)
+    order = group_of(scheme, parts, inputs, "g_idx")
+    return Unpacked(q, scale, zero.t().float(), order, scheme.bits)
 
 
-UNPACK = {"awq": _awq, "gptq": _gptq}
+def packed(scheme: Scheme, parts: Mapping[str, Tensor]) -> Unpacked:
+    """weight_packed [out, in * bits / 32], weight_scale [out, groups], weight_shape (out, in),
+    weight_zero_point [out * bits / 32, groups] unless symmetric, weight_g_idx [in] with act-order.
+    Integers are signed, and stored with half their range added."""
+    words(parts, "weight_packed")
+    shape(parts, "weight_shape", 2)
+    count, stored = 32 // scheme.bits, parts["weight_packed"]
+    outputs, inputs = (int(size) for size in parts["weight_shape"])
+    shape(parts, "weight_packed", outputs, -(-inputs // count))
+    q = _last(stored, scheme.bits)[:, :inputs].contiguous()
+    scale = rows_scale(scheme, parts, outputs, inputs)
+    zero = torch.full_like(scale, 2 ** (scheme.bits - 1))
+    if "weight_zero_point" in parts:
+        words(parts, "weight_zero_point")
+        shape(parts, "weight_zero_point", -(-outputs // count), scale.shape[1])
+        points = _last(parts["weight_zero_point"].t().contiguous(), scheme.bits)
+        zero = points[:, :outputs].t().float()
+    return Unpacked(q, scale, zero, group_of(scheme, parts, inputs, "weight_g_idx"), scheme.bits)
 
 
 def _last(words: Tensor, bits: int) -> Tensor:
@@ -110,16 +121,23 @@ def _in_order(nibbles: Tensor) -> Tensor:
     return ordered.flatten(-2)
 
 
-def _even(scheme: Scheme, inputs: int) -> Tensor:
+def group_of(scheme: Scheme, parts: Mapping[str, Tensor], inputs: int, index: str = "") -> Tensor:
+    """[in] int64, by the tensor ``index`` where it is there."""
+    if index in parts:
+        shape(parts, index, inputs)
+        groups, order = num_groups(scheme, inputs), parts[index].long()
+        if not bool(((order >= 0) & (order < groups)).all()):
+            raise ValueError(f"{index} names groups beyond the {groups} that there are")
+        return order
     size = inputs if scheme.group == -1 else scheme.group
     return torch.arange(inputs, dtype=torch.int64) // size
 
 
-def _groups(scheme: Scheme, inputs: int) -> int:
+def num_groups(scheme: Scheme, inputs: int) -> int:
     return 1 if scheme.group == -1 else -(-inputs // scheme.group)
 
 
-def _words(parts: Mapping[str, Tensor], *names: str) -> None:
+def words(parts: Mapping[str, Tensor], *names: str) -> None:
     for name in names:
         if parts[name].dtype is not torch.int32 or parts[name].dim() != 2:
             tensor = parts[name]
@@ -128,17 +146,30 @@ def _words(parts: Mapping[str, Tensor], *names: str) -> None:
             )
 
 
-def _shape(parts: Mapping[str, Tensor], name: str, *shape: int) -> None:
-    if tuple(parts[name].shape) != shape:
-        raise ValueError(f"{name} has shape {list(parts[name].shape)}, expected {list(shape)}")
+def shape(parts: Mapping[str, Tensor], name: str, *sizes: int) -> None:
+    if tuple(parts[name].shape) != sizes:
+        raise ValueError(f"{name} has shape {list(parts[name].shape)}, expected {list(sizes)}")
 
 
-def _scale(parts: Mapping[str, Tensor], name: str, groups: int, outputs: int) -> Tensor:
-    """[groups, out] floats -> [out, groups] fp32."""
-    _shape(parts, name, groups, outputs)
-    scale = parts[name]
-    if not scale.is_floating_point():
-        raise ValueError(f"{name} is {scale.dtype}, expected floats")
-    if not bool(scale.isfinite().all()):
+def floats(parts: Mapping[str, Tensor], name: str) -> Tensor:
+    """The tensor in fp32."""
+    tensor = parts[name]
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype}, expected floats")
+    wide = tensor.float()
+    if not bool(wide.isfinite().all()):
         raise ValueError(f"{name} holds values that are not finite")
-    return scale.t().float().contiguous()
+    return wide
+
+
+def rows_scale(scheme: Scheme, parts: Mapping[str, Tensor], outputs: int, inputs: int) -> Tensor:
+    """weight_scale of one value, of one for each row, or of one for each group of a row -> [out,
+    groups] fp32."""
+    scale, groups = parts["weight_scale"], num_groups(scheme, inputs)
+    if groups == 1 and scale.numel() == 1:
+        return floats(parts, "weight_scale").reshape(1, 1).repeat(outputs, 1)
+    if groups == 1 and scale.dim() == 1:
+        shape(parts, "weight_scale", outputs)
+        return floats(parts, "weight_scale")[:, None]
+    shape(parts, "weight_scale", outputs, groups)
+    return floats(parts, "weight_scale")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_di.components.loader.packed import unpack
+from vllm_di.components.loader.formats import FORMATS, LEFT_OUT
 from vllm_di.components.loader.scheme import SUPPORTED, Scheme
 from vllm_di.components.loader.tensor_files import TensorFiles
 from vllm_di.components.quantized import QuantizedWeight
@@ -18,12 +18,8 @@ from vllm_di.progress import tell
 
 log = logging.getLogger(__name__)
 
-PARTS: dict[str, tuple[str, ...]] = {
-    "awq": ("qweight", "qzeros", "scales"),
-    "gptq": ("qweight", "qzeros", "scales"),
-}
-"""Last part of the names of a linear layer's tensors, of which none may be missing."""
-OPTIONAL: dict[str, tuple[str, ...]] = {"gptq": ("g_idx",)}
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the dtypes of weights that are not quantised."""
 MOST_NAMES = 3
 """Of weights that a line shows."""
 
@@ -44,18 +40,22 @@ class QuantizedFiles:
     ) -> None:
         self._scheme, self._files, self._dtype = scheme, files, dtype
         self._keeps, self._may_dequantize = keeps, may_dequantize
-        self._parts = PARTS[scheme.method]
-        self._known = (*self._parts, *OPTIONAL.get(scheme.method, ()))
+        self._format = FORMATS[scheme.format]
+        self._parts = self._format.needed(scheme)
+        self._known = self._format.known()
 
     def read(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         """(name, tensor) of every weight, and a line about what became of them. Raises
         CheckpointError naming file and tensor for what is missing, does not fit or is refused."""
-        num_kept, widened = 0, list[tuple[str, str]]()
+        num_kept, num_left_out, widened = 0, 0, list[tuple[str, str]]()
         with TensorFiles(self._files) as tensors:
             done: set[str] = set()
             for name in tensors.names:
                 module, _, part = name.rpartition(".")
-                if part not in self._known:
+                if part in LEFT_OUT:
+                    num_left_out += 1
+                    continue
+                if part not in self._known or self._is_plain(module, part, tensors):
                     yield name, tensors.get(name)
                     continue
                 if module in done:
@@ -70,6 +70,13 @@ class QuantizedFiles:
             raise CheckpointError(
                 f"{self._files[0]}: config.json says that the weights are quantized "
                 f"({self._scheme}), but no tensor is a {self._parts[0]}"
+            )
+        if num_left_out:
+            log.warning(
+                "%s: %d scales of activations and of the KV cache are left out: activations are "
+                "rounded by scales of their own, or not at all",
+                self._scheme,
+                num_left_out,
             )
         if num_kept:
             tell(f"{self._scheme}: {num_kept} weights stay as the checkpoint has them")
@@ -91,7 +98,7 @@ class QuantizedFiles:
         parts = self._tensors_of(module, tensors)
         place = tensors.place(f"{module}.{self._parts[0]}")
         try:
-            unpacked = unpack(self._scheme, parts)
+            quantized = self._format.read(self._scheme, parts)
         except ValueError as error:
             raise CheckpointError(
                 f"{place}: tensors of {module}: {error} (quantization_config: {self._scheme})"
@@ -99,7 +106,7 @@ class QuantizedFiles:
         why = "" if self._keeps(name) else "the model takes it in floats alone"
         if not why:
             try:
-                return unpacked.keep(), ""
+                return quantized.keep(), ""
             except ValueError as error:
                 why = str(error)
         if not self._may_dequantize:
@@ -107,7 +114,13 @@ class QuantizedFiles:
                 f"{place}: {name} is quantized ({self._scheme}) and cannot stay so: {why}; "
                 "loader.dequantize=true makes such weights floats of the model's dtype"
             )
-        return unpacked.dequantize(self._dtype), why
+        return quantized.dequantize(self._dtype), why
+
+    def _is_plain(self, module: str, part: str, tensors: TensorFiles) -> bool:
+        """Whether it is a weight in floats, of a layer that is not quantised."""
+        others = (f"{module}.{other}" in tensors for other in self._known if other != part)
+        name = f"{module}.{part}"
+        return part == "weight" and tensors.dtype(name) in FLOATS and not any(others)
 
     def _tensors_of(self, module: str, tensors: TensorFiles) -> Mapping[str, Tensor]:
         present = [part for part in self._known if f"{module}.{part}" in tensors]

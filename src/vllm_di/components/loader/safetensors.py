@@ -52,11 +52,18 @@ class SafetensorsLoader(Loader):
         if scheme is None:
             return read_files(files)
         if not (model.takes_quantized or self._dequantize):
+            keeps = (
+                "no kernel here multiplies small floats"
+                if scheme.is_float
+                else (
+                    "quantization=checkpoint keeps them in a native model, where the platform has "
+                    "kernels for them"
+                )
+            )
             raise CheckpointError(
                 f"{folder}: its weights are quantized ({scheme}), and this model with this "
                 "quantization takes floats alone: loader.dequantize=true makes them floats of the "
-                "model's dtype; quantization=checkpoint keeps them in a native model, where the "
-                "platform has kernels for them"
+                f"model's dtype, which quantization=int8 rounds anew; {keeps}"
             )
         quantized = QuantizedFiles(
             scheme,

@@ -51,6 +51,12 @@ class TensorFiles:
         """The file of a tensor that is there."""
         return self._owners[name]
 
+    def dtype(self, name: str) -> str:
+        """As safetensors names it (``BF16``), without reading the tensor."""
+        file = self._owners[name]
+        with _named(file):
+            return str(self._open[file].get_slice(name).get_dtype())
+
     def get(self, name: str) -> Tensor:
         file = self._owners[name]
         with _named(file):
