@@ -51,6 +51,7 @@ def waiting(*, cached: bool) -> list[float]:
         max_num_seqs=8,
         max_num_batched_tokens=2 * PROMPT,
         max_waiting=None,
+        max_step_ms=None,
     )
     prompt = list(range(PROMPT))
     if cached:

@@ -28,6 +28,7 @@ class Scheduler(ContinuousScheduler):
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_waiting=None,
+            max_step_ms=None,
         )
 
 

@@ -34,12 +34,13 @@ def measure(arguments: Arguments) -> dict[str, list[float]]:
     base = arguments.options.get("--base-url")
     if base is not None:
         return asyncio.run(_rounds(base, arguments))
-    with _server(arguments) as address:
+    with server(arguments) as address:
         return asyncio.run(_rounds(address, arguments))
 
 
 @contextlib.contextmanager
-def _server(arguments: Arguments) -> Iterator[str]:
+def server(arguments: Arguments) -> Iterator[str]:
+    """The address of a server with these overrides, which ends with the ``with`` block."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -73,12 +74,12 @@ async def _rounds(base: str, arguments: Arguments) -> dict[str, list[float]]:
     if parts.scheme != "http" or parts.hostname is None:
         raise UsageError(f"--base-url: expected http://HOST:PORT, got {base!r}")
     host, port = parts.hostname, parts.port or 80
-    model = json.loads((await _request(host, port, "GET", "/v1/models"))[1])["data"][0]
+    model = await model_name(host, port)
     repeats, seed = arguments.number("--repeats", 3), arguments.number("--seed", 0, least=0)
     figures: dict[str, list[float]] = {}
     warmup = arguments.number("--warmup", 1, least=0)
     for number in range(seed, seed + warmup + repeats):
-        for name, value in (await _round(host, port, model["id"], arguments, number)).items():
+        for name, value in (await _round(host, port, model, arguments, number)).items():
             figures.setdefault(name, []).append(value)
     return {name: values[-repeats:] for name, values in figures.items()}
 
@@ -110,7 +111,9 @@ async def _round(
         if rate:
             await asyncio.sleep(place / rate)
         async with gate:
-            return await _stream(host, port, body)
+            timing = Timing()
+            await stream(host, port, body, timing)
+            return timing
 
     begin = time.perf_counter()
     timings = await asyncio.gather(*(one(i, body) for i, body in enumerate(bodies)))
@@ -140,9 +143,14 @@ async def _request(host: str, port: int, method: str, path: str) -> tuple[int, b
     return int(head.split()[1]), body
 
 
-async def _stream(host: str, port: int, body: dict[str, object]) -> Timing:
-    """One streamed completion; times of its events as they arrive."""
-    timing = Timing()
+async def model_name(host: str, port: int) -> str:
+    """What the server calls its model."""
+    models = json.loads((await _request(host, port, "GET", "/v1/models"))[1])
+    return str(models["data"][0]["id"])
+
+
+async def stream(host: str, port: int, body: dict[str, object], timing: Timing) -> None:
+    """One streamed completion; fills ``timing`` with its events as they arrive."""
     payload = json.dumps(body).encode()
     begin = time.perf_counter()
     async with _connection(host, port) as (reader, writer):
@@ -152,16 +160,15 @@ async def _stream(host: str, port: int, body: dict[str, object]) -> Timing:
             timing.failed = (
                 f"HTTP {status}: {(await reader.read())[-300:].decode(errors='replace')}"
             )
-            return timing
+            return
         async for line in reader:
             if line.startswith(b"data: {"):
                 if b'"error"' in line[:20]:
                     timing.failed = line.decode(errors="replace").strip()
-                    return timing
+                    return
                 timing.tokens.append(time.perf_counter() - begin)
     if not timing.tokens:
         timing.failed = "no token came"
-    return timing
 
 
 def _head(method: str, path: str, host: str, length: int) -> bytes:

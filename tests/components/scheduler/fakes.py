@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -33,6 +34,7 @@ def report(
     num_blocks: int = 16,
     depth: int = 1,
     windows: tuple[int | None, ...] = (None,),
+    max_model_len: int = 48,
     **limits: Any,
 ) -> WorkerReport:
     """``windows``: one KvGroup for each."""
@@ -43,7 +45,7 @@ def report(
         kv_groups=[KvGroup([i], window) for i, window in enumerate(windows)],
         kv_specs=[KvSpec(layer=0, num_kv_heads=1, head_size=4)],
         limits=LimitsReport(**limits),
-        max_model_len=48,
+        max_model_len=max_model_len,
         vocab_size=VOCAB,
         eos_token_ids=[EOS],
         device="fake",
@@ -77,6 +79,10 @@ class FakeExecutor(Executor):
 
     def __init__(self, the_report: WorkerReport) -> None:
         self.report = the_report
+        self.now = 0.0
+        """The engine's clock, in seconds."""
+        self.seconds: Callable[[StepPlan], float] = lambda plan: 0.0
+        """How long a step takes."""
         self.tokens: dict[int, list[int]] = {}
         self.blocks: dict[int, list[list[int]]] = {}
         """Of each KvGroup."""
@@ -91,6 +97,7 @@ class FakeExecutor(Executor):
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         self.plans.append(plan)
+        self.now += self.seconds(plan)
         for seq_id in plan.finished:
             self.tokens.pop(seq_id, None)
             self.blocks.pop(seq_id, None)
@@ -171,6 +178,7 @@ class World:
             "max_num_seqs": 4,
             "max_num_batched_tokens": 16,
             "max_waiting": None,
+            "max_step_ms": None,
         }
         self.scheduler = ContinuousScheduler(
             the_report,
@@ -181,6 +189,7 @@ class World:
         )
         self.executor = FakeExecutor(the_report)
         self.engine = StandardEngine(self.scheduler, self.kv, self.executor, the_report)
+        self.engine.clock = lambda: self.executor.now
         self.out: dict[str, list[int]] = {}
         self.reasons: dict[str, str] = {}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from vllm_di.components.interfaces import Engine, Executor, KvCacheManager, Scheduler
@@ -19,6 +21,9 @@ from vllm_di.components.messages import (
 class StandardEngine(Engine):
     """One step at a time, or as many as the executor keeps in flight."""
 
+    clock: Callable[[], float] = staticmethod(time.perf_counter)
+    """Seconds, from any beginning."""
+
     def __init__(
         self,
         scheduler: Scheduler,
@@ -28,8 +33,9 @@ class StandardEngine(Engine):
     ) -> None:
         self.report, self.patience = worker_report, executor.patience
         self._scheduler, self._kv, self._executor = scheduler, kv_cache_manager, executor
-        self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
-        """The oldest first."""
+        self._in_flight: deque[tuple[StepPlan, float, Future[StepResult]]] = deque()
+        """With the time of their start. The oldest first."""
+        self._last_end = 0.0
         self._num_compiles = 0
 
     def check(self, request: EngineRequest) -> None:
@@ -49,11 +55,17 @@ class StandardEngine(Engine):
             plan = self._scheduler.schedule()
             if plan is None:
                 break
-            self._in_flight.append((plan, self._executor.submit(plan)))
+            begin = self.clock()
+            self._in_flight.append((plan, begin, self._executor.submit(plan)))
         outputs = []
         if self._in_flight:
-            plan, future = self._in_flight.popleft()
+            plan, begin, future = self._in_flight.popleft()
             result = future.result()
+            end = self.clock()
+            if not result.num_compiles:  # a step that compiled tells nothing about the next
+                # the workers took it up when it came, or when they had done the one before
+                self._scheduler.timed(plan, end - max(begin, self._last_end))
+            self._last_end = end
             self._num_compiles += result.num_compiles
             outputs = self._scheduler.update(plan, result)
         stats = self._scheduler.stats()

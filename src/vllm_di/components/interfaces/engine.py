@@ -227,6 +227,10 @@ class Scheduler(ABC):
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         """Take a step's result; return what is new for each request."""
 
+    def timed(self, plan: StepPlan, seconds: float) -> None:
+        """Before ``update``: the workers took ``seconds`` for the step, from when they were free
+        for it. Not called for a step that compiled a program."""
+
     @abstractmethod
     def has_work(self) -> bool: ...
 

@@ -27,6 +27,7 @@ from vllm_di.components.messages import (
     TokenOutput,
     WorkerReport,
 )
+from vllm_di.components.scheduler.pace import StepPace
 from vllm_di.components.scheduler.queue import WaitingQueue
 from vllm_di.components.scheduler.results import misfits, wants_scores
 from vllm_di.components.scheduler.sequence import Sequence
@@ -41,8 +42,10 @@ logits."""
 class _Step:
     """A step in the making."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, prompt_budget: int) -> None:
         self.budget = budget
+        self.prompt_budget = prompt_budget
+        """Of the budget, what prompts may take."""
         self.context = 0
         self.prefills = 0
         self.most_drafts = 0
@@ -64,6 +67,7 @@ class ContinuousScheduler(Scheduler):
         max_num_seqs: Annotated[int, msgspec.Meta(ge=1)],
         max_num_batched_tokens: Annotated[int, msgspec.Meta(ge=1)],
         max_waiting: Annotated[int, msgspec.Meta(ge=1)] | None,
+        max_step_ms: Annotated[float, msgspec.Meta(gt=0)] | None,
     ) -> None:
         limits = worker_report.limits
         if not limits.chunked_prefill and max_num_batched_tokens < worker_report.max_model_len:
@@ -88,6 +92,9 @@ class ContinuousScheduler(Scheduler):
         self._eos_ids = frozenset(worker_report.eos_token_ids)
         self._max_seqs, self._max_tokens = max_num_seqs, max_num_batched_tokens
         self._max_waiting = max_waiting
+        # a decoding sequence has a token in one of ``depth`` steps
+        self._pace = StepPace(max_step_ms / 1e3 / self._depth) if max_step_ms else None
+        self._after_prompts = False
         self._usable = kv_cache_manager.num_free_blocks
         self._waiting = WaitingQueue(policy)
         self._by_priority = policy == "priority"
@@ -135,16 +142,23 @@ class ContinuousScheduler(Scheduler):
     # -- one step -----------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
-        step = _Step(self._max_tokens)
+        decodes = 0 if self._pace is None else self._num_decoding()
+        prompt_budget = self._max_tokens
+        if self._pace is not None and decodes:
+            prompt_budget = self._pace.prompt_tokens(decodes)
+        step = _Step(self._max_tokens, prompt_budget)
         mixed = self._limits.mixed_steps
-        if not mixed and self._can_prefill():
+        # where prompts and decodes share no step, they take turns
+        decodes_turn = not mixed and decodes > 0 and self._after_prompts
+        if not mixed and not decodes_turn and self._can_prefill():
             self._admit_waiting(step)
         if mixed or not step.scheduled:
-            self._continue_running(step)
+            self._continue_running(step, decodes_alone=decodes_turn)
             if mixed or not step.scheduled:
                 self._admit_waiting(step)
         if not step.scheduled:
             return None
+        self._after_prompts = step.prefills > 0
         for seq_id, share in step.scheduled.items():
             self._running[seq_id].num_computed = share.num_computed + share.num_tokens
         self._num_steps += 1
@@ -155,11 +169,18 @@ class ContinuousScheduler(Scheduler):
             shares.sort(key=lambda s: s.is_prefill)
         return StepPlan(self._num_steps, step.new, shares, finished)
 
+    def timed(self, plan: StepPlan, seconds: float) -> None:
+        if self._pace is not None:
+            self._pace.observe(plan, seconds)
+
+    def _num_decoding(self) -> int:
+        return sum(sequence.is_decoding for sequence in self._running.values())
+
     def _can_prefill(self) -> bool:
         partial = any(len(s.token_ids) - s.num_computed > 1 for s in self._running.values())
         return bool(self._waiting) or partial
 
-    def _continue_running(self, step: _Step) -> None:
+    def _continue_running(self, step: _Step, *, decodes_alone: bool) -> None:
         """Give every running sequence its next token, or the next chunk of its prompt."""
         ordered: list[Sequence] = []
         prompts: list[Sequence] = []
@@ -167,7 +188,8 @@ class ContinuousScheduler(Scheduler):
             is_prompt = len(sequence.token_ids) - sequence.num_computed > 1
             (prompts if is_prompt else ordered).append(sequence)
         # decodes before unfinished prompts: a long prompt must not hold up those who read
-        ordered += prompts
+        if not decodes_alone:
+            ordered += prompts
         step.most_drafts = self._drafter.drafts_for(len(ordered))
         most_decodes = len(ordered)
         if self._depth > 1:  # the decoding sequences are split over the steps in flight
@@ -250,6 +272,7 @@ class ContinuousScheduler(Scheduler):
                 return 0
             if sequence.request.params.prompt_logprobs is not None:
                 count = min(count, PROMPT_LOGPROBS_CHUNK)
+            count = min(count, self._prompt_share(step, sequence, remaining))
             if count < remaining and not self._limits.chunked_prefill:
                 return 0
         most = self._limits.max_batch_context
@@ -258,6 +281,17 @@ class ContinuousScheduler(Scheduler):
             if step.context + context > most:
                 return 0
         return count
+
+    def _prompt_share(self, step: _Step, sequence: Sequence, remaining: int) -> int:
+        """What the prompts' budget leaves of a prompt's ``remaining`` tokens: all, or as many as
+        end with a block, where that is any."""
+        if remaining <= step.prompt_budget:
+            return remaining
+        if not self._limits.chunked_prefill:  # one at a time, however long it is
+            return 0 if step.prefills else remaining
+        start = len(sequence.token_ids) - remaining
+        beyond = (start + step.prompt_budget) % self._report.block_size
+        return step.prompt_budget - beyond if beyond < step.prompt_budget else step.prompt_budget
 
     def _make_room(self, step: _Step, sequence: Sequence, count: int) -> bool:
         """Blocks for ``count`` more tokens, by preempting others; False when it was itself
@@ -294,6 +328,7 @@ class ContinuousScheduler(Scheduler):
         share = step.scheduled.pop(sequence.seq_id, None)
         if share is not None:
             step.budget += share.num_tokens
+            step.prompt_budget += share.num_tokens if share.is_prefill else 0
             step.context -= share.num_computed + share.num_tokens
             step.new = [n for n in step.new if n.seq_id != sequence.seq_id]
         self._kv.free(sequence.seq_id)
@@ -355,6 +390,7 @@ class ContinuousScheduler(Scheduler):
         sequence.unsent_tokens = []
         sequence.known_to_workers = True
         step.budget -= count
+        step.prompt_budget -= count if is_prefill else 0
         step.context += end
         step.prefills += is_prefill
 
