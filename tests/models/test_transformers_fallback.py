@@ -40,6 +40,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Cohere": ("Cohere", SHAPE | {"num_key_value_heads": 2, "logit_scale": 0.25}),
     "Starcoder2": ("Starcoder2", SHAPE | {"num_key_value_heads": 2, "sliding_window": 17}),
 }
+MLA = SHAPE | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "initializer_range": 0.2,
+}
+"""Keys of 24 elements beside values of 16, in the proportions of DeepSeek's."""
+LATENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "DeepseekV2": ("DeepseekV2", MLA | {"q_lora_rank": None, "topk_method": "greedy"}),
+    "DeepseekV3": ("DeepseekV3", MLA | {"q_lora_rank": 24}),
+    "wider values": ("DeepseekV3", MLA | {"q_lora_rank": 24, "v_head_dim": 32}),
+}
 
 
 def save(family: str, changes: dict[str, Any], folder: Path) -> Any:
@@ -76,6 +97,23 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     parts = [TOKENS[:19], TOKENS[19:61], *([t] for t in TOKENS[61:])]
     got = torch.cat([running.feed(part) for part in parts])
     assert float((got - want).abs().max()) < 1e-4 * max(1.0, float(want.abs().max()))
+
+
+@pytest.mark.parametrize("case", LATENT)
+def test_latent_attention_uncompressed_equals_transformers(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = save(*LATENT[case], tmp_path)
+    with torch.no_grad():
+        want = theirs(torch.tensor([TOKENS]), use_cache=False).logits[0]
+    running = fallback(tmp_path)
+    parts = [TOKENS[:19], TOKENS[19:61], *([t] for t in TOKENS[61:])]
+    got = torch.cat([running.feed(part) for part in parts])
+    assert float((got - want).abs().max()) < 1e-4 * max(1.0, float(want.abs().max()))
+    values = LATENT[case][1]["v_head_dim"]
+    size = max(24, values)
+    assert {spec.head_size for spec in running.model.kv_specs()} == {size}
+    assert f"keys have 24 elements and its values {values}: the KV cache holds both" in caplog.text
 
 
 def test_a_native_family_runs_on_it_too(tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ class Evidence:
     head: Head
     specs: dict[int, AttentionSpec]
     """What each layer asks of attention."""
+    uneven: set[tuple[int, int]]
+    """Elements of a head's keys and of its values, where they differ."""
 
 
 def check_flat_steps(model: Any, num_layers: int, max_model_len: int) -> Evidence:
@@ -83,9 +85,9 @@ def check_flat_steps(model: Any, num_layers: int, max_model_len: int) -> Evidenc
         before = _same_states([states for states, _, _ in own], flat)
         head = _head(own, before)
         model.set_attn_implementation(MASKS)
-        specs = _masks(model, ids[0], places[0], max_model_len)
+        masks = _masks(model, ids[0], places[0], max_model_len)
     model.set_attn_implementation(NAME)
-    return Evidence(head, specs)
+    return Evidence(head, masks.specs, {pair for pair in masks.sizes if pair[0] != pair[1]})
 
 
 def register() -> None:
@@ -245,14 +247,16 @@ class Masks:
 
     max_model_len: int
     specs: dict[int, AttentionSpec] = field(default_factory=dict)
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+    """Elements of a head's keys and of its values."""
 
 
-def _masks(model: Any, ids: Tensor, places: Tensor, max_model_len: int) -> dict[int, AttentionSpec]:
+def _masks(model: Any, ids: Tensor, places: Tensor, max_model_len: int) -> Masks:
     """Run with an attention that compares each layer's mask to what ours takes it for -> what each
     layer asks of attention."""
     masks = Masks(max_model_len)
     body_of(model)(input_ids=ids[None], position_ids=places[None], use_cache=False, **{STEP: masks})
-    return masks.specs
+    return masks
 
 
 def _make_mask(*args: Any, mask_function: Callable[..., Tensor], **kwargs: Any) -> Any:
@@ -271,6 +275,7 @@ def _compare_mask(
     """transformers' attention interface: compares, and lets the values through."""
     masks: Masks = more[STEP]
     spec = spec_of(module, query, key, value, more)
+    masks.sizes.add((key.shape[-1], value.shape[-1]))
     if masks.specs.setdefault(module.layer_idx, spec) != spec:
         raise UnsupportedModelError(f"layer {module.layer_idx} attends in two ways")
     if attention_mask is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.nn import functional
 
 from vllm_di.components.interfaces import AttentionSpec
 from vllm_di.errors import UnsupportedModelError
@@ -45,15 +46,23 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. query [1, heads, tokens, head_size] -> [1, tokens, heads,
-    head_size]. Raises UnsupportedModelError for what our attention does not do."""
+    size of a value]. Where keys and values of a head differ in size, as in MLA, zeros fill the
+    smaller ones: they change neither scores nor sums. Raises UnsupportedModelError for what our
+    attention does not do."""
     step = kwargs.get(STEP)
     if not isinstance(step, Step):
         raise UnsupportedModelError("its layers do not hand their keywords on to attention")
     spec = spec_of(module, query, key, value, kwargs)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    q, k, v = (_filled(x[0].transpose(0, 1), spec.head_size) for x in (query, key, value))
     cache = step.caches[module.layer_idx]
     metadata = step.metadata[module.layer_idx]
-    return step.backend.forward(q, k, v, cache, metadata, spec)[None], None
+    out = step.backend.forward(q, k, v, cache, metadata, spec)
+    return out[None, ..., : value.shape[-1]], None
+
+
+def _filled(x: Tensor, size: int) -> Tensor:
+    """x [tokens, heads, elements] with zeros up to ``size`` elements."""
+    return functional.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x.contiguous()
 
 
 def spec_of(
@@ -65,15 +74,15 @@ def spec_of(
         raise UnsupportedModelError("its attention has sinks")
     if not getattr(module, "is_causal", True):
         raise UnsupportedModelError(f"{type(module).__name__} is not causal")
-    if key.shape != value.shape:
+    if key.shape[:-1] != value.shape[:-1]:
         raise UnsupportedModelError(
-            f"a head's keys have {key.shape[-1]} elements, its values {value.shape[-1]}"
+            f"keys of shape {list(key.shape)} stand beside values of {list(value.shape)}"
         )
     scaling = kwargs.get("scaling")
     return AttentionSpec(
         num_heads=query.shape[1],
         num_kv_heads=key.shape[1],
-        head_size=query.shape[3],
+        head_size=max(query.shape[3], value.shape[3]),
         scale=query.shape[3] ** -0.5 if scaling is None else float(scaling),
         window=kwargs.get("sliding_window"),
         soft_cap=kwargs.get("softcap"),

@@ -3,6 +3,7 @@ its attention interface."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ from vllm_di.models.config import DecoderConfig
 from vllm_di.models.flat_check import Head, body_of, check_flat_steps
 from vllm_di.models.hf_attention import STEP, Step
 from vllm_di.models.hf_config import FAMILIES
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -147,6 +150,15 @@ class TransformersModel(Model):
         )
         for spec in set(evidence.specs.values()):
             self._attention.check(spec)
+        for key, value in sorted(evidence.uneven):
+            log.warning(
+                "%s: a head's keys have %d elements and its values %d: the KV cache holds both "
+                "with %d, not the latent that they are made from",
+                self._name,
+                key,
+                value,
+                max(key, value),
+            )
         self._head = evidence.head
         self._kv_specs = [
             KvSpec(layer=i, num_kv_heads=spec.num_kv_heads, head_size=spec.head_size)
