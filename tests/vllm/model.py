@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -23,8 +22,6 @@ def smollm2() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         source = Path(describe(SHIPPED).weights)
         convert(source, folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
         read = read_gguf(source, torch.bfloat16)
         weights = {name: w.contiguous() for name, w in read if isinstance(w, torch.Tensor)}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

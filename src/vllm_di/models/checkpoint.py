@@ -19,7 +19,7 @@ from vllm_di.components.loader.gguf_shards import shards_of
 from vllm_di.errors import CheckpointError, UnsupportedModelError
 
 GGUF_MAGIC = b"GGUF"
-CONVERSION = 3
+CONVERSION = 4
 """Raised when the conversion of a GGUF's config and tokenizer changes: older ones are not read."""
 
 

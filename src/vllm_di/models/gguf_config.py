@@ -29,6 +29,20 @@ CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
 }
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
+    "GraniteForCausalLM": "granite",
+    "SmolLM3ForCausalLM": "smollm3",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Phi3ForCausalLM": "phi3",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+}
+"""Class to the word by which other readers of a ``config.json`` (transformers, vLLM) know it."""
 COMMON = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -129,7 +143,8 @@ def hf_config(facts: Facts, *, vocab_size: int, tied: bool, vector: Vector) -> C
         for name, tensor in BIASES.items():
             if vector(tensor) is not None:
                 config[name] = True
-    return config | _family(arch, facts, config, size)
+    config |= _family(arch, facts, config, size)
+    return config | {"model_type": MODEL_TYPES[config["architectures"][0]]}
 
 
 def end_tokens(facts: Facts) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from tests.models.checkpoints import make
 from tests.models.gguf_files import can_quantize, finish, quantized, write
 from tests.models.runner import BLOCK, Running, attention, device, ops
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vllm_di.cache import is_whole
 from vllm_di.components.communicator.single import SingleCommunicator
@@ -26,7 +27,7 @@ from vllm_di.components.quantized import QuantizedWeight
 from vllm_di.errors import CheckpointError, UnsupportedModelError
 from vllm_di.models.config import DecoderConfig
 from vllm_di.models.decoder import Decoder
-from vllm_di.models.gguf_config import end_tokens, hf_config
+from vllm_di.models.gguf_config import CLASSES, end_tokens, hf_config
 from vllm_di.models.hf_config import model_fields
 
 KINDS = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K Q2_K Q3_K".split()  # noqa: SIM905
@@ -270,6 +271,17 @@ def test_an_unknown_scaling_is_refused() -> None:
     facts = FACTS | {"llama.rope.scaling.type": "dynamic-ntk"}
     with pytest.raises(UnsupportedModelError, match="dynamic-ntk"):
         hf_config(facts, vocab_size=8, tied=True, vector=lambda name: None)
+
+
+@pytest.mark.parametrize("arch", [*CLASSES, "llama with experts", "llama with a window"])
+def test_transformers_knows_the_written_config_by_its_type(arch: str) -> None:
+    arch, _, kind = arch.partition(" ")
+    more = {"with experts": "llama.expert_count", "with a window": "llama.attention.sliding_window"}
+    facts = {key.replace("llama", arch): value for key, value in FACTS.items()}
+    facts |= {"general.architecture": arch} | ({more[kind]: 4} if kind else {})
+    config = hf_config(facts, vocab_size=8, tied=True, vector=lambda name: None)
+    [name] = config["architectures"]
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]] == name
 
 
 def test_the_large_gemmas_scale_by_the_width_of_a_head() -> None:
