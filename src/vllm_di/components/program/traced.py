@@ -34,6 +34,7 @@ from vllm_di.components.interfaces import (
 )
 from vllm_di.components.kv_groups import Groups
 from vllm_di.components.ops.traced import SAMPLER_OPS
+from vllm_di.components.program.sources import sources_dropped
 from vllm_di.errors import ConfigError
 
 CACHED = ("key", "value")
@@ -102,6 +103,7 @@ def step_inputs(model: Model, build: Build, plan: BatchPlan) -> dict[str, Tensor
     return found
 
 
+@sources_dropped()
 @torch.no_grad()
 def trace_step(
     model: Model,

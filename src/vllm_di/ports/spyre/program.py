@@ -26,6 +26,7 @@ from vllm_di.components.interfaces import (
 )
 from vllm_di.components.kv_groups import Groups
 from vllm_di.components.messages import KvGroup
+from vllm_di.components.program.sources import sources_dropped
 from vllm_di.components.program.traced import (
     TracedStep,
     check_traceable,
@@ -94,7 +95,8 @@ class SpyreProgram(ModelProgram):
         self._step = step = trace_step(
             self._model, self._build, layers, caches, self._layout.block_size, self._communicator
         )
-        _return_caches(step, layers)
+        with sources_dropped():
+            _return_caches(step, layers)
         self._model.release()
 
     def allocate(self, groups: Sequence[KvGroup], num_blocks: int) -> None:
@@ -124,9 +126,9 @@ class SpyreProgram(ModelProgram):
         arguments = [given[name] for name in self._step.inputs]
         key = tuple(tuple(x.shape) for x in arguments)
         if (program := self._programs.get(key)) is None:
-            program = self._compiled()
-            with _no_fall_back():  # torch compiles in the first call
-                out, *new = program(*arguments)
+            with sources_dropped(), _no_fall_back():
+                program = self._compiled()
+                out, *new = program(*arguments)  # torch compiles in the first call
             self._programs[key] = program
         else:
             out, *new = program(*arguments)
@@ -141,7 +143,12 @@ class SpyreProgram(ModelProgram):
         graph.output(outputs)
         self._modules.append(GraphModule(source, graph))
         found: Callable[..., Any] = torch.compile(
-            self._modules[-1], backend=self._backend, fullgraph=True, dynamic=False
+            self._modules[-1],
+            backend=self._backend,
+            fullgraph=True,
+            dynamic=False,
+            # the shapes choose the program, and torch would keep each guard for good
+            options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
         )
         return found
 
