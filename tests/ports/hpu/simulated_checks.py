@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,13 @@ from torch import Tensor
 
 from vllm_di import LLM, SamplingParams
 from vllm_di.components.attention.sdpa import SdpaAttention
-from vllm_di.components.interfaces import AttentionSpec, BatchPlan, LayerCache, Placement
+from vllm_di.components.interfaces import (
+    AttentionSpec,
+    BatchPlan,
+    LayerCache,
+    Placement,
+    PlanShape,
+)
 from vllm_di.components.kv_groups import group_layers
 from vllm_di.components.messages import KvGroup, KvSpec
 from vllm_di.containers.assembly import assemble
@@ -38,6 +45,14 @@ SMALL = [
     "shapes.prefill_queries=[16,64]",
     "shapes.context_blocks=[4]",
 ]
+MUTANTS = {
+    "PaddingInASequencesGroup": "not close",
+    "WholeBlocksInUse": "not close",
+    "PaddingInABlockInUse": "a block in use changed",
+    "ContextForgotten": "not close",
+    "PhasesMixed": "not close",
+}
+"""Attention with a flaw each, and what its death says."""
 BLOCK = 16
 BLOCKS = torch.tensor([[3, 1, 9], [5, 2, 8], [4, 7, 6]], dtype=torch.int32)
 
@@ -90,6 +105,10 @@ def on_host(plan: BatchPlan) -> BatchPlan:
 
 
 def check_attention_equals_the_reference() -> None:
+    equals_the_reference()
+
+
+def equals_the_reference(*overrides: str) -> None:
     """Padded by the buckets, NaN in every slot that nobody wrote, the null block among them."""
     steps = [
         ([7, 33], [0, 0]),  # whole prompts, over a block's edge
@@ -97,8 +116,9 @@ def check_attention_equals_the_reference() -> None:
         ([3, 2], [12, 0]),  # a chunk beside a whole prompt
         ([1, 1, 1], [14, 42, 15]),  # decodes, one that fills its block
         ([1], [40]),
+        ([1, 6], [31, 12]),  # a prompt's last token beside another's chunk
     ]
-    with parts(only=("attention", "kv_layout", "shapes")) as container:
+    with parts(*overrides, only=("attention", "kv_layout", "shapes")) as container:
         attention, layout, shapes = (
             container.attention(),
             container.kv_layout(),
@@ -114,7 +134,7 @@ def check_attention_equals_the_reference() -> None:
                 cached.fill_(float("nan"))
             theirs = LayerCache(tuple(cached.cpu() for cached in ours.tensors))
             for number, (queries, past) in enumerate(steps):
-                if number in (2, 3, 4):  # as if the tokens between had been computed
+                if number >= 2:  # as if the tokens between had been computed
                     for row, before in enumerate(past):
                         held = BLOCKS[row].repeat_interleave(BLOCK) * BLOCK
                         slots = (held + torch.arange(len(held)) % BLOCK)[:before]
@@ -141,7 +161,7 @@ def check_attention_equals_the_reference() -> None:
                 torch.testing.assert_close(got[:used], wanted, rtol=1e-5, atol=2e-6)
                 for mine, other in zip(ours.tensors, theirs.tensors, strict=True):
                     same = mine.cpu().view(torch.int32) == other.view(torch.int32)
-                    assert same[1:].all()  # bit for bit; padding went to the null block alone
+                    assert same[1:].all(), "a block in use changed"  # bit for bit
 
 
 def check_padding_of_a_decode() -> None:
@@ -176,6 +196,66 @@ def check_one_sequences_nan_stays_its_own() -> None:
             out = attention.forward(q, k, v, cache, attention.build(plan), spec).cpu()
             assert out[: queries[0]].isnan().all()
             assert out[queries[0] : sum(queries)].isfinite().all(), (queries, past)
+
+
+def check_mutants_of_attention_die() -> None:
+    for name, reason in MUTANTS.items():
+        with pytest.raises(AssertionError, match=reason):
+            equals_the_reference(*mutant("attention", name))
+
+
+def check_every_step_was_warmed_up() -> None:
+    every_step_was_warmed_up()
+
+
+def check_a_bucket_left_out_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="decodes behind"):
+        every_step_was_warmed_up(*mutant("shapes", "LargestBucketForgotten"))
+
+
+def mutant(slot: str, name: str) -> list[str]:
+    return [f"{slot}._target_=tests.ports.hpu.mutants.{name}", "trust=[tests]"]
+
+
+def every_step_was_warmed_up(*overrides: str) -> None:
+    """Each step that the scheduler may run has the shape of one that the warm-up ran."""
+    with parts(*overrides, only=("shapes",)) as container:
+        shapes = container.shapes()
+        largest = PlanShape(tokens=64, rows=64, seqs=4, columns=8, queries=64)
+        warm = {plan.padded_to for plan in shapes.warm_up_plans(largest, blank)}
+        for seqs in (1, 2, 3):
+            for length in (0, 15, 16, 47):
+                found = shapes.pad(batch([1] * seqs, [length] * seqs)).padded_to
+                assert found in warm, f"{seqs} decodes behind {length} tokens: {found}"
+        rows = torch.arange(1, 33, dtype=torch.int32).view(4, 8)
+        for length in (1, 127):
+            plan = replace(batch([1], [0]), **four(rows, length))
+            found = shapes.pad(plan).padded_to
+            assert found in warm, f"4 decodes behind {length} tokens: {found}"
+        for queries, past in (([1, 2], [0, 0]), ([16, 2], [0, 31]), ([32, 32], [0, 0])):
+            found = shapes.pad(batch(queries, past)).padded_to
+            assert found in warm, f"prompts of {queries} behind {past}: {found}"
+
+
+def four(rows: Tensor, past: int) -> dict[str, Any]:
+    """The fields of a step of four decodes."""
+    ones = torch.ones(4, dtype=torch.int64)
+    return {
+        "token_ids": ones,
+        "positions": ones * past,
+        "query_start": torch.arange(5, dtype=torch.int32),
+        "seq_lens": (ones * (past + 1)).int(),
+        "block_table": rows,
+        "slot_mapping": ones,
+        "logits_rows": torch.arange(4),
+        "query_lens_host": [1] * 4,
+        "seq_lens_host": [past + 1] * 4,
+    }
+
+
+def blank(shape: PlanShape) -> BatchPlan:
+    assert shape == PlanShape(1, 1, 1, 1, 1)
+    return on_host(batch([1], [0]))
 
 
 def check_what_it_lacks_is_refused() -> None:

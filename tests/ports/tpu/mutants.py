@@ -33,6 +33,15 @@ class LastBucketForgotten(TokenBuckets):
         yield from (plan for plan in plans if len(plan.token_ids) < most)
 
 
+class PaddingInABlockInUse(TokenBuckets):
+    """Padding is written where the first sequence's first token stands."""
+
+    def pad(self, plan: BatchPlan) -> BatchPlan:
+        padded = super().pad(plan)
+        padded.slot_mapping[len(plan.token_ids) :] = plan.slot_mapping[0]
+        return padded
+
+
 class Mutant(NamedTuple):
     slot: str
     cls: type
@@ -53,5 +62,11 @@ MUTANTS = (
         LastBucketForgotten,
         "graphs/test_nothing_is_compiled_after_the_start",
         "num_compiles=[1-9]|== 0|compiled",
+    ),
+    Mutant(
+        "shapes",
+        PaddingInABlockInUse,
+        "graphs/test_padding_is_written_to_no_block_in_use",
+        "padding of 1 tokens is written to slots",
     ),
 )

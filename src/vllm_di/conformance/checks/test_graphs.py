@@ -42,7 +42,7 @@ def sizes(subject: Subject) -> list[int]:
 
 
 def decodes(count: int) -> BatchPlan:
-    """A decode step of so many sequences."""
+    """A decode step of so many sequences, for its shape alone."""
     slots = torch.arange(count, dtype=torch.int64)
     lengths = torch.ones(count, dtype=torch.int32)
     return BatchPlan(
@@ -55,6 +55,23 @@ def decodes(count: int) -> BatchPlan:
         logits_rows=slots,
         query_lens_host=[1] * count,
         seq_lens_host=[1] * count,
+    )
+
+
+def prompt(length: int, block_size: int) -> BatchPlan:
+    """A step of one prompt, in blocks 1, 2, ..."""
+    rows = torch.arange(length, dtype=torch.int64)
+    blocks = torch.arange(1, -(-length // block_size) + 1, dtype=torch.int32)
+    return BatchPlan(
+        token_ids=rows + 1,
+        positions=rows,
+        query_start=torch.tensor([0, length], dtype=torch.int32),
+        seq_lens=torch.tensor([length], dtype=torch.int32),
+        block_table=blocks[None],
+        slot_mapping=rows + block_size,
+        logits_rows=rows[-1:],
+        query_lens_host=[length],
+        seq_lens_host=[length],
     )
 
 
@@ -122,3 +139,26 @@ def test_nothing_is_compiled_after_the_start(subject: Subject) -> None:
         for batch in batches(subject):
             run(engine, batch)
         assert engine.step().stats.num_compiles == 0
+
+
+def test_padding_is_written_to_no_block_in_use(subject: Subject) -> None:
+    """What a step is padded with has no slot, or one in block 0 where that is kept free; and the
+    step's own rows, slots and blocks stay as they are."""
+    padded = 0
+    with subject.parts("shapes", "limits", "kv_layout") as container:
+        shapes, size = container.shapes(), container.kv_layout().block_size
+        free = size if container.limits().report().null_block else 0
+        for length in (1, 2, 3, 17, 33, 65, 100):
+            plan = prompt(length, size)
+            found = shapes.pad(plan)
+            padded += len(found.token_ids) - length
+            for name in ("token_ids", "positions", "slot_mapping"):
+                rows = getattr(found, name)[:length]
+                assert torch.equal(rows, getattr(plan, name)), f"{name} of {length} tokens changed"
+            own = found.block_table[:1, : plan.block_table.shape[1]]
+            assert torch.equal(own, plan.block_table), f"the blocks of {length} tokens changed"
+            extra = found.slot_mapping[length:]
+            wrong = extra[(extra != -1) & ((extra < 0) | (extra >= free))].tolist()
+            assert not wrong, f"padding of {length} tokens is written to slots {wrong[:3]}"
+    if not padded:
+        raise NotDeclared("steps are of any shape")
