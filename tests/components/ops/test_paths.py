@@ -45,13 +45,12 @@ def figures(own: list[float], tiles: list[float], onednn: float = 1.0) -> Measur
     ],
 )
 def test_tiles_begin_where_they_stay_faster(tiles: list[float], least: int | None) -> None:
-    assert figures([5] * 6, tiles).rows_for_tiles() == least
+    assert figures([5] * 6, tiles).rows_for_tiles("bf16") == least
 
 
 def test_without_tiles_there_is_nothing_to_choose() -> None:
-    assert (
-        Measured("a cpu", 1, [Figure("bf16", "avx2", r, 5) for r in ROWS]).rows_for_tiles() is None
-    )
+    found = Measured("a cpu", 1, [Figure("bf16", "avx2", r, 5) for r in ROWS])
+    assert found.rows_for_tiles("bf16") is None
 
 
 def test_a_faster_library_is_pointed_out() -> None:
@@ -144,6 +143,8 @@ def test_every_way_multiplies() -> None:
     assert isinstance(ops, CpuOps)
     assert "bf16 from 3 rows on by tiles" in ops.describe()["linear"]
     found = candidates(ops)
-    assert [c.path for c in found if c.dtype == "bf16"] == ["amx_emulated", "tiles", "oneDNN"]
+    ways = {kind: [c.path for c in found if c.dtype == kind] for kind in ("bf16", "int8", "int4")}
+    both = ["amx_emulated", "tiles"]
+    assert ways == {"bf16": [*both, "oneDNN"], "int8": both, "int4": both}
     for candidate in found:
         candidate.run(2)

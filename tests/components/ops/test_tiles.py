@@ -15,6 +15,7 @@ from vllm_di import LLM, SamplingParams
 from vllm_di.components.device.host import HostDevice
 from vllm_di.components.ops.cpu import CpuOps
 from vllm_di.components.ops.table import SelectedOps
+from vllm_di.components.quantized import by_channel, by_group
 from vllm_di.conformance.checks.test_ops import compare
 from vllm_di.conformance.op_cases import cases
 from vllm_di.errors import ConfigError
@@ -79,6 +80,30 @@ def test_what_is_not_a_number_stays_in_its_row_and_output() -> None:
     assert strange.sum() == 40 + 70 - 1
 
 
+@pytest.mark.parametrize("rows", [1, 16, 33, 200])
+@pytest.mark.parametrize("inputs", [32, 64, 96, 320])
+def test_bytes_by_tiles_are_the_same_bits(rows: int, inputs: int) -> None:
+    """By channel: sums are whole numbers up to the end."""
+    plain = library(next(isa for isa in ISAS if isa not in ("amx", "amx_emulated")))
+    packed = plain.pack_quantized(by_channel(random(70, inputs)))
+    x = random(rows, inputs, dtype=BF16)
+    want = plain.quantized_linear(x, packed)
+    assert torch.equal(library("amx_emulated").quantized_linear(x, packed), want)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 33, 200])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_groups_by_tiles(rows: int, bits: int, dtype: torch.dtype) -> None:
+    """In bf16: two roundings of 8 bits of what is summed."""
+    ops, weight = library("amx_emulated"), by_group(random(70, 160), bits)
+    x = random(rows, 160, dtype=dtype)
+    got = ops.quantized_linear(x, ops.pack_quantized(weight), None, torch.float32)
+    exact, wide = x.float(), weight.dequantize(torch.float32)
+    off = (got - exact @ wide.T).abs()
+    assert (off <= 2 * 2**-9 * (exact.abs() @ wide.abs().T) + 1e-4).all()
+
+
 def test_few_rows_take_the_other_path() -> None:
     plain = next(isa for isa in ISAS if isa != "amx")
     weight, x = random(64, 576, dtype=BF16), random(9, 576, dtype=BF16)
@@ -92,19 +117,30 @@ def test_few_rows_take_the_other_path() -> None:
     assert torch.equal(from_here, tiled)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_answers_alike(dtype: str) -> None:
-    """Prompts by tiles, decodes by tiles on tapes: the same greedy tokens and near log-probs."""
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "bound"),
+    [
+        ("float32", "none", 1e-4),
+        ("bfloat16", "none", 0.02),
+        ("float32", "int8", 1e-4),
+        ("bfloat16", "int8", 0.02),
+        ("float32", "int4", 0.02),
+    ],
+)
+def test_a_model_answers_alike(dtype: str, quantization: str, bound: float) -> None:
+    """Prompts by tiles, decodes by tiles on tapes: the same greedy tokens, and log-probs within
+    ``bound`` nat in all."""
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)
+    model = ["platform=cpu", f"model.dtype={dtype}", f"quantization={quantization}"]
     answers = []
     for isa in ("auto", "amx_emulated"):
-        chosen = [f"model.dtype={dtype}", f"ops.library.isa={isa}", "ops.library.rows_for_tiles=1"]
-        with LLM("tiny", overrides=["platform=cpu", *chosen]) as llm:
+        chosen = [f"ops.library.isa={isa}", "ops.library.rows_for_tiles=1"]
+        with LLM("tiny", overrides=[*model, *chosen]) as llm:
             out = llm.generate(["hello world, and all that is in it", "a"], params)
             answers.append([(o.outputs[0].token_ids, o.outputs[0].cumulative_logprob) for o in out])
     for (tokens, score), (others, other) in zip(*answers, strict=True):
         assert tokens == others
-        assert score == pytest.approx(other, abs=0.02 if dtype == "bfloat16" else 1e-4)
+        assert score == pytest.approx(other, abs=bound)
 
 
 @pytest.mark.skipif(bool(sets.compiler_lacks_tiles()), reason="the compiler does not know AMX")
@@ -120,7 +156,7 @@ def test_the_instructions_compile(tmp_path: Path) -> None:
     lines = assembly.read_text().splitlines()
     config = next(at for at, line in enumerate(lines) if "ldtilecfg" in line)
     assert any("$1," in line or "72340172838076673" in line for line in lines[:config])
-    names = ("tilezero", "tileloadd", "tdpbf16ps", "tdpbssd", "tilestored", "tilerelease")
+    names = ("tilezero", "tileloadd", "tdpbf16ps", "tdpbsud", "tilestored", "tilerelease")
     for name in names:
         assert any(name in line for line in lines[config:]), name
 

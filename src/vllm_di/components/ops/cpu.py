@@ -49,10 +49,12 @@ SMALL_BATCH = 8
 PRODUCTS = {
     "linear": ("bf16", "fp32"),
     "gated_linear": ("bf16", "fp32"),
-    "quantized_linear": ("int8",),
-    "gated_quantized_linear": ("int8",),
+    "quantized_linear": ("int8", "int4"),
+    "gated_quantized_linear": ("int8", "int4"),
 }
-"""Ops to the dtypes that are measured of them."""
+"""Ops to the kinds of weights that are measured of them; int4 stands for all groups."""
+TILED = ("bf16", "int8", "int4")
+"""Those of them that tile registers multiply."""
 UNBUILT = "will be compiled at the first start"
 UNMEASURED = "the ways to multiply will be measured at the first start"
 
@@ -84,7 +86,8 @@ class CpuOps(OpLibrary):
             raise ConfigError(f"ops=cpu runs on the host, not on {device.torch_device}")
         self.isa = choice.isa
         self._rows_for_onednn = rows_for_onednn
-        self._rows_for_tiles = 1 if rows_for_tiles is None and isa == EMULATED else rows_for_tiles
+        least = 1 if rows_for_tiles is None and isa == EMULATED else rows_for_tiles
+        self._rows_for_tiles: dict[str, int | None] = dict.fromkeys(TILED, least)
         self._measured: Measured | None = None
         self._reference = TorchOps()
         self.threads = torch.get_num_threads()
@@ -110,10 +113,10 @@ class CpuOps(OpLibrary):
         self._where = f"cpu ({'; '.join(filter(None, parts))})"
         if built is not None:
             self._bind(built)
-        if self._rows_for_tiles is None and built is not None:
+        if least is None and built is not None:
             self._measured = self._measure(place(folder, Path(built.library._name).name))
             if self._measured is not None:
-                self._rows_for_tiles = self._measured.rows_for_tiles()
+                self._rows_for_tiles = {kind: self._measured.rows_for_tiles(kind) for kind in TILED}
 
     @classmethod
     def preview(cls, **arguments: Any) -> OpLibrary:
@@ -153,11 +156,15 @@ class CpuOps(OpLibrary):
         rows = {op: self._where if op in self.implements else missing for op in self.OPS}
         for op, dtypes in PRODUCTS.items() if self.implements else ():
             notes = [rows[op]]
-            few, found = self._rows_for_tiles, self._measured
-            if few is None and found is None:
+            found = self._measured
+            least = {kind: self._rows_for_tiles.get(kind) for kind in dtypes if kind in TILED}
+            if found is None and None in least.values():
                 notes.append(UNMEASURED)
-            elif self.has_tiles and "bf16" in dtypes:
-                notes.append(f"bf16 from {few} rows on by tiles" if few else "tiles are slower")
+            elif self.has_tiles:
+                notes += [
+                    f"{kind} from {few} rows on by tiles" if few else f"{kind}: tiles are slower"
+                    for kind, few in least.items()
+                ]
             if found is not None:
                 notes.append(found.describe(dtypes))
             rows[op] = "; ".join(notes)
@@ -290,17 +297,17 @@ class CpuOps(OpLibrary):
         dtype = out_dtype or x.dtype
         if weight.plain is not None and len(x) >= (self._rows_for_onednn or 0) and dtype is x.dtype:
             return products.linear(x, weight.plain, bias)
-        return self._product(x, weight, bias, dtype, NO_GATE, self._tiled(x))
+        return self._product(x, weight, bias, dtype, NO_GATE, self._tiled("bf16", x))
 
-    def multiply(self, x: Tensor, weight: PackedWeight, *, tiled: bool) -> Tensor:
-        """``linear`` by the path that is named: by tile registers, which the library has, or
-        not."""
+    def multiply(self, x: Tensor, weight: PackedWeight | PackedBytes, *, tiled: bool) -> Tensor:
+        """A product by the path that is named: by tile registers, which the library has, or not."""
+        if isinstance(weight, PackedBytes):
+            return self._quantized_product(x, weight, None, x.dtype, NO_GATE, tiled)
         return self._product(x, weight, None, x.dtype, NO_GATE, tiled)
 
-    def _tiled(self, x: Tensor) -> bool:
-        return (
-            self.has_tiles and self._rows_for_tiles is not None and len(x) >= self._rows_for_tiles
-        )
+    def _tiled(self, kind: str, x: Tensor) -> bool:
+        least = self._rows_for_tiles[kind]
+        return self.has_tiles and least is not None and len(x) >= least
 
     def pack_gated_linear(self, weight: Tensor) -> Any:
         plain = self._rows_for_onednn is not None
@@ -311,7 +318,7 @@ class CpuOps(OpLibrary):
     ) -> Tensor:
         if not (isinstance(weight, PackedWeight) and weight.gated):
             return self._act(self.linear(x, weight, bias), activation)
-        return self._product(x, weight, bias, x.dtype, GATES[activation], self._tiled(x))
+        return self._product(x, weight, bias, x.dtype, GATES[activation], self._tiled("bf16", x))
 
     def _act(self, x: Tensor, activation: Activation) -> Tensor:
         return self.silu_and_mul(x) if activation == "silu" else self.gelu_tanh_and_mul(x)
@@ -364,7 +371,8 @@ class CpuOps(OpLibrary):
     ) -> Tensor:
         if not isinstance(weight, PackedBytes):
             return self._reference.quantized_linear(x, weight, bias, out_dtype)
-        return self._quantized_product(x, weight, bias, out_dtype or x.dtype, NO_GATE)
+        tiled = self._tiled("int4" if weight.bits else "int8", x)
+        return self._quantized_product(x, weight, bias, out_dtype or x.dtype, NO_GATE, tiled)
 
     def pack_gated_quantized(self, weight: QuantizedWeight) -> Any:
         return pack_quantized(self.kernels, weight, self.threads, gated=True)
@@ -374,10 +382,17 @@ class CpuOps(OpLibrary):
     ) -> Tensor:
         if not (isinstance(weight, PackedBytes) and weight.gated):
             return self._act(self.quantized_linear(x, weight, bias), activation)
-        return self._quantized_product(x, weight, bias, x.dtype, GATES[activation])
+        tiled = self._tiled("int4" if weight.bits else "int8", x)
+        return self._quantized_product(x, weight, bias, x.dtype, GATES[activation], tiled)
 
     def _quantized_product(
-        self, x: Tensor, weight: PackedBytes, bias: Tensor | None, dtype: torch.dtype, gate: int
+        self,
+        x: Tensor,
+        weight: PackedBytes,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        gate: int,
+        tiled: bool,
     ) -> Tensor:
         if x.dtype not in TYPES or x.stride()[1] != 1:
             x = x.float().contiguous()
@@ -400,6 +415,7 @@ class CpuOps(OpLibrary):
             x.stride()[0],
             TYPES[out.dtype],
             gate,
+            tiled,
             self.threads,
         )
         return out if out.dtype is dtype else out.to(dtype)

@@ -9,7 +9,7 @@ import torch
 
 from vllm_di.components import products
 from vllm_di.components.ops.cpu_paths import INPUTS, ONEDNN, OUTPUTS, ROWS, TILES, Candidate
-from vllm_di.components.quantized import by_channel
+from vllm_di.components.quantized import QuantizedWeight, by_channel, by_group
 
 if TYPE_CHECKING:
     from vllm_di.components.ops.cpu import CpuOps
@@ -21,9 +21,10 @@ def candidates(ops: CpuOps) -> list[Candidate]:
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         for path, run in _plain(ops, dtype).items():
             found.append(Candidate(name, path, run))
-    x = torch.ones(ROWS[-1], INPUTS, dtype=torch.bfloat16)
-    packed = ops.pack_quantized(by_channel(_weight(torch.float32)))
-    found.append(Candidate("int8", ops.isa, lambda rows: ops.quantized_linear(x[:rows], packed)))
+    dense = _weight(torch.float32)
+    for name, weight in (("int8", by_channel(dense)), ("int4", by_group(dense, 4))):
+        for path, run in _quantized(ops, weight).items():
+            found.append(Candidate(name, path, run))
     return found
 
 
@@ -36,6 +37,16 @@ def _plain(ops: CpuOps, dtype: torch.dtype) -> dict[str, Callable[[int], object]
     if ops.has_tiles and dtype is torch.bfloat16:
         found[TILES] = lambda rows: ops.multiply(x[:rows], packed, tiled=True)
     found[ONEDNN] = lambda rows: products.linear(x[:rows], weight)
+    return found
+
+
+def _quantized(ops: CpuOps, weight: QuantizedWeight) -> dict[str, Callable[[int], object]]:
+    x, packed = torch.ones(ROWS[-1], INPUTS, dtype=torch.bfloat16), ops.pack_quantized(weight)
+    found: dict[str, Callable[[int], object]] = {
+        ops.isa: lambda rows: ops.multiply(x[:rows], packed, tiled=False)
+    }
+    if ops.has_tiles:
+        found[TILES] = lambda rows: ops.multiply(x[:rows], packed, tiled=True)
     return found
 
 

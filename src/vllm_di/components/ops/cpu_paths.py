@@ -55,12 +55,12 @@ class Measured(msgspec.Struct, frozen=True):
     threads: int
     figures: list[Figure]
 
-    def rows_for_tiles(self) -> int | None:
+    def rows_for_tiles(self, dtype: str) -> int | None:
         """From how many rows on tile registers are faster than the other kernel, at all numbers of
         rows that were measured; None where they never are."""
         least = None
         for rows in sorted(ROWS, reverse=True):
-            found = {f.path: f.gflops for f in self.figures if f.rows == rows and f.dtype == "bf16"}
+            found = {f.path: f.gflops for f in self.figures if f.rows == rows and f.dtype == dtype}
             own = [gflops for path, gflops in found.items() if path not in (TILES, ONEDNN)]
             if TILES not in found or found[TILES] < max(own):
                 break

@@ -26,16 +26,19 @@ struct Linear {
 #if defined(__AMX_TILE__) || defined(EMULATE_TILES)
 // The same in bf16 by tile registers. Sums come out in another order than those of Linear.
 struct TiledLinear {
-  const uint32_t *x, *weights;
-  int64_t rows, steps, x_stride;
+  const bf16* x;
+  const uint32_t* weights;
+  int64_t rows, k, x_stride;
   Output to;
 
-  int64_t work() const { return rows * to.pairs() * kPair * steps; }
+  int64_t work() const { return rows * to.pairs() * kPair * k / 2; }
   void run(const Team& team) const {
-    const TileRows in = TileRows::make(team, x, rows, steps, x_stride);
-    over_blocks<DotBf16>(team, in, weights, rows, to.pairs(), steps, [&](const float* sums, int64_t row, int64_t pair) {
-      to.put(load16(sums), load16(sums + kLanes), row, pair);
-    });
+    const TileRows in = TileRows::make<2>(team, x, rows, k, x_stride, team.shared->workspace.data());
+    const int64_t steps = k / 2, size = steps * kPair;
+    over_blocks<DotBf16>(team, in, rows, to.pairs(), steps, size, [&](int64_t pair) { return weights + pair * size; },
+                         [&](const float* sums, int64_t row, int64_t pair) {
+                           to.put(load16(sums), load16(sums + kLanes), row, pair);
+                         });
   }
 };
 #endif
@@ -51,7 +54,7 @@ EXPORT void linear(int dtype, const void* x, const void* weights, const void* bi
 #if defined(__AMX_TILE__) || defined(EMULATE_TILES)
   if (tiled) {
     reserve(TileRows::workspace(rows, k / 2));
-    submit(TiledLinear{(const uint32_t*)x, (const uint32_t*)weights, rows, k / 2, x_stride / 2, to}, threads);
+    submit(TiledLinear{(const bf16*)x, (const uint32_t*)weights, rows, k, x_stride, to}, threads);
     return;
   }
 #endif

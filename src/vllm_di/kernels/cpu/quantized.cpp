@@ -4,7 +4,7 @@
 // that a product of four is one instruction of AVX512-VNNI:
 //   by channel: one scale an output, q of 8 bits around 128; activations have one scale a row. Sums stay integers to the end.
 //   by group: fp16 scale and offset for 32 weights along k, as in GGUF; activations have one scale a group of 32 too.
-#include "product.h"
+#include "tiled.h"
 
 static const int64_t kGroup = 32;       // weights of a group along k
 static const int64_t kSteps = kGroup / 4;
@@ -98,15 +98,41 @@ struct ByChannel {
       const int ROWS = decltype(count)::value;
       ints sums[ROWS][2] = {};
       multiply<bytes4, ROWS>(sums, (const bytes4*)in.x + row * steps, steps, weights + pair * size, steps, ahead);
-      const floats one = load16(scales + pair * kPair), other = load16(scales + pair * kPair + kLanes);
-      for (int r = 0; r < ROWS; r++) {
-        const float scale = in.scales[row + r], less = 128.f * in.sums[row + r];
-        to.put((__builtin_convertvector(sums[r][0], floats) * scale - less) * one,
-               (__builtin_convertvector(sums[r][1], floats) * scale - less) * other, row + r, pair);
-      }
+      for (int r = 0; r < ROWS; r++) put(in, sums[r][0], sums[r][1], row + r, pair);
     });
   }
+
+  inline void put(const Bytes& in, ints one, ints other, int64_t row, int64_t pair) const {
+    const float scale = in.scales[row], less = 128.f * in.sums[row];
+    to.put((__builtin_convertvector(one, floats) * scale - less) * load16(scales + pair * kPair),
+           (__builtin_convertvector(other, floats) * scale - less) * load16(scales + pair * kPair + kLanes), row, pair);
+  }
 };
+
+#if defined(__AMX_TILE__) || defined(EMULATE_TILES)
+// The same by tile registers: the same whole numbers, and so the same bits.
+template <typename T>
+struct TiledByChannel {
+  ByChannel<T> p;
+
+  int64_t work() const { return p.work(); }
+  size_t bytes() const { return Bytes::workspace(p.rows, p.k, p.k); }
+  size_t workspace() const { return bytes() + TileRows::workspace(p.rows, p.k / 4); }
+  void run(const Team& team) const {
+    const Bytes bytes_in = Bytes::make(team, p.x, p.rows, p.k, p.x_stride, p.k);
+    const TileRows in = TileRows::make<4>(team, bytes_in.x, p.rows, p.k, p.k, team.shared->workspace.data() + bytes());
+    const int64_t steps = p.k / 4, size = steps * kPair;
+    const uint32_t* weights = (const uint32_t*)p.weights;
+    over_blocks<DotInt8>(team, in, p.rows, p.to.pairs(), steps, size, [&](int64_t pair) { return weights + pair * size; },
+                         [&](const int32_t* sums, int64_t row, int64_t pair) {
+                           ints one, other;
+                           std::memcpy(&one, sums, 64);
+                           std::memcpy(&other, sums + kLanes, 64);
+                           p.put(bytes_in, one, other, row, pair);
+                         });
+  }
+};
+#endif
 
 // ---- by group -----------------------------------------------------------------------------------
 
@@ -186,12 +212,86 @@ struct ByGroup {
   }
 };
 
+#if defined(__AMX_TILE__) || defined(EMULATE_TILES)
+// Pairs of bf16, to nearest even; a NaN stays one.
+static inline words to_pairs(floats even, floats odd) {
+  const auto rounded = [](floats v) {
+    const words w = (words)v, near = w + 0x7fffu + ((w >> 16) & 1u);
+    return v != v ? (w | 0x400000u) : near;
+  };
+  return rounded(even) >> 16 | (rounded(odd) & 0xffff0000u);
+}
+
+// The same in bf16 by tile registers: a pair of panels becomes bf16 once for a span of rows, and x is not rounded to bytes. So
+// sums need no scale of their own for each group, and results differ from those of few rows by that rounding.
+template <typename T, int BITS>
+struct TiledByGroup {
+  typedef Group<BITS> G;
+  ByGroup<T, BITS> p;
+
+  int64_t work() const { return p.work(); }
+  size_t blocks() const { return TileRows::workspace(p.rows, p.k / 2); }
+  size_t workspace(int threads) const { return blocks() + size_t(threads * p.k / 2 * kPair); }
+  void run(const Team& team) const {
+    float* space = team.shared->workspace.data();
+    const TileRows in = TileRows::make<2>(team, p.x, p.rows, p.k, p.x_stride, space);
+    const int64_t steps = p.k / 2;
+    uint32_t* panels = (uint32_t*)(space + blocks()) + team.index * steps * kPair;
+    over_blocks<DotBf16>(team, in, p.rows, p.to.pairs(), steps, 0, [&](int64_t pair) { return unpack(pair, panels); },
+                         [&](const float* sums, int64_t row, int64_t pair) {
+                           p.to.put(load16(sums), load16(sums + kLanes), row, pair);
+                         });
+  }
+
+  const uint32_t* unpack(int64_t pair, uint32_t* panels) const {
+    const int64_t groups = p.k / kGroup;
+    const uint8_t* group = p.weights + pair * groups * 2 * G::kSize;
+    for (int64_t g = 0; g < 2 * groups; g++, group += G::kSize) {
+      const floats scale = G::scale(group), offset = G::offset(group);
+      uint32_t* to = panels + g / 2 * (kGroup / 2) * kPair + g % 2 * kLanes;
+      for (int step = 0; step < kSteps; step++) {
+        const words q = G::q(group, step);
+        floats v[4];
+        for (int i = 0; i < 4; i++) v[i] = __builtin_convertvector((ints)((q >> (8 * i)) & 0xffu), floats) * scale + offset;
+        for (int i = 0; i < 2; i++) {
+          const words both = to_pairs(v[2 * i], v[2 * i + 1]);
+          std::memcpy(to + (2 * step + i) * kPair, &both, 64);
+        }
+      }
+    }
+    return panels;
+  }
+};
+#endif
+
 // x [rows, k] fp32 (x_dtype 0) or bf16 (1). bits 0: by channel, with `scales`; 4 or 8: by group, scales null.
-// k: a multiple of 32.
+// k: a multiple of 32. tiled: by tile registers, which a library has or not (has_tiles).
 EXPORT void quantized_linear(int x_dtype, int bits, const void* x, const void* weights, const float* scales,
                              const void* bias, void* out, int bias_dtype, int64_t rows, int64_t n, int64_t k,
-                             int64_t x_stride, int out_dtype, int gate, int threads) {
+                             int64_t x_stride, int out_dtype, int gate, int tiled, int threads) {
   const Output to{out, bias, n, out_dtype, bias_dtype, Gate(gate)};
+#if defined(__AMX_TILE__) || defined(EMULATE_TILES)
+  if (tiled) {
+    DISPATCH(x_dtype, T, {
+      const T* in = (const T*)x;
+      const uint8_t* groups = (const uint8_t*)weights;
+      if (bits == 0) {
+        const TiledByChannel<T> task{{in, (const bytes4*)weights, scales, rows, k, x_stride, to}};
+        reserve(task.workspace());
+        submit(task, threads);
+      } else if (bits == 4) {
+        const TiledByGroup<T, 4> task{{in, groups, rows, k, x_stride, to}};
+        reserve(task.workspace(threads));
+        submit(task, threads);
+      } else {
+        const TiledByGroup<T, 8> task{{in, groups, rows, k, x_stride, to}};
+        reserve(task.workspace(threads));
+        submit(task, threads);
+      }
+    })
+    return;
+  }
+#endif
   reserve(Bytes::workspace(rows, k, bits == 0 ? k : kGroup));
   DISPATCH(x_dtype, T, {
     const T* in = (const T*)x;

@@ -9,8 +9,29 @@
 static const int64_t kBlockRows = 2 * kTileHeight;
 static const int64_t kBlockWords = kTileHeight * kTileWidth;  // of a register
 
-// x as registers read it: [rows in 16s][steps in 16s][16][16] words, in the team's workspace; the rest is 0. A row of x may
-// be a power of two long, and 16 such rows would fall on the same lines of the first-level cache.
+// The first 16 words of a row: pairs of bf16, or fours of bytes. Of `count` elements that there are; the rest is 0.
+template <typename T>
+static inline void to_words(uint32_t* to, const T* x, int64_t count) {
+  const int64_t whole = 4 * kTileWidth / int64_t(sizeof(T));
+  if (count >= whole) {
+    std::memcpy(to, x, 64);
+    return;
+  }
+  std::memset(to, 0, 64);
+  if (count > 0) std::memcpy(to, x, size_t(count) * sizeof(T));
+}
+// Floats become bf16.
+static inline void to_words(uint32_t* to, const float* x, int64_t count) {
+  bf16 narrow[2 * kTileWidth];
+  for (int64_t i = 0; i < 2 * kTileWidth; i += kLanes) {
+    const int64_t left = std::max(int64_t(0), std::min(kLanes, count - i));
+    store16(narrow + i, left == kLanes ? load16(x + i) : load_some(x + i, left));
+  }
+  std::memcpy(to, narrow, 64);
+}
+
+// x as registers read it: [rows in 16s][words in 16s][16][16], from `to` on in the team's workspace; the rest is 0. A row of x
+// may be a power of two long, and 16 such rows would fall on the same lines of the first-level cache.
 struct TileRows {
   const uint32_t* blocks;
   int64_t columns;  // registers along k
@@ -21,20 +42,19 @@ struct TileRows {
 
   const uint32_t* row(int64_t row) const { return blocks + row / kTileHeight * columns * kBlockWords; }
 
-  // x_stride counts words.
-  static TileRows make(const Team& team, const uint32_t* x, int64_t rows, int64_t steps, int64_t x_stride) {
-    const int64_t columns = columns_of(steps), padded = rows_of(rows) * kTileHeight;
-    uint32_t* to = (uint32_t*)team.shared->workspace.data();
+  // PER: elements of a word.
+  template <int PER, typename T>
+  static TileRows make(const Team& team, const T* x, int64_t rows, int64_t k, int64_t x_stride, float* to) {
+    const int64_t columns = columns_of((k + PER - 1) / PER), padded = rows_of(rows) * kTileHeight;
     for (int64_t r = team.first(padded); r < team.last(padded); r++) {
-      uint32_t* at = to + (r / kTileHeight * columns * kTileHeight + r % kTileHeight) * kTileWidth;
+      uint32_t* at = (uint32_t*)to + (r / kTileHeight * columns * kTileHeight + r % kTileHeight) * kTileWidth;
       for (int64_t c = 0; c < columns; c++, at += kBlockWords) {
-        const int64_t count = r < rows ? std::min(kTileWidth, steps - c * kTileWidth) : 0;
-        std::memcpy(at, x + r * x_stride + c * kTileWidth, size_t(4 * count));
-        std::memset(at + count, 0, size_t(4 * (kTileWidth - count)));
+        const int64_t first = c * kTileWidth * PER;
+        to_words(at, x + (r < rows ? r * x_stride + first : 0), r < rows ? k - first : 0);
       }
     }
     team.barrier();
-    return TileRows{to, columns};
+    return TileRows{(const uint32_t*)to, columns};
   }
 };
 
@@ -54,7 +74,7 @@ struct DotInt8 {
 // One block: `rows` 16 or 32 rows of x from `x`, times a pair of panels -> sums [32][32]. `tail`: the last steps of the pair,
 // [16][32], where `steps` are no multiple of 16. ahead: what is asked for meanwhile, two lines of each 16 steps.
 template <typename Dot>
-static inline void multiply_block(typename Dot::Sum (&sums)[kBlockRows][kPair], const TileRows& in, int64_t row, bool both,
+static inline void multiply_block(typename Dot::Sum* sums, const TileRows& in, int64_t row, bool both,
                                   const uint32_t* weights, const uint32_t* tail, int64_t steps, const char* ahead,
                                   int64_t ahead_step) {
   const int64_t in_step = kTileWidth * 4, b_step = kPair * 4, whole = steps / kTileHeight;
@@ -78,34 +98,33 @@ static inline void multiply_block(typename Dot::Sum (&sums)[kBlockRows][kPair], 
     }
   }
   const int64_t out_step = kPair * 4;
-  tile_store(0, sums[0], out_step);
-  tile_store(1, sums[0] + kLanes, out_step);
-  tile_store(2, sums[kTileHeight], out_step);
-  tile_store(3, sums[kTileHeight] + kLanes, out_step);
+  tile_store(0, sums, out_step);
+  tile_store(1, sums + kLanes, out_step);
+  tile_store(2, sums + kTileHeight * kPair, out_step);
+  tile_store(3, sums + kTileHeight * kPair + kLanes, out_step);
 }
 
-// Calls put(sums of a row [32], row, pair) for all rows of x [rows, steps] times `pairs` of panels of weights, of this
-// thread's share.
-template <typename Dot, typename Put>
-static inline void over_blocks(const Team& team, const TileRows& in, const uint32_t* weights, int64_t rows, int64_t pairs,
-                               int64_t steps, const Put& put) {
-  typedef typename Dot::Sum Sum;
-  const int64_t size = steps * kPair, left = steps % kTileHeight;
+// Calls put(sums of a row [32], row, pair) for all rows of x times `pairs` of panels, [steps][2][16] words at panels(pair), of
+// this thread's share. What panels(pair) gives lies `size` words before the next pair, or in a buffer: then size is 0.
+template <typename Dot, typename Panels, typename Put>
+static inline void over_blocks(const Team& team, const TileRows& in, int64_t rows, int64_t pairs, int64_t steps, int64_t size,
+                               const Panels& panels, const Put& put) {
+  const int64_t left = steps % kTileHeight;
   alignas(64) uint32_t tail[kTileHeight * kPair] = {};
-  alignas(64) Sum sums[kBlockRows][kPair];
+  alignas(64) typename Dot::Sum sums[kBlockRows * kPair];
   tile_config();
   share_out(team, rows, pairs, [&](int64_t pair, int64_t last, int64_t row, int64_t end) {
     // the next pair comes from memory meanwhile, a part of it by each block
     const int64_t blocks = (end - row + kBlockRows - 1) / kBlockRows;
     const int64_t part = (4 * size / blocks / in.columns + kLine - 1) / kLine * kLine;
     for (; pair < last; pair++) {
-      const uint32_t* at = weights + pair * size;
+      const uint32_t* at = panels(pair);
       std::memcpy(tail, at + (steps - left) * kPair, size_t(4 * left * kPair));
       const char* next = (const char*)(at + size);
       const int64_t ahead = pair + 1 < last ? part : 0;
       for (int64_t r = row; r < end; r += kBlockRows, next += ahead * in.columns) {
         multiply_block<Dot>(sums, in, r, end - r > kTileHeight, at, tail, steps, next, ahead);
-        for (int64_t i = 0; i < std::min(kBlockRows, end - r); i++) put(sums[i], r + i, pair);
+        for (int64_t i = 0; i < std::min(kBlockRows, end - r); i++) put(sums + i * kPair, r + i, pair);
       }
     }
   });

@@ -7,7 +7,7 @@
 //   tile_load(t, from, stride)  16 rows of 64 bytes; the stride counts bytes
 //   tile_store(t, to, stride)
 //   tile_dot_bf16(c, a, b)      c [16, 16] fp32 += a [16, 16] pairs of bf16 times b [16 steps, 16 outputs] pairs of bf16
-//   tile_dot_int8(c, a, b)      c [16, 16] int32 += a [16, 16] fours of signed bytes times b [16 steps, 16 outputs] of such
+//   tile_dot_int8(c, a, b)      c [16, 16] int32 += a [16, 16] fours of signed bytes times b [16 steps, 16 outputs] of unsigned
 //
 // Registers are numbered by literals: the compiler cannot move them. The layout of b is that of a panel (tile.h).
 #pragma once
@@ -51,7 +51,7 @@ static inline void tile_release() { _tile_release(); }
     TILE_BARRIER();                    \
   } while (0)
 #define tile_dot_bf16(c, a, b) _tile_dpbf16ps(c, a, b)
-#define tile_dot_int8(c, a, b) _tile_dpbssd(c, a, b)
+#define tile_dot_int8(c, a, b) _tile_dpbsud(c, a, b)
 
 #elif defined(EMULATE_TILES)
 
@@ -114,8 +114,7 @@ static inline void tile_dot_int8(int c, int a, int b) {
   for (int64_t r = 0; r < kTileHeight; r++) {
     ints sum = (ints)sums[r];
     for (int64_t k = 0; k < kTileWidth; k++)
-      for (int i = 0; i < 4; i++)  // the byte of each word, with its sign
-        sum += ((ints)(weights[k] << (24 - 8 * i)) >> 24) * int32_t(int8_t(x[r][k] >> (8 * i)));
+      for (int i = 0; i < 4; i++) sum += (ints)((weights[k] >> (8 * i)) & 0xffu) * int32_t(int8_t(x[r][k] >> (8 * i)));
     sums[r] = (words)sum;
   }
 }
