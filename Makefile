@@ -84,11 +84,12 @@ soak: venv  ## 50,000 mixed requests: memory at rest may not grow with them (som
 fuzz: venv  ## random bodies and raw bytes against a server on loopback, and how costs grow
 	$(BIN)/python -m tests.rigs.fuzz $(ARGS)
 
-bench: venv  ## start time, assembly time, step overhead, the queue, communicators
+bench: venv  ## start time, assembly time, step overhead, the queue, a busy core, communicators
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.assembly
 	$(BIN)/python -m benchmarks.step_overhead
 	$(BIN)/python -m benchmarks.waiting_head
+	$(BIN)/python -m benchmarks.busy
 	$(BIN)/python -m benchmarks.kv_groups
 	$(BIN)/python -m benchmarks.communicator
 

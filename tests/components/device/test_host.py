@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -44,6 +45,45 @@ def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         device = host(Placement(rank=0, world_size=ranks), threads=None)
         assert torch.get_num_threads() == threads
         device.close()
+
+
+def test_cores_are_shared_out_and_given_back() -> None:
+    allowed = system.allowed_cores()
+    for rank in range(len(allowed)):
+        device = HostDevice(
+            Placement(rank=rank, world_size=len(allowed)),
+            threads=None,
+            memory_budget=None,
+            default_dtype="auto",
+            cores=allowed,
+        )
+        assert system.allowed_cores() == [allowed[rank]]
+        assert torch.get_num_threads() == 1
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(system.allowed_cores).result() == [allowed[rank]]
+        device.close()
+        assert system.allowed_cores() == allowed
+
+
+def test_cores_that_cannot_be_had_are_refused() -> None:
+    allowed = system.allowed_cores()
+
+    def device(cores: list[int], ranks: int = 1) -> HostDevice:
+        return HostDevice(
+            Placement(rank=0, world_size=ranks),
+            threads=None,
+            memory_budget=None,
+            default_dtype="auto",
+            cores=cores,
+        )
+
+    with pytest.raises(ConfigError, match=f"cores: {allowed[-1] + 1} is not among those .*use: "):
+        device([allowed[-1] + 1])
+    with pytest.raises(ConfigError, match="cores: 1 for 2 ranks"):
+        device(allowed[:1], ranks=2)
+    with pytest.raises(ConfigError, match="cores: 0 for 1 ranks"):
+        device([])
+    assert system.allowed_cores() == allowed
 
 
 def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

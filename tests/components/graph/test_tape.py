@@ -84,6 +84,34 @@ def test_a_replay_reads_its_inputs_anew() -> None:
         assert torch.equal(result, ops.rms_norm(x, weight, 1e-5))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_small_and_large_tasks_wait_for_each_other(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of many threads between norms of one; with more threads than cores they sleep."""
+    ops = library(ISAS[0])
+    monkeypatch.setattr(ops, "threads", threads)
+    x, norm = random(4, 512), random(512)
+    weights = [ops.pack_linear(random(512, 512, seed=seed) / 22) for seed in range(4)]
+
+    def step() -> torch.Tensor:
+        y = x
+        for weight in weights:
+            y = ops.rms_norm(y, norm, 1e-5)
+            y = ops.linear(ops.linear(y, weight), weight)
+            y = ops.rms_norm(ops.rms_norm(y, norm, 1e-5), norm, 1e-5)
+        return y
+
+    recorder = ops.recorder()
+    assert recorder is not None
+    result, replay, reason = recorder.record(step)
+    assert replay is not None, reason
+    for seed in range(20):
+        x.copy_(random(4, 512, seed=seed))
+        replay()
+        assert torch.equal(result, step())
+
+
 def test_what_torch_computes_is_seen() -> None:
     ops, x, weight = library(ISAS[0]), random(3, 64), random(64)
     recorder = ops.recorder()

@@ -12,6 +12,7 @@ from torch import Tensor
 from vllm_di.components.device import system
 from vllm_di.components.device.sizes import parse_size
 from vllm_di.components.interfaces import Device, DeviceMemory, Placement
+from vllm_di.errors import ConfigError
 from vllm_di.kernels.memory import huge_zeros
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -21,7 +22,9 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 class HostDevice(Device):
     """Threads, memory and dtypes of the CPU. The ranks share the host: each takes its part.
 
-    Sets torch's number of threads, and restores it on close.
+    Sets torch's number of threads, and the cores of the thread that builds it, which those it
+    starts inherit; restores both on close. Raises ConfigError for cores that this process may not
+    use, or fewer than ranks.
     """
 
     torch_device = torch.device("cpu")
@@ -35,15 +38,18 @@ class HostDevice(Device):
         threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None,
         memory_budget: str | int | None,
         default_dtype: str,
+        cores: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None,
     ) -> None:
         self._ranks = placement.world_size if placement else 1
+        self._cores_before = system.pin(_own(cores, placement)) if cores is not None else None
         self._budget = None if memory_budget is None else parse_size(memory_budget, "memory_budget")
         self._base = system.resident_bytes()
         self.default_dtype = torch.bfloat16 if BF16_FLAGS & system.cpu_flags() else torch.float32
         if default_dtype != "auto":
             self.default_dtype = self.dtype(default_dtype)
         self._threads_before = torch.get_num_threads()
-        torch.set_num_threads(threads or max(1, system.usable_cores() // self._ranks))
+        part = 1 if cores is not None else self._ranks  # those left are this rank's alone
+        torch.set_num_threads(threads or max(1, system.usable_cores() // part))
 
     def memory(self) -> DeviceMemory:
         """This rank's part of the declared budget, or of what the system says is available."""
@@ -62,3 +68,20 @@ class HostDevice(Device):
 
     def close(self) -> None:
         torch.set_num_threads(self._threads_before)
+        if self._cores_before is not None:
+            system.pin(self._cores_before)
+
+
+def _own(cores: Sequence[int], placement: Placement | None) -> list[int]:
+    """This rank's part of the cores that are given for all ranks."""
+    allowed = system.allowed_cores()
+    for core in cores:
+        if core not in allowed:
+            raise ConfigError(
+                f"cores: {core} is not among those that this process may use: "
+                f"{', '.join(map(str, allowed))}"
+            )
+    rank, ranks = (placement.rank, placement.world_size) if placement else (0, 1)
+    if len(cores) < ranks:
+        raise ConfigError(f"cores: {len(cores)} for {ranks} ranks; each needs one at least")
+    return list(cores[len(cores) * rank // ranks : len(cores) * (rank + 1) // ranks])

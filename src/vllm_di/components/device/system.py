@@ -8,17 +8,34 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from vllm_di.errors import ConfigError
 
 CGROUPS = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
 
 
+def allowed_cores() -> list[int]:
+    """Numbers of the processors that the calling thread may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
+
+
+def pin(cores: Sequence[int]) -> list[int]:
+    """Have the calling thread, and those it starts, run on ``cores`` alone; return where it could
+    run before. Raises ConfigError where the system cannot pin threads."""
+    before, pinned = allowed_cores(), getattr(os, "sched_setaffinity", None)
+    if pinned is None:
+        raise ConfigError("cores: this system cannot pin threads to cores; leave it null")
+    pinned(0, cores)
+    return before
+
+
 def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
     """Processors that this process may run on: its affinity mask, cut by the CPU quota."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(allowed_cores())
     for folder in _folders(proc, cgroups, "cpu"):
         quota, period = [*_words(folder / "cpu.max"), "", ""][:2]
         if not quota:
