@@ -12,6 +12,8 @@ from vllm_di.errors import ConfigError
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/ping"})
 """Paths that need no key. All others do, even those that do not exist."""
+OWNER = "vllm_di.owner"
+"""Key of the ASGI scope: what ``ApiKeys.owner`` gave for the request."""
 
 
 class ApiKeys:
@@ -24,18 +26,19 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._hashes)
 
-    def allow(self, path: str, headers: Mapping[bytes, bytes]) -> bool:
-        """Whether a request may pass. ``path`` must be the one that routing sees. A key comes as
-        OpenAI's clients send it, or as Anthropic's do (``x-api-key``)."""
+    def owner(self, path: str, headers: Mapping[bytes, bytes]) -> bytes | None:
+        """The hash of the key that a request brings, empty where it needs none; None refuses it.
+        ``path`` must be the one that routing sees. A key comes as OpenAI's clients send it, or as
+        Anthropic's do (``x-api-key``)."""
         if not self._hashes or path in OPEN_PATHS:
-            return True
+            return b""
         scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
         keys = [bearer] if scheme.lower() == b"bearer" else []
         if (key := headers.get(b"x-api-key")) is not None:
             keys.append(key)
         digests = [_hash(key.strip()) for key in keys]
-        matches = [hmac.compare_digest(d, known) for d in digests for known in self._hashes]
-        return any(matches)
+        pairs = [(d, hmac.compare_digest(d, known)) for d in digests for known in self._hashes]
+        return next((digest for digest, matches in pairs if matches), None)
 
 
 def _hash(key: bytes) -> bytes:

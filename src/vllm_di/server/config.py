@@ -45,6 +45,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     idle_connection_seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 30
     drain_seconds: Seconds = 30.0
     engine_restarts: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 1
+    response_store_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**34)] = 16 * 2**20
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_di.components.interfaces import Metrics
 from vllm_di.errors import RequestError
-from vllm_di.server.auth import ApiKeys
+from vllm_di.server.auth import OWNER, ApiKeys
 from vllm_di.server.errors import ClientGone, as_request_error, error_body, retry_after
 from vllm_di.server.hosts import Hosts, to_origin_form
 from vllm_di.server.sending import send_json
@@ -68,12 +68,14 @@ class RequestMiddleware:
             _check_head(scope)
             self._hosts.check(headers.get(b"host"))
             _check_length(headers)
-            if not self._keys.allow(scope["path"], headers):
+            owner = self._keys.owner(scope["path"], headers)
+            if owner is None:
                 raise RequestError(
                     "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY",
                     code="invalid_api_key",
                     status=401,
                 )
+            scope[OWNER] = owner
             await self._app(scope, receive, send_with_id)
         except (ClientGone, asyncio.CancelledError) as error:
             status = status or _CLIENT_GONE

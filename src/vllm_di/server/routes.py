@@ -3,71 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from vllm_di.components.interfaces import INTERFACE_VERSION
 from vllm_di.errors import RequestError
-from vllm_di.frontend.processor import Generation
 from vllm_di.frontend.requests import check_token_ids
-from vllm_di.server.answer import Answer
 from vllm_di.server.anthropic.endpoints import count_tokens, start_messages
 from vllm_di.server.anthropic.request import MessagesRequest
 from vllm_di.server.body import read_request
 from vllm_di.server.chat import start_chat
 from vllm_di.server.completions import start_completion
+from vllm_di.server.endpoint import GenerateEndpoint
 from vllm_di.server.errors import error_body
-from vllm_di.server.generation import running
 from vllm_di.server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    StreamRequest,
     TokenizeRequest,
 )
-from vllm_di.server.sending import EventWriter, send_events, send_whole
+from vllm_di.server.responses.endpoints import Responses
 from vllm_di.server.service import Service
 from vllm_di.version import __version__
-
-G = TypeVar("G", bound=StreamRequest)
-
-
-class GenerateEndpoint(Generic[G]):
-    """One request as a stream through small steps: the body becomes a typed request, this becomes
-    generations and an answer; the generations give updates, the answer turns them into bytes, the
-    writer sends these. An ASGI application, because it watches the connection while it answers."""
-
-    def __init__(
-        self,
-        service: Service,
-        kind: type[G],
-        start: Callable[[Service, G], Awaitable[tuple[list[Generation], Answer]]],
-    ) -> None:
-        self._service, self._kind, self._start = service, kind, start
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service = self._service
-        service.admission.check_open()
-        request = await read_request(Request(scope, receive), service, self._kind)
-        generations, answer = await self._start(service, request)
-        patience = service.config.keep_alive_seconds if request.stream else None
-        writer = EventWriter(send)
-        # The engine may be done long before the client has read all: its places are free by then.
-        async with running(
-            service, generations, receive, writer.num_unsent, patience=patience
-        ) as updates:
-            if request.stream:
-                await send_events(updates, answer, writer)
-            else:
-                await send_whole(updates, answer, send)
 
 
 class Endpoints:
@@ -189,12 +152,17 @@ def routes(service: Service) -> list[Route]:
     other = Endpoints(service)
     chat = GenerateEndpoint(service, ChatRequest, start_chat)
     completions = GenerateEndpoint(service, CompletionRequest, start_completion)
+    responses = Responses(service)
     messages = GenerateEndpoint(service, MessagesRequest, start_messages)
     return [
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/messages", messages, methods=["POST"]),
         Route("/v1/messages/count_tokens", partial(count_tokens, service), methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
+        Route("/v1/responses/{id}", responses.get, methods=["GET"]),
+        Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
+        Route("/v1/responses/{id}/cancel", responses.cancel, methods=["POST"]),
         Route("/v1/models", other.models),
         Route("/v1/models/{model:path}", other.model),
         Route("/tokenize", other.tokenize, methods=["POST"]),

@@ -1,0 +1,215 @@
+"""OpenAI's Responses requests, decoded strictly, and the chat request that each stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import msgspec
+
+from vllm_di.errors import RequestError, nearest
+from vllm_di.server.protocol import ChatRequest, Int, Object, ShortText, StreamRequest, Tools
+
+Items = Annotated[list[Object], msgspec.Meta(max_length=16_384)]
+
+
+class Reasoning(msgspec.Struct):
+    effort: ShortText | None = None
+    summary: Any = None
+    """Without effect: nothing here sums up."""
+
+
+class Output(msgspec.Struct):
+    format: Object | None = None
+    verbosity: ShortText | None = None
+    """Without effect."""
+
+
+class ResponsesRequest(StreamRequest, kw_only=True):
+    """``POST /v1/responses``."""
+
+    model: str
+    input: str | Items
+    instructions: str | None = None
+    previous_response_id: ShortText | None = None
+    store: bool | None = None
+    background: bool | None = None
+    max_output_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    tools: Tools | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    text: Output | None = None
+    metadata: Annotated[dict[str, str], msgspec.Meta(max_length=16)] | None = None
+    truncation: ShortText | None = None
+    # known, and refused when given
+    conversation: Any = None
+    prompt: Any = None
+    top_logprobs: Int | None = None
+    max_tool_calls: Int | None = None
+    # without effect
+    include: Any = None
+    stream_options: Any = None
+
+
+class Text(msgspec.Struct):
+    text: str
+
+
+class Message(msgspec.Struct):
+    role: str
+    content: str | list[Object]
+
+
+class Call(msgspec.Struct):
+    call_id: str
+    name: str
+    arguments: str
+
+
+class CallOutput(msgspec.Struct):
+    call_id: str
+    output: str | list[Object]
+
+
+class Thought(msgspec.Struct):
+    content: list[Text] | None = None
+    summary: list[Text] = []
+
+
+_ITEMS: dict[str, type[msgspec.Struct]] = {
+    "message": Message,
+    "function_call": Call,
+    "function_call_output": CallOutput,
+    "reasoning": Thought,
+}
+_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+_TEXTS = ("input_text", "output_text", "text")
+
+
+def chat_request(request: ResponsesRequest, conversation: Sequence[Object]) -> ChatRequest:
+    """The same request as one for chat completions; ``conversation``: all messages up to its end.
+    Raises RequestError for what has none."""
+    for name in ("conversation", "prompt", "top_logprobs", "max_tool_calls"):
+        if getattr(request, name):
+            raise RequestError(f"{name} is not supported by this server", param=name)
+    if request.truncation not in (None, "disabled"):
+        raise RequestError(
+            "truncation: a prompt that is too long is refused here (disabled)", param="truncation"
+        )
+    messages = [*conversation]
+    if request.instructions:  # they hold for this response alone, so they are not kept
+        messages.insert(0, {"role": "system", "content": request.instructions})
+    fields: dict[str, Any] = {
+        "model": request.model,
+        "messages": messages,
+        "stream": request.stream,
+        "max_tokens": request.max_output_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "tools": [_tool(tool) for tool in request.tools or ()] or None,
+        "tool_choice": _tool_choice(request.tool_choice),
+        "parallel_tool_calls": request.parallel_tool_calls,
+        "reasoning_effort": request.reasoning.effort if request.reasoning else None,
+        "response_format": _format(request.text.format if request.text else None),
+    }
+    return msgspec.convert(fields, ChatRequest)
+
+
+def messages_of(given: str | list[Object]) -> list[Object]:
+    """Chat messages. What an assistant said, thought and called, one item after another, is one."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    if not given:
+        raise RequestError("input must not be empty", param="input")
+    return list(_merged(_item(item, f"input[{i}]") for i, item in enumerate(given)))
+
+
+def _merged(messages: Iterator[Object]) -> Iterator[Object]:
+    last: Object | None = None
+    for message in messages:
+        if last is not None and last["role"] == message["role"] == "assistant":
+            for name in ("content", "reasoning_content"):
+                if text := message.get(name):
+                    last[name] = (last.get(name) or "") + text
+            if calls := message.get("tool_calls"):
+                last.setdefault("tool_calls", []).extend(calls)
+            continue
+        if last is not None:
+            yield last
+        last = message
+    if last is not None:
+        yield last
+
+
+def _item(item: Object, place: str) -> Object:
+    kind = item.get("type", "message")
+    if not isinstance(kind, str) or kind not in _ITEMS:
+        raise RequestError(
+            f"{place}: {str(kind)[:100]!r} is not supported by this server"
+            f"{nearest(str(kind)[:100], _ITEMS)}",
+            param="input",
+        )
+    try:
+        part = msgspec.convert(item, _ITEMS[kind])
+    except msgspec.ValidationError as error:
+        raise RequestError(f"{place}: {error}", param="input") from None
+    if isinstance(part, Call):
+        function = {"name": part.name, "arguments": part.arguments}
+        calls = [{"id": part.call_id, "type": "function", "function": function}]
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+    if isinstance(part, CallOutput):
+        output = _text(part.output, f"{place}.output")
+        return {"role": "tool", "tool_call_id": part.call_id, "content": output}
+    if isinstance(part, Thought):
+        thoughts = "".join(text.text for text in part.content or part.summary)
+        return {"role": "assistant", "content": "", "reasoning_content": thoughts}
+    assert isinstance(part, Message)
+    if part.role not in _ROLES:
+        raise RequestError(
+            f"{place}.role: expected {', '.join(_ROLES)}, got {part.role[:50]!r}"
+            f"{nearest(part.role[:50], _ROLES)}",
+            param="input",
+        )
+    return {"role": _ROLES[part.role], "content": _text(part.content, f"{place}.content")}
+
+
+def _text(content: str | list[Object], place: str) -> str:
+    if isinstance(content, str):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        text = part.get("refusal") if part.get("type") == "refusal" else part.get("text")
+        if part.get("type") not in (*_TEXTS, "refusal") or not isinstance(text, str):
+            raise RequestError(
+                f"{place}[{index}]: expected a text part (input_text, output_text), got "
+                f"{str(part.get('type'))[:100]!r}",
+                param="input",
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tool(tool: Object) -> Object:
+    kind = tool.get("type")
+    if kind != "function" or not isinstance(tool.get("name"), str):
+        raise RequestError(
+            f"tools: {str(kind)[:100]!r}: this server has tools of the type function, with a name",
+            param="tools",
+        )
+    names = ("name", "description", "parameters", "strict")
+    return {"type": "function", "function": {n: tool[n] for n in names if tool.get(n) is not None}}
+
+
+def _tool_choice(choice: Any) -> Any:
+    if isinstance(choice, dict) and choice.get("type") == "function" and "name" in choice:
+        return {"type": "function", "function": {"name": choice["name"]}}
+    return choice  # the tool parser checks it
+
+
+def _format(wanted: Object | None) -> Object | None:
+    if wanted is None or wanted.get("type") != "json_schema":
+        return wanted
+    return {"type": "json_schema", "json_schema": {k: v for k, v in wanted.items() if k != "type"}}
