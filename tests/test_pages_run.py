@@ -35,7 +35,7 @@ def url() -> Iterator[str]:
             served.communicate()
 
 
-@pytest.mark.parametrize("page", ["structured-output.md"])
+@pytest.mark.parametrize("page", ["structured-output.md", "tools.md"])
 def test_the_blocks_run(page: str, url: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"URL": url, "MODEL": "tiny"}
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)

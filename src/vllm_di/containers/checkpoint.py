@@ -87,8 +87,27 @@ def resolve_checkpoint(tree: ConfigTree, composition: Composition, incomplete: b
                 description.format,
                 f"{Path(description.weights).name} is {description.format}",
             )
+    _choose_parsers(tree, composition)
     _fall_back(composition)
     _keep_quantized(tree, composition, config)
+
+
+def _choose_parsers(tree: ConfigTree, composition: Composition) -> None:
+    """Take the parsers that go with the chat template, where ``auto`` is chosen."""
+    from vllm_di.components.chat_template.sources import templates_of
+    from vllm_di.components.tool_parser.families import family_of
+
+    if composition.choices["tool_parser"][0] != "auto":
+        return
+    node, place = composition.values.chat_template, "no chat template"
+    template, folder = node.get("template"), node.get("tokenizer_path")
+    templates: dict[str, str] = {}
+    if template or (folder and folder != MISSING):
+        templates, place = templates_of(folder, template)
+    option, why = family_of("\n".join(templates.values()))
+    replace_option(
+        tree, composition, "tool_parser", option, f"{place or 'no chat template'}: {why}"
+    )
 
 
 def _keep_quantized(tree: ConfigTree, composition: Composition, config: dict[str, Any]) -> None:

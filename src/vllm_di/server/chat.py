@@ -8,14 +8,16 @@ from typing import Any
 import msgspec
 import orjson
 
-from vllm_di.components.interfaces import ParserRequest
+from vllm_di.components.interfaces import ParserRequest, ReasoningParser, ToolParser
 from vllm_di.components.messages import MAX_LOGPROBS, TokenLogprobs
+from vllm_di.components.tool_parser.asked import read_tools
 from vllm_di.errors import RequestError
 from vllm_di.frontend.processor import Generation, Update
 from vllm_di.server.answer import OpenAiAnswer
 from vllm_di.server.logprobs import chat_logprobs, prompt_logprobs
 from vllm_di.server.parsing import ChoiceParser, MessageDelta, MessageParts, wants_tools
 from vllm_di.server.protocol import ChatRequest, sampling_params
+from vllm_di.server.required import RequiredCalls
 from vllm_di.server.service import Service, new_id
 
 
@@ -46,8 +48,19 @@ async def begin_chat(
         max_tokens=request.max_tokens if limit is None else limit,
         defaults=service.config.sampling,
     )
-    tool_parser = service.tool_parser if wants_tools(request) else None
-    parsers = (service.reasoning_parser, tool_parser)
+    tool_parser: ToolParser | None = service.tool_parser if wants_tools(request) else None
+    reasoning_parser: ReasoningParser | None = service.reasoning_parser
+    if request.tool_choice not in (None, "auto", "none"):
+        if params.structured_output is not None:
+            raise RequestError(
+                "tool_choice makes the answer a call, and another constraint is asked for as well: "
+                "leave one out",
+                param="tool_choice",
+            )
+        required = RequiredCalls(read_tools(fields))
+        tool_parser, reasoning_parser = required, None
+        params = msgspec.structs.replace(params, structured_output={"tools": required.constraint()})
+    parsers = (reasoning_parser, tool_parser)
     if request.skip_special_tokens is None and any(p and p.needs_special_tokens for p in parsers):
         params = msgspec.structs.replace(params, skip_special_tokens=False)
     prompt = await render_chat(service, request)
@@ -59,7 +72,10 @@ async def begin_chat(
         add_special_tokens=bool(request.add_special_tokens),  # the template writes those it wants
     )
     parser_request = ParserRequest(fields, prompt)
-    return generation, [ChoiceParser(*parsers, parser_request) for _ in generation.requests]
+    parallel = request.parallel_tool_calls is not False
+    return generation, [
+        ChoiceParser(*parsers, parser_request, parallel=parallel) for _ in generation.requests
+    ]
 
 
 def check_chat(service: Service, request: ChatRequest) -> Mapping[str, Any]:

@@ -65,10 +65,14 @@ class ChoiceParser:
 
     def __init__(
         self,
-        reasoning_parser: ReasoningParser,
+        reasoning_parser: ReasoningParser | None,
         tool_parser: ToolParser | None,
         request: ParserRequest,
+        *,
+        parallel: bool = True,
     ) -> None:
+        """Without ``parallel`` calls behind the first are left out."""
+        self._parallel = parallel
         parsers = (reasoning_parser, tool_parser)
         states = [parser.start(request) for parser in parsers if parser is not None]
         self._first, self._second = [*filter(None, states), None, None][:2]
@@ -92,6 +96,8 @@ class ChoiceParser:
                 content.append(event.text)
             elif isinstance(event, ReasoningDelta):
                 reasoning.append(event.text)
+            elif event.index > 0 and not self._parallel:
+                continue
             elif isinstance(event, ToolCallBegun):
                 self._check(event.index == self.num_calls, event)
                 self.num_calls += 1

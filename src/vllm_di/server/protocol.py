@@ -105,6 +105,7 @@ class ChatRequest(GenerateRequest, kw_only=True):
     # for the tool parser
     tools: Tools | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     functions: Tools | None = None
     function_call: Any = None
     # for the reasoning parser
@@ -161,7 +162,6 @@ IGNORED = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "prediction",
-        "parallel_tool_calls",
         "verbosity",
         "request_id",
         "include_reasoning",

@@ -28,6 +28,14 @@ class Sources(msgspec.Struct, frozen=True):
         return ConfigError(f"{self.place}: {reason}; chat_template=none serves without chat")
 
 
+def templates_of(folder: str | None, template: str | None) -> tuple[dict[str, str], str]:
+    """Name to source, and where the default one was found; as ``find``, without a tokenizer."""
+    if template:
+        return _given(template)
+    path = Path(folder) if folder else None
+    return _of_folder(path, _read_json(path / "tokenizer_config.json") if path else {})
+
+
 def find(tokenizer: Tokenizer, tokenizer_path: str | None, template: str | None) -> Sources:
     """``template`` has precedence over the folder. Raises ConfigError or CheckpointError."""
     folder = Path(tokenizer_path) if tokenizer_path else None

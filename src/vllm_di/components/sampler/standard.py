@@ -127,7 +127,7 @@ class StandardSampler(Sampler):
         """Rows of finite logits, whose argmax is ``best``, as each one asks."""
         raw = self._raw(logits, group) if group.reported else None
         dead = self._adjust(logits, rows, group) if group.edited else {}
-        if group.edited:
+        if group.edited and group.greedy:
             best = _listed(self._greedy(logits))
         ids = self._choose(logits, rows, group, best)
         reports = self._reports(raw, ids, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -26,8 +27,13 @@ class Constraint(msgspec.Struct, frozen=True):
     any_whitespace: bool | None = None
     """Whether JSON may have white space at will; None: as the component is set."""
 
-    def error(self, message: str, code: str | None = None) -> RequestError:
-        """A refusal of this constraint."""
+    def error(self, message: str, code: str | None = None, at: str = "") -> RequestError:
+        """A refusal of this constraint. ``at``: a JSON pointer into the schema."""
+        if self.param == "tools":  # whose schemas stand in the one that holds them all
+            at = re.sub(
+                r"^/items/anyOf/(\d+)/properties/parameters", r"[\1].function.parameters", at
+            )
+        message = f"at {at}: {message}" if at else message
         before = f"{self.param}.{self.place}" if self.place else self.param
         return RequestError(f"{before}: {message}", param=self.param, code=code)
 
@@ -50,6 +56,7 @@ def read_constraint(fields: Mapping[str, Any]) -> Constraint | None:
     readers: dict[str, Callable[[Any], Constraint | None]] = {
         "response_format": _response_format,
         "structured_outputs": _structured_outputs,
+        "tools": _tools,
     }
     for name, value in fields.items():
         if name in readers:
@@ -70,6 +77,11 @@ def read_constraint(fields: Mapping[str, Any]) -> Constraint | None:
             param=found[1].param,
         )
     return found[0] if found else None
+
+
+def _tools(value: Any) -> Constraint:
+    """Made by the server for calls that must come: ``{"schema": ..., "place": ...}``."""
+    return _checked(Constraint("json", value["schema"], "tools", value.get("place") or ""))
 
 
 def _response_format(value: Any) -> Constraint | None:

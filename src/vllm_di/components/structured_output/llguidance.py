@@ -158,7 +158,7 @@ class LlguidanceOutput(StructuredOutput):
                 )
             if len(place) > LONGEST_ERROR:
                 place = f"{place[:LONGEST_ERROR]}..."
-            return constraint.error(f"at {place}: {error}" if place else error)
+            return constraint.error(error, at=place)
         except RequestError as refusal:
             return refusal
         except RecursionError:

@@ -1,0 +1,99 @@
+"""What a request says of tools: read and checked once, for all parsers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from vllm_di.errors import RequestError, nearest
+
+Choice = Literal["auto", "none", "required", "named"]
+LONGEST_NAME = 256
+
+
+class Tool(msgspec.Struct, frozen=True):
+    """A function that the model may call."""
+
+    name: str
+    parameters: dict[str, Any]
+    """JSON schema of its arguments, an object."""
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """The tools of a request, and which of them may or must be called."""
+
+    tools: list[Tool]
+    choice: Choice
+    named: int = -1
+    """Place of the tool that must be called; -1 where none is named."""
+    parallel: bool = True
+    """Whether one answer may call several."""
+
+
+def read_tools(request: Mapping[str, Any]) -> Asked:
+    """Raises RequestError with ``param`` for tools that are malformed or bear one name, and for a
+    ``tool_choice`` that does not fit them."""
+    for name, instead in (("functions", "tools"), ("function_call", "tool_choice")):
+        if request.get(name) not in (None, "none", []):
+            raise RequestError(
+                f"{name} is OpenAI's old form: use {instead}",
+                param=name,
+                code="unsupported_parameter",
+            )
+    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(request.get("tools") or ())]
+    names = [tool.name for tool in tools]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise RequestError(
+                f"tools[{i}].function.name: {name!r} is the name of tools[{names.index(name)}] too",
+                param="tools",
+            )
+    choice, named = _choice(request.get("tool_choice"), names)
+    if choice != "none" and request.get("tool_choice") is not None and not tools:
+        raise RequestError("tool_choice goes only with tools", param="tool_choice")
+    return Asked(tools, choice, named, request.get("parallel_tool_calls") is not False)
+
+
+def _tool(tool: Any, place: str) -> Tool:
+    kind = tool.get("type", "function") if isinstance(tool, Mapping) else None
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if kind != "function" or not isinstance(function, Mapping):
+        raise RequestError(
+            f'{place}: expected {{"type": "function", "function": {{"name": ..., "parameters": '
+            "{...}}}",
+            param="tools",
+        )
+    name, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not name or len(name) > LONGEST_NAME:
+        raise RequestError(
+            f"{place}.function.name: expected a text of up to {LONGEST_NAME} characters",
+            param="tools",
+        )
+    if parameters is None:
+        parameters = {"type": "object", "properties": {}, "additionalProperties": False}
+    if not isinstance(parameters, dict):
+        raise RequestError(f"{place}.function.parameters: expected a JSON schema", param="tools")
+    return Tool(name, {"type": "object", **parameters})
+
+
+def _choice(value: Any, names: Sequence[str]) -> tuple[Choice, int]:
+    if value is None:
+        return ("auto" if names else "none"), -1
+    if value in ("auto", "none", "required"):
+        return value, -1
+    function = value.get("function") if isinstance(value, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or value.get("type", "function") != "function":
+        raise RequestError(
+            "tool_choice: expected auto, none, required, or "
+            '{"type": "function", "function": {"name": ...}}',
+            param="tool_choice",
+        )
+    if name not in names:
+        raise RequestError(
+            f"tool_choice: no tool is called {name[:100]!r}{nearest(name[:100], names)}",
+            param="tool_choice",
+        )
+    return "named", names.index(name)
