@@ -74,14 +74,14 @@ def save(family: str, changes: dict[str, Any], folder: Path) -> Any:
     return model
 
 
-def fallback(folder: Path) -> Running:
+def fallback(folder: Path, name: str = "paged") -> Running:
     found = describe(str(folder))
     fields = model_fields(found.hf_config, found.generation_config)
     config = DecoderConfig(path=str(folder), dtype="float32", **fields)
     on = device()
     table = ops("torch", on)
     layout = HndLayout(on, block_size=BLOCK, dtype="auto")
-    backend = attention("paged", table, layout)
+    backend = attention(name, table, layout)
     single = SingleCommunicator(Placement())
     model = TransformersModel(on, backend, single, config=config)
     model.load_weights(read_files(find_files(folder)))
@@ -114,6 +114,35 @@ def test_latent_attention_uncompressed_equals_transformers(
     size = max(24, values)
     assert {spec.head_size for spec in running.model.kv_specs()} == {size}
     assert f"keys have 24 elements and its values {values}: the KV cache holds both" in caplog.text
+
+
+SINKS = SHAPE | {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 11,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+
+def test_attention_sinks_equal_transformers(tmp_path: Path) -> None:
+    theirs = save("GptOss", SINKS, tmp_path)
+    assert all(layer.self_attn.sinks.abs().max() > 0.1 for layer in theirs.model.layers)
+    with torch.no_grad():
+        want = theirs(torch.tensor([TOKENS]), use_cache=False).logits[0]
+    running = fallback(tmp_path, "sdpa")
+    parts = [TOKENS[:19], TOKENS[19:61], *([t] for t in TOKENS[61:])]
+    got = torch.cat([running.feed(part) for part in parts])
+    assert float((got - want).abs().max()) < 1e-4 * max(1.0, float(want.abs().max()))
+
+
+def test_sinks_that_attention_does_not_take_are_refused(tmp_path: Path) -> None:
+    save("GptOss", SINKS, tmp_path)
+    words = r"sinks, which PagedAttention does not take; attention=sdpa does"
+    with pytest.raises(UnsupportedModelError, match=words):
+        fallback(tmp_path)
 
 
 def test_a_native_family_runs_on_it_too(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vllm_di.components import products
 from vllm_di.components.interfaces import AttentionSpec
+from vllm_di.components.ops.torch import softmax_with_sinks
 from vllm_di.errors import UnsupportedModelError
 from vllm_di.models.hf_attention import NAME, STEP, Step, attend, spec_of
 
@@ -184,7 +185,8 @@ class DenseAttention:
                 scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
             at = torch.arange(len(keys), dtype=torch.int64, device=q.device)
             seen = _visible(at[-len(query) :, None], at, spec.window)
-            scores = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+            scores = scores.masked_fill(~seen, float("-inf"))[:, None]  # [heads, 1, queries, keys]
+            scores = softmax_with_sinks(scores, spec.sinks)[:, 0]
             parts.append(products.einsum("hqk,khd->qhd", scores, values))
         return torch.cat(parts)
 

@@ -70,8 +70,11 @@ def spec_of(
 ) -> AttentionSpec:
     """The attention that one call needs. Raises UnsupportedModelError for a feature that no
     backend has."""
-    if kwargs.get("s_aux") is not None:
-        raise UnsupportedModelError("its attention has sinks")
+    sinks = kwargs.get("s_aux")
+    if sinks is not None and sinks.numel() != query.shape[1]:
+        raise UnsupportedModelError(
+            f"its attention has sinks of shape {list(sinks.shape)} for {query.shape[1]} heads"
+        )
     if not getattr(module, "is_causal", True):
         raise UnsupportedModelError(f"{type(module).__name__} is not causal")
     if key.shape[:-1] != value.shape[:-1]:
@@ -86,4 +89,5 @@ def spec_of(
         scale=query.shape[3] ** -0.5 if scaling is None else float(scaling),
         window=kwargs.get("sliding_window"),
         soft_cap=kwargs.get("softcap"),
+        sinks=None if sinks is None else sinks.flatten(),
     )

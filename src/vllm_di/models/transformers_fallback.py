@@ -148,7 +148,13 @@ class TransformersModel(Model):
             len(self._kv_specs),
             self.max_model_len,
         )
-        for spec in set(evidence.specs.values()):
+        backend = type(self._attention)
+        for spec in evidence.specs.values():
+            if spec.sinks is not None and not backend.takes_sinks:
+                raise self._refused(
+                    f"its attention has sinks, which {backend.__name__} does not take; "
+                    "attention=sdpa does"
+                )
             self._attention.check(spec)
         for key, value in sorted(evidence.uneven):
             log.warning(

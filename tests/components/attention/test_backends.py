@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -66,6 +68,41 @@ def test_all_give_one_answer(changes: dict[str, object]) -> None:
     torch.testing.assert_close(traced, gathered)
     assert torch.equal(cache.key, before)
     assert cache.new is not None and cache.new[0] is k and cache.new[1] is v
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 3}, {"soft_cap": 1.5}])
+def test_sinks_join_the_softmax_and_add_no_value(changes: dict[str, object]) -> None:
+    """One sequence of seven tokens, five of them in the cache, against the plain formula."""
+    assert not PagedAttention.takes_sinks
+    on, sinks = layout(), torch.randn(6)
+    cache = on.allocate([KvSpec(layer=0, num_kv_heads=2, head_size=8)], 3, torch.float32)[0]
+    k, v, q = torch.randn(7, 2, 8), torch.randn(7, 2, 8), torch.randn(2, 6, 8)
+    on.write(cache, k[:5], v[:5], torch.tensor([8, 9, 10, 11, 0]))
+    plan = BatchPlan(
+        token_ids=torch.zeros(2, dtype=torch.long),
+        positions=torch.tensor([5, 6]),
+        query_start=torch.tensor([0, 2], dtype=torch.int32),
+        seq_lens=torch.tensor([7], dtype=torch.int32),
+        block_table=torch.tensor([[2, 0]], dtype=torch.int32),
+        slot_mapping=torch.tensor([1, 2]),
+        logits_rows=torch.arange(2),
+        query_lens_host=[2],
+        seq_lens_host=[7],
+    )
+    want = torch.zeros(2, 6, 8)
+    for row, head in itertools.product(range(2), range(6)):
+        last, first = 5 + row, max(0, 5 + row - 2) if "window" in changes else 0
+        scores = k[first : last + 1, head // 3] @ q[row, head] * 0.3
+        if "soft_cap" in changes:
+            scores = 1.5 * torch.tanh(scores / 1.5)
+        weights = scores.exp() / (scores.exp().sum() + sinks[head].exp())
+        want[row, head] = weights @ v[first : last + 1, head // 3]
+    backend, kind = SdpaAttention(on), spec(sinks=sinks, **changes)
+    traced = TracedCache(cache.tensors)
+    found = backend.forward(q, k[5:], v[5:], traced, backend.export()(plan), kind)
+    torch.testing.assert_close(found, want)
+    found = backend.forward(q, k[5:], v[5:], cache, backend.build(plan), kind)
+    torch.testing.assert_close(found, want)
 
 
 def test_export_wants_a_layout_that_can_be_traced() -> None:

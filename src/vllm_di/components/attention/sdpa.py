@@ -19,7 +19,7 @@ from vllm_di.components.interfaces import (
     LayerCache,
     TracedCache,
 )
-from vllm_di.components.ops.torch import attend
+from vllm_di.components.ops.torch import attend, softmax_with_sinks
 from vllm_di.components.shapes.padding import grown
 from vllm_di.errors import ConfigError
 
@@ -42,6 +42,7 @@ class SdpaAttention(AttentionBackend):
 
     layouts = ("*",)
     """Any layout."""
+    takes_sinks = True
 
     def __init__(self, kv_layout: KvLayout) -> None:
         self._layout = kv_layout
@@ -76,6 +77,7 @@ class SdpaAttention(AttentionBackend):
                 spec.scale,
                 spec.window,
                 spec.soft_cap,
+                spec.sinks,
             )
             start += queries
         return out
@@ -144,6 +146,7 @@ def _attend_padded(
     if spec.soft_cap is not None:
         scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
     # finite: a query beyond a sequence's last may see nothing
-    weights = torch.where(seen[:, None, None], scores, -1e30).softmax(-1).to(q.dtype)
+    scores = torch.where(seen[:, None, None], scores, -1e30)
+    weights = softmax_with_sinks(scores, spec.sinks).to(q.dtype)
     mixed = products.matmul(weights, values).permute(0, 3, 1, 2, 4)
     return mixed.flatten(0, 1).flatten(1, 2)[batch.places]

@@ -120,6 +120,9 @@ class AttentionSpec:
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+    sinks: Tensor | None = field(default=None, compare=False)  # [num_heads], any float dtype
+    """A learnt score of each head that joins its softmax and adds no value. Only for a backend with
+    ``takes_sinks``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +254,9 @@ class AttentionBackend(ABC):
     reuses: frozenset[Reuse] = frozenset()
     """``record`` and ``capture``: all that ``forward`` computes are ops of the table, on tensors of
     the metadata. A compiler asks for ``export`` instead."""
+
+    takes_sinks: ClassVar[bool] = False
+    """Whether it heeds ``AttentionSpec.sinks``; models that have them are refused elsewhere."""
 
     def reuses_step(self, metadata: Any) -> frozenset[Reuse]:
         """As ``reuses``, of the step of ``metadata``: one may be less than steps in general."""

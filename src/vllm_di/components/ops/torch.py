@@ -161,9 +161,10 @@ def attend(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of one sequence. q [queries, heads, head_size] are the last positions of
-    keys and values [kv_heads, length, head_size] -> [queries, heads, head_size]."""
+    keys and values [kv_heads, length, head_size], sinks [heads] -> [queries, heads, head_size]."""
     length, group = keys.shape[1], q.shape[1] // keys.shape[0]
     position = torch.arange(length - len(q), length, dtype=torch.int64, device=q.device)[
         :, None
@@ -173,17 +174,28 @@ def attend(
     if window is not None:
         seen &= column > position - window
     keys, values = keys.to(q.dtype), values.to(q.dtype)
-    if soft_cap is None:
+    if soft_cap is None and sinks is None:
         heads = q.transpose(0, 1)[None]  # [1, heads, queries, head_size]
         out = products.attention(heads, keys[None], values[None], seen, scale, grouped=group > 1)
         return out[0].transpose(0, 1)
     grouped = q.unflatten(1, (-1, group)).float()  # [queries, kv_heads, group, head_size]
     # -> [kv_heads, group, queries, length]
     scores = products.matmul(grouped.permute(1, 2, 0, 3), keys.float().mT[:, None]) * scale
-    scores = soft_cap * torch.tanh(scores / soft_cap)
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    weights = softmax_with_sinks(scores.masked_fill(~seen, float("-inf")), sinks)
     mixed = products.matmul(weights, values.float()[:, None])
     return mixed.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """scores [..., kv_heads, group, queries, length] fp32 -> weights. With sinks [kv_heads * group]
+    the weights of a query sum to less than one."""
+    if sinks is None:
+        return scores.softmax(-1)
+    sink = sinks.to(scores.dtype).view(*scores.shape[-4:-2], 1, 1)
+    sink = sink.expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
