@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu test-compile test-families vllm-env test-vllm test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers clean help
+.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu test-compile test-families vllm-env test-vllm record-vllm test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -48,6 +48,11 @@ test-mutants: venv  ## every mutant against every check that needs no process of
 
 vllm-env: venv  ## vLLM for the CPU in .vllm, an environment for each version (11 GB, some minutes)
 	$(BIN)/python -m tests.vllm.environment $(ARGS)
+
+record-vllm: venv  ## what the last make test-vllm found becomes the recorded reports, and the matrix
+	for folder in .vllm/*/; do if [ -f $$folder/report.json ]; then \
+	  install -D -m 644 $$folder/report.json conformance/reports/vllm/$$(basename $$folder).json; fi; done
+	$(MAKE) matrix
 
 test-vllm: venv  ## inside the real vLLM, three versions: each adapter beside stock vLLM
 	$(BIN)/python -m tests.vllm.environment
@@ -96,6 +101,9 @@ bench: venv  ## start time, assembly time, step overhead, the queue, a busy core
 bench-peers: venv  ## beside vLLM, llama.cpp, OpenVINO and transformers (installs them)
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+bench-vllm: venv  ## what our parts cost inside vLLM: start and decode beside stock vLLM, in turns
+	$(BIN)/python -m benchmarks.vllm_cost $(ARGS)
 
 bench-gpu: venv  ## on a machine with an NVIDIA GPU: tests, conformance, shares of what it can do
 	$(BIN)/python -m benchmarks.gpu --json gpu.json $(ARGS)
