@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-SETTINGS = ["model=tiny", "platform=cpu", "model.dtype=float32"]
+SETTINGS = ["model=tiny", "platform=cpu", "model.dtype=float32", "reasoning_parser=qwen3"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def url() -> Iterator[str]:
             served.communicate()
 
 
-@pytest.mark.parametrize("page", ["structured-output.md", "tools.md"])
+@pytest.mark.parametrize("page", ["structured-output.md", "tools.md", "reasoning.md"])
 def test_the_blocks_run(page: str, url: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"URL": url, "MODEL": "tiny"}
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)

@@ -95,19 +95,22 @@ def resolve_checkpoint(tree: ConfigTree, composition: Composition, incomplete: b
 def _choose_parsers(tree: ConfigTree, composition: Composition) -> None:
     """Take the parsers that go with the chat template, where ``auto`` is chosen."""
     from vllm_di.components.chat_template.sources import templates_of
-    from vllm_di.components.tool_parser.families import family_of
+    from vllm_di.components.reasoning_parser import families as reasoning
+    from vllm_di.components.tool_parser import families as tools
 
-    if composition.choices["tool_parser"][0] != "auto":
+    choosers = {"tool_parser": tools.family_of, "reasoning_parser": reasoning.family_of}
+    wanted = [slot for slot in choosers if composition.choices[slot][0] == "auto"]
+    if not wanted:
         return
-    node, place = composition.values.chat_template, "no chat template"
+    node, place = composition.values.chat_template, ""
     template, folder = node.get("template"), node.get("tokenizer_path")
     templates: dict[str, str] = {}
     if template or (folder and folder != MISSING):
         templates, place = templates_of(folder, template)
-    option, why = family_of("\n".join(templates.values()))
-    replace_option(
-        tree, composition, "tool_parser", option, f"{place or 'no chat template'}: {why}"
-    )
+    for slot in wanted:
+        option, why = choosers[slot]("\n".join(templates.values()))
+        why = f"{place or 'no chat template'}: {why}"
+        replace_option(tree, composition, slot, option, why)
 
 
 def _keep_quantized(tree: ConfigTree, composition: Composition, config: dict[str, Any]) -> None:

@@ -60,6 +60,8 @@ async def begin_chat(
         required = RequiredCalls(read_tools(fields))
         tool_parser, reasoning_parser = required, None
         params = msgspec.structs.replace(params, structured_output={"tools": required.constraint()})
+    if params.structured_output is not None:
+        reasoning_parser = None  # the grammar begins with the answer: there is no thought
     parsers = (reasoning_parser, tool_parser)
     if request.skip_special_tokens is None and any(p and p.needs_special_tokens for p in parsers):
         params = msgspec.structs.replace(params, skip_special_tokens=False)
@@ -95,8 +97,16 @@ async def render_chat(service: Service, request: ChatRequest) -> str:
         tools=request.tools,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
-        kwargs=request.chat_template_kwargs,
+        kwargs=_effort(request) | (request.chat_template_kwargs or {}),
     )
+
+
+def _effort(request: ChatRequest) -> dict[str, Any]:
+    """What templates read: some the effort, some whether to think at all."""
+    effort = request.reasoning_effort
+    if effort is None:
+        return {}
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none"}
 
 
 def _num_logprobs(request: ChatRequest) -> int | None:
