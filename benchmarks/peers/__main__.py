@@ -9,7 +9,10 @@ chart from that file.
 from __future__ import annotations
 
 import argparse
+import datetime
+import itertools
 import signal
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.peers import engines, report, servers
-from benchmarks.peers.environments import SetupError
+from benchmarks.peers.environments import SetupError, tcmalloc
 from benchmarks.peers.roofline import Roofline, measure
 from benchmarks.peers.works import (
     SMOLLM2,
@@ -29,9 +32,11 @@ from benchmarks.peers.works import (
     server_limit,
 )
 from vllm_di.commands.bench import prompts
+from vllm_di.components.device.system import allowed_cores, cpu_name
 
 RESULTS = Path(__file__).parent / "results.json"
 ROWS = [*(work.name for work in WORKS), "server", "start"]
+TCMALLOC = {True: "vLLM with tcmalloc.", False: "vLLM without tcmalloc: not installed."}
 QUICK = 20.0
 """Seconds: a start that takes longer is not repeated."""
 
@@ -55,7 +60,9 @@ def measured(weights: str, rows: list[str], rounds: int, only: set[str]) -> Iter
 
 def compare(work: Work, weights: str, rounds: int, running: list[engines.Engine]) -> list[Figure]:
     """Each engine in turn, in each round; a short round before them warms up."""
-    figures = {e.name: Figure(work.name, weights, e.name, "tokens/s") for e in running}
+    figures = {
+        e.name: Figure(work.name, weights, e.name, work.unit, by_steps=True) for e in running
+    }
     for seed in range(rounds + 1):
         for engine in running:
             figure = figures[engine.name]
@@ -63,23 +70,32 @@ def compare(work: Work, weights: str, rounds: int, running: list[engines.Engine]
                 if seed:
                     figure.values.append(rate(engine, work, seed))
                 else:
-                    engine.seconds(asked(work, seed), min(work.new, 4))
+                    engine.times(asked(work, seed), min(work.new, 4))
             except SetupError as error:
                 figure.failed = str(error)
     return list(figures.values())
 
 
 def asked(work: Work, seed: int) -> list[list[int]]:
-    return prompts(work.batch, work.given, work.model.vocab_size, seed)
+    """No two rows and rounds share a beginning: some engines keep their prefix cache."""
+    place = WORKS.index(work) * 1000 + seed
+    return prompts(work.batch, work.given, work.model.vocab_size, place)
 
 
 def rate(engine: engines.Engine, work: Work, seed: int) -> float:
-    """Tokens a second of one round."""
+    """Of one round: tokens a second; milliseconds to the first token of a prompt in the cache.
+
+    Decode is by the median step that gave every prompt a token, so that a disturbed one does not
+    count."""
     ids = asked(work, seed)
+    times = engine.times(ids, work.new)
+    if work.cached:
+        return 1e3 * engine.times(ids, 1, keep=True)[0][0]
     if work.new == 1:
-        return work.batch * work.given / engine.seconds(ids, 1)
-    first, whole = engine.seconds(ids, 1), engine.seconds(ids, work.new)
-    return work.batch * (work.new - 1) / (whole - first)
+        return work.batch * work.given / max(t[0] for t in times)
+    ready = max(t[0] for t in times)
+    steps = [b - a for t in times for a, b in itertools.pairwise(t) if a >= ready]
+    return work.batch / statistics.median(steps)
 
 
 def start(weights: str, rounds: int, only: set[str]) -> list[Figure]:
@@ -109,12 +125,14 @@ def start(weights: str, rounds: int, only: set[str]) -> list[Figure]:
 
 
 def serve(weights: str, rounds: int, only: set[str]) -> list[Figure]:
-    units = {"server": "tokens/s", "server-ttft-p50": "ms", "server-ttft-p99": "ms"}
     names = {
         "generated tokens/s": "server",
         "first token p50, ms": "server-ttft-p50",
         "first token p99, ms": "server-ttft-p99",
+        "between tokens p50, ms": "server-itl-p50",
+        "between tokens p99, ms": "server-itl-p99",
     }
+    units = {row: "tokens/s" if row == "server" else "ms" for row in names.values()}
     figures: dict[tuple[str, str], Figure] = {}
     with servers.chosen(weights, only) as chosen:
         for server in chosen:
@@ -148,7 +166,7 @@ def bounded(figures: list[Figure], weights: str, roofline: Roofline) -> None:
     """Fills in the limits."""
     works = {work.name: work for work in WORKS}
     for figure in figures:
-        if figure.row in works:
+        if figure.row in works and not works[figure.row].cached:
             figure.limit = limit(works[figure.row], weights, roofline)
         elif figure.row == "server":
             figure.limit = server_limit(weights, roofline)
@@ -168,13 +186,16 @@ def main() -> None:
             parser.error(f"{option}: {', '.join(unknown)} is none of {', '.join(known)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # engines are ended on the way out
     results = report.read(RESULTS)
+    cores = f"{cpu_name()}, {len(allowed_cores())} cores"
+    machine = results.here(cores, datetime.date.today().isoformat())
+    machine.notes = [TCMALLOC[bool(tcmalloc())]]
     for weights in kinds:
         before = measure()
         for figures in measured(weights, rows, given.rounds, only):
             after = measure()
             roofline, before = before.better(after), after
             bounded(figures, weights, roofline)
-            results.replace(figures, roofline)
+            machine.replace(figures, roofline)
             RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(results)))
             report.show(figures)
             sys.stdout.flush()

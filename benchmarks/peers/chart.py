@@ -16,7 +16,7 @@ COLOURS = {
 COLUMNS = 4
 
 
-def draw(figures: list[Figure], file: Path) -> None:
+def draw(figures: list[Figure], file: Path, machine: str) -> None:
     """One panel for each row of the table, a bar for each engine and kind of weights, from zero;
     a line from the lowest to the highest value."""
     import matplotlib as mpl
@@ -57,8 +57,8 @@ def draw(figures: list[Figure], file: Path) -> None:
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     page.suptitle(
-        "SmolLM2-135M-Instruct where no other model is named; two threads, greedy; OpenVINO's bf16 "
-        "is its fp16 export, llama.cpp's int8 is Q8_0, 4-bit is the shipped Q4_1",
+        f"{machine}. SmolLM2-135M-Instruct where no other model is named; two threads, greedy; "
+        "OpenVINO's bf16 is its fp16 export, llama.cpp's int8 is Q8_0, 4-bit is the shipped Q4_1",
         fontsize=10,
     )
     page.tight_layout()

@@ -28,14 +28,20 @@ class Engine:
         self.failed = ""
         """Why it cannot run."""
 
-    def seconds(self, prompts: list[list[int]], new: int) -> float:
-        """How long one job took. Raises SetupError, for good, when the engine cannot do it."""
+    def times(self, prompts: list[list[int]], new: int, *, keep: bool = False) -> list[list[float]]:
+        """Seconds from a job's start to each token, of each prompt; ``keep``: with what the prefix
+        cache holds. Raises SetupError, and from then on, when the engine cannot do it; one that
+        cannot ``keep`` goes on with other jobs."""
         if self.failed:
             raise SetupError(self.failed)
         try:
-            return float(self._ask({"prompts": prompts, "new": new})["seconds"])
+            times: list[list[float]] = self._ask({"prompts": prompts, "new": new, "keep": keep})[
+                "times"
+            ]
+            return times
         except SetupError as error:
-            self.failed = str(error)
+            if not keep:
+                self.failed = str(error)
             raise
 
     def first_token(self, prompt: list[int]) -> float:
@@ -44,7 +50,7 @@ class Engine:
         command = self._command()  # what it needs is set up before the clock starts
         begin = time.perf_counter()
         self._start(command)
-        self.seconds([prompt], 1)
+        self.times([prompt], 1)
         return time.perf_counter() - begin
 
     def memory(self) -> int:
@@ -117,12 +123,16 @@ def of(weights: str, model: Model) -> list[Engine]:
         return [
             ours("quantization=none"),
             llama(lambda: at.gguf(at.BF16)),
-            openvino(at.openvino_fp16),
+            openvino(lambda: at.openvino_folder("fp16")),
             vllm(at.folder_bf16),
             Engine("transformers", "torch_generate.py", "ours", lambda: [str(at.folder_bf16())]),
         ]
     if weights == "int8":
-        return [ours("quantization=int8"), llama(lambda: at.gguf(at.Q8_0))]
+        return [
+            ours("quantization=int8"),
+            llama(lambda: at.gguf(at.Q8_0)),
+            openvino(lambda: at.openvino_folder("int8")),
+        ]
     return [ours("quantization=gguf"), llama(at.shipped), openvino(at.shipped)]
 
 

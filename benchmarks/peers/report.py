@@ -3,6 +3,7 @@ and the chart, from ``results.json``. Nobody types a figure."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -10,11 +11,15 @@ import msgspec
 from benchmarks.peers.chart import draw
 from benchmarks.peers.environments import ROOT
 from benchmarks.peers.roofline import Roofline
-from benchmarks.peers.works import ENGINES, TITLES, Figure, Results
+from benchmarks.peers.works import ENGINES, MAKES, TITLES, Figure, Machine, Results
 from vllm_di.commands.table import print_table
 
 OURS = ENGINES[0]
+CHART = "AMD"
+"""The make that the chart shows."""
 HEAD = ["work", "weights", "engine", "median", "lowest to highest", "ours is", "of the limit"]
+OLD = " †"
+"""Marks decode rows of the old method."""
 BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
 
 
@@ -28,7 +33,8 @@ def number(value: float) -> str:
 
 
 def row(figure: Figure, ours: Figure | None) -> list[str]:
-    head = [TITLES[figure.row], figure.weights, figure.engine]
+    old = figure.row.startswith("decode") and not figure.by_steps
+    head = [TITLES[figure.row] + OLD * old, figure.weights, figure.engine]
     if figure.failed or not figure.values:
         return [*head, f"not run: {figure.failed or 'no values'}"[:80], "", "", ""]
     once = len(figure.values) == 1
@@ -87,7 +93,8 @@ def short(figures: list[Figure]) -> str:
             figure = of_row.get(engine)
             text = number(figure.median) if figure is not None and figure.values else ""
             cells.append(f"**{text}**" if figure is best else text)
-        lines.append([f"{TITLES[name]}, {weights}, {measured[0].unit}", *cells])
+        old = name.startswith("decode") and not all(f.by_steps for f in measured)
+        lines.append([f"{TITLES[name]}{OLD * old}, {weights}, {measured[0].unit}", *cells])
     return markdown(["", *ENGINES], lines)
 
 
@@ -100,14 +107,30 @@ def put(file: Path, text: str) -> None:
     file.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
+def each(results: Results, level: str, table: Callable[[Machine], str]) -> str:
+    """A heading and a table for each make; one that was never measured is said to be so."""
+    parts = []
+    for make in MAKES.values():
+        machine = results.machines.get(make)
+        if machine is None:
+            parts.append(f"{level} {make}\n\nNever measured.")
+            continue
+        notes = "".join(f" {note}" for note in machine.notes)
+        head = f"{level} {make}\n\n{machine.cpu}; {machine.date}.{notes}"
+        parts.append(f"{head}\n\n{table(machine)}")
+    return "\n\n".join(parts)
+
+
+def full(machine: Machine) -> str:
+    table = markdown(HEAD, rows(machine.figures))
+    return f"{limits(machine.rooflines)}\n\n{table}" if machine.rooflines else table
+
+
 def write(results: Results) -> None:
-    figures = results.figures
-    put(
-        ROOT / "docs/benchmarks.md",
-        f"{limits(results.rooflines)}\n\n{markdown(HEAD, rows(figures))}",
-    )
-    put(ROOT / "README.md", short(figures))
-    draw(figures, ROOT / "docs/peers.png")
+    put(ROOT / "docs/benchmarks.md", each(results, "###", full))
+    put(ROOT / "README.md", each(results, "###", lambda machine: short(machine.figures)))
+    if drawn := results.machines.get(CHART):
+        draw(drawn.figures, ROOT / "docs/peers.png", f"{drawn.cpu}, {drawn.date}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 import msgspec
 
@@ -62,6 +63,12 @@ class Work(msgspec.Struct, frozen=True):
     new: int
     """Tokens of an answer; 1: the prefill is measured, else the decode after it."""
     model: Model = SMOLLM2
+    cached: bool = False
+    """The prompt ran just before: the time to the first token is measured."""
+
+    @property
+    def unit(self) -> str:
+        return "ms" if self.cached else "tokens/s"
 
 
 WORKS = [
@@ -70,9 +77,14 @@ WORKS = [
     Work("decode-32", "decode, batch 32", 32, 128, 65),
     Work("prefill-8x512", "prefill, 8 x 512", 8, 512, 1),
     Work("prefill-1x1024", "prefill, 1 x 1,024", 1, 1024, 1),
+    Work("decode-1-8k", "decode, batch 1, after 8,000 tokens", 1, 8000, 33),
+    Work("prefill-1x8000", "prefill, 1 x 8,000", 1, 8000, 1),
+    Work("cached-1x1024", "first token, 1,024 tokens in the prefix cache", 1, 1024, 1, cached=True),
+    Work("prefill-1x1024-1b", "prefill, 1 x 1,024, Llama-3.2-1B shapes", 1, 1024, 1, LLAMA_1B),
     Work("decode-1-1b", "decode, batch 1, Llama-3.2-1B shapes", 1, 128, 65, LLAMA_1B),
 ]
 TITLES = {work.name: work.title for work in WORKS if work.model is SMOLLM2} | {
+    "prefill-1x1024-1b": "prefill, 1 x 1,024, Llama-3.2-1B shapes",
     "start": "command to first token, library",
     "memory": "memory beside the KV cache",
     "server-start": "command to first token, server",
@@ -80,6 +92,8 @@ TITLES = {work.name: work.title for work in WORKS if work.model is SMOLLM2} | {
     "server": "server, 64 requests, 128 to 64 tokens, 16 at once",
     "server-ttft-p50": "server, time to first token, p50",
     "server-ttft-p99": "server, time to first token, p99",
+    "server-itl-p50": "server, between two tokens, p50",
+    "server-itl-p99": "server, between two tokens, p99",
 }
 """All rows in the order of the report."""
 
@@ -101,6 +115,8 @@ class Figure(msgspec.Struct):
     """What this machine allowed in the same run; 0: no bound is known."""
     failed: str = ""
     """Why there are no values."""
+    by_steps: bool = False
+    """Decode from the time of each step; False: from the difference of two runs, as once."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -116,9 +132,15 @@ class Figure(msgspec.Struct):
         return self.median / other.median if more else other.median / self.median
 
 
-class Results(msgspec.Struct):
-    """``results.json``: the newest figure of each row, weights and engine."""
+class Machine(msgspec.Struct):
+    """The newest figure of each row, weights and engine, on one make of CPU."""
 
+    cpu: str
+    """Which one, and how many of its cores."""
+    date: str
+    """Of the newest run."""
+    notes: list[str] = []
+    """What a reader must know of these figures."""
     figures: list[Figure] = []
     rooflines: dict[str, Roofline] = {}
     """Row and weights -> what the machine gave in that run."""
@@ -129,6 +151,32 @@ class Results(msgspec.Struct):
         self.figures = sorted([*kept, *figures], key=_place)
         if roofline is not None:
             self.rooflines |= {f"{f.row} {f.weights}": roofline for f in figures}
+
+
+MAKES = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel", "": "Arm"}
+"""``vendor_id`` of /proc/cpuinfo, which Arm's has not, to the make."""
+
+
+class Results(msgspec.Struct):
+    """``results.json``: a machine for each make that was measured."""
+
+    machines: dict[str, Machine] = {}
+
+    def here(self, cpu: str, date: str) -> Machine:
+        """The machine of this CPU's make; figures of another model of it are dropped, for rows of
+        two machines have no ratio."""
+        known = self.machines.get(make())
+        if known is None or known.cpu != cpu:
+            known = self.machines[make()] = Machine(cpu, date)
+        known.date = date
+        return known
+
+
+def make(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Whose CPU this is, as MAKES calls it, or as it calls itself."""
+    lines = cpuinfo.read_text().splitlines()
+    vendor = next((x.partition(":")[2].strip() for x in lines if x.startswith("vendor_id")), "")
+    return MAKES.get(vendor, vendor)
 
 
 def _place(figure: Figure) -> tuple[int, int, int]:

@@ -28,11 +28,28 @@ def resident(start, size):
     return sum(page & 1 for page in pages) * mmap.PAGESIZE
 
 
-COMMON = ["executor=inline", "device.threads=2", "scheduler.max_num_batched_tokens=4096"]
+COMMON = [
+    "executor=inline",
+    "device.threads=2",
+    "scheduler.max_num_batched_tokens=4096",
+    "scheduler.max_step_ms=null",
+]
 with LLM(overrides=[*COMMON, *sys.argv[1:]]) as llm:
 
-    def generate(prompts, new):
-        llm.engine.reset_prefix_cache()
-        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
+    def generate(prompts, new, keep, tell):
+        if not keep:
+            llm.engine.reset_prefix_cache()
+        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+        generations = [llm._start(prompt, params, False) for prompt in prompts]
+        owner = {}
+        for i, generation in enumerate(generations):
+            owner.update((request.request_id, (i, generation)) for request in generation.requests)
+            llm._add(generation)
+        while llm.engine.has_work():
+            for output in llm.engine.step().outputs:
+                i, generation = owner[output.request_id]
+                generation.feed(output)
+                for _ in output.token_ids:
+                    tell(i)
 
     serve(generate, cache)

@@ -11,7 +11,15 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).
 
 
 @torch.inference_mode()
-def generate(prompts, new):
+def generate(prompts, new, keep, tell):
+    if keep:
+        raise RuntimeError("no prefix cache")
+
+    def told(input_ids, scores, **rest):
+        for i in range(len(prompts)):
+            tell(i)
+        return torch.zeros(len(prompts), dtype=torch.bool)
+
     ids = torch.tensor(prompts)
     model.generate(
         ids,
@@ -19,6 +27,7 @@ def generate(prompts, new):
         min_new_tokens=new,
         max_new_tokens=new,
         do_sample=False,
+        stopping_criteria=[told],  # called after each step
     )
 
 

@@ -12,17 +12,25 @@ def main():
     llm = LLM(
         sys.argv[1],
         dtype="bfloat16",
-        max_model_len=2048,
+        max_model_len=8192,
         max_num_seqs=64,
         max_num_batched_tokens=4096,
-        enable_prefix_caching=False,
         **(random if "random" in sys.argv else {}),
     )
 
-    def generate(prompts, new):
+    def generate(prompts, new, keep, tell):
+        if not keep:
+            llm.reset_prefix_cache()
         settings = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        llm.generate(inputs, settings, use_tqdm=False)
+        engine, seen = llm.llm_engine, [0] * len(prompts)
+        for i, prompt in enumerate(prompts):
+            engine.add_request(str(i), {"prompt_token_ids": prompt}, settings)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                i, count = int(output.request_id), len(output.outputs[0].token_ids)
+                for _ in range(count - seen[i]):
+                    tell(i)
+                seen[i] = count
 
     serve(generate, lambda: int(os.environ["VLLM_CPU_KVCACHE_SPACE"]) << 30)
 
