@@ -42,7 +42,7 @@ class CpuKernels:
         self.pack_channels = bind("pack_channels", "pplli")
         self.pack_groups = bind("pack_groups", "ipppplli")
         self.quantized_linear = bind("quantized_linear", "iipppppilllliiii")
-        self.fused_experts = bind("fused_experts", "ippppppllllllii")
+        self.fused_experts = bind("fused_experts", "ipppppplllllllii")
         self.tape_start = bind("tape_start", "", ctypes.c_void_p)
         self.tape_stop = bind("tape_stop", "")
         self.tape_replay = bind("tape_replay", "pi")

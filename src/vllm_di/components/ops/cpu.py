@@ -506,6 +506,7 @@ class CpuOps(OpLibrary):
             experts,
             ids.shape[1],
             x.stride()[0],
+            (self._rows_for_tiles["bf16"] or 0) if self.has_tiles else 0,
             GATES[activation],
             self.threads,
         )

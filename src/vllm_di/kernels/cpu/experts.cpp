@@ -3,7 +3,7 @@
 // The experts' weights stay as they are, row by row. Of each a thread packs 32 rows at a time, a piece that stays in the
 // first-level cache, and multiplies it with all tokens of the expert. A token's sums run in the order of the experts,
 // whatever the tokens beside it.
-#include "product.h"
+#include "tiled.h"
 #include "transpose.h"
 
 static const int64_t kDeep = 128;  // steps of a packed piece: 16 KB
@@ -73,25 +73,65 @@ static __attribute__((noinline)) void add_product(float* sums, const S* x, int64
   });
 }
 
+#if defined(__AMX_TILE__) || defined(EMULATE_TILES)
+// The same by tile registers: steps are a multiple of 16. Up to 31 rows of x and of sums behind the last are touched, for sums
+// that nobody reads.
+static void add_product_tiled(float* sums, const uint32_t* x, int64_t x_stride, int64_t rows, const uint32_t* weights,
+                              int64_t steps) {
+  const int64_t bytes = kPair * 4, x_bytes = x_stride * 4;
+  for (int64_t row = 0; row < rows; row += kBlockRows) {
+    float *upper = sums + row * kPair, *lower = upper + kTileHeight * kPair;
+    const uint32_t *a = x + row * x_stride, *b = weights;
+    tile_load(0, upper, bytes);
+    tile_load(1, upper + kLanes, bytes);
+    tile_load(2, lower, bytes);
+    tile_load(3, lower + kLanes, bytes);
+    for (int64_t k = 0; k < steps; k += kTileWidth, a += kTileWidth, b += kTileHeight * kPair) {
+      tile_load(4, a, x_bytes);
+      tile_load(6, b, bytes);
+      tile_dot_bf16(0, 4, 6);
+      tile_load(7, b + kLanes, bytes);
+      tile_dot_bf16(1, 4, 7);
+      tile_load(5, a + kTileHeight * x_stride, x_bytes);
+      tile_dot_bf16(2, 5, 6);
+      tile_dot_bf16(3, 5, 7);
+    }
+    tile_store(0, upper, bytes);
+    tile_store(1, upper + kLanes, bytes);
+    tile_store(2, lower, bytes);
+    tile_store(3, lower + kLanes, bytes);
+  }
+}
+#else
+static void tile_config() {}
+static void tile_release() {}
+static void add_product_tiled(float*, const uint32_t*, int64_t, int64_t, const uint32_t*, int64_t) {}
+#endif
+
 template <typename T>
 struct FusedExperts {
   typedef typename Factor<T>::type S;
   static const int64_t PER = sizeof(S) / sizeof(T);
+  static const bool kCanTile = kTiles && PER == 2;
+  static const int64_t kUnit = kCanTile ? 16 : 1;  // steps of a row are a multiple of it
   const T *x, *gate_up, *down;  // [tokens, hidden]; [experts, 2 inter, hidden]; [experts, hidden, inter]
   const float* shares;          // [tokens, k]
   const int64_t* ids;           // [tokens, k]
   T* out;
-  int64_t tokens, hidden, inter, experts, k, x_stride;
+  int64_t tokens, hidden, inter, experts, k, x_stride, tile_rows;
   Gate gate;
 
   int64_t pairs() const { return tokens * k; }
-  int64_t x_steps() const { return (hidden + PER - 1) / PER; }
-  int64_t h_steps() const { return (inter + PER - 1) / PER; }
+  static int64_t steps_of(int64_t size) { return (size + PER * kUnit - 1) / (PER * kUnit) * kUnit; }
+  int64_t x_steps() const { return steps_of(hidden); }
+  int64_t h_steps() const { return steps_of(inter); }
+  bool tiles() const { return kCanTile && tile_rows > 0; }
   int64_t work() const { return 3 * pairs() * hidden * inter; }
 
   // In words: rows of x and of what is between the products [pairs, steps], sums of a thread [tokens, 32], then whole numbers.
   size_t workspace(int threads) const {
-    return size_t(pairs() * (x_steps() + h_steps()) + threads * tokens * kPair + 2 * (experts + 1 + pairs()) + 16);
+    const int64_t beyond = kCanTile ? 32 * (x_steps() + h_steps()) : 0;  // what tiles read behind the last row
+    return size_t(pairs() * (x_steps() + h_steps()) + threads * tokens * kPair + 2 * (experts + 1 + pairs()) + beyond);
   }
 
   struct Space {
@@ -121,12 +161,14 @@ struct FusedExperts {
     for (int64_t i = team.first(used); i < team.last(used); i++) {  // rows of x side by side, filled up to whole steps
       T* to = (T*)(s.x + i * x_steps());
       std::memcpy(to, x + s.order[i] / k * x_stride, size_t(hidden) * sizeof(T));
-      if (hidden % PER) to[hidden] = T{};
+      std::fill(to + hidden, to + x_steps() * PER, T{});
     }
     team.barrier();
+    if (tiles()) tile_config();
     expand(team, s);
     team.barrier();
     contract(team, s);
+    if (tiles()) tile_release();
   }
 
   // By expert; those of an expert by token.
@@ -180,7 +222,7 @@ struct FusedExperts {
         store16(to, h);
       else
         store_some(to, h, count);
-      if (at + count == inter && inter % PER) to[count] = T{};
+      if (at + count == inter) std::fill(to + count, to - at + h_steps() * PER, T{});
     }
   }
 
@@ -223,19 +265,23 @@ struct FusedExperts {
     for (int64_t first = 0; first < steps; first += kDeep) {
       const int64_t count = std::min(kDeep, steps - first);
       panels.pack(first, count, packed);
-      add_product<S>(sums, from + first, steps, rows, (const S*)packed, count);
+      if (tiles() && rows >= tile_rows)
+        add_product_tiled(sums, (const uint32_t*)(from + first), steps, rows, packed, count);
+      else
+        add_product<S>(sums, from + first, steps, rows, (const S*)packed, count);
     }
   }
 };
 
 // x, gate_up, down, out: fp32 (dtype 0) or bf16 (1); rows of x are x_stride apart. The output of a token with an id that is no
-// expert is NaN.
+// expert is NaN. tile_rows: in bf16, from how many tokens of an expert on tile registers multiply, in a library that has them; 0:
+// never.
 EXPORT void fused_experts(int dtype, const void* x, const void* gate_up, const void* down, const float* shares,
                           const int64_t* ids, void* out, int64_t tokens, int64_t hidden, int64_t inter, int64_t experts,
-                          int64_t k, int64_t x_stride, int gate, int threads) {
+                          int64_t k, int64_t x_stride, int64_t tile_rows, int gate, int threads) {
   DISPATCH(dtype, T, {
     const FusedExperts<T> task{(const T*)x, (const T*)gate_up, (const T*)down, shares, ids, (T*)out, tokens,
-                               hidden, inter, experts, k, x_stride, Gate(gate)};
+                               hidden, inter, experts, k, x_stride, tile_rows, Gate(gate)};
     reserve(task.workspace(threads));
     submit(task, threads);
   })
