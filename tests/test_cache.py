@@ -21,6 +21,7 @@ from tests.models.gguf_files import write
 from vllm_di import cache
 from vllm_di.cache import SEAL, foreign_folder, is_whole, obtain, user_cache
 from vllm_di.components.loader.gguf import GgufLoader
+from vllm_di.components.ops.cpu_paths import ROWS, Candidate, measured, place
 from vllm_di.errors import CheckpointError
 from vllm_di.kernels import build as kernels
 from vllm_di.kernels.simulated import build as simulated
@@ -144,11 +145,22 @@ def use_xla(folder: Path) -> None:
         assert int(jax.jit(lambda x: x + 1).lower(1).compile()(1)) == 2
 
 
+def use_paths(folder: Path) -> None:
+    """As cpu.py uses it, with a product that takes no time to speak of."""
+
+    def candidates() -> list[Candidate]:
+        return [Candidate("float32", "own", lambda rows: sum(range(100)))]
+
+    found = measured(place(folder, "kernels.so"), candidates, threads=1)
+    assert [figure.rows for figure in found.figures] == [*ROWS]
+
+
 WRITERS = {
     "kernels/build.py": "kernels",
     "kernels/build.py:prebuilt": "prebuilt",
     "kernels/simulated/build.py": "simulated",
     "components/loader/gguf.py": "weights",
+    "components/ops/cpu_paths.py": "paths",
     "models/checkpoint.py": "conversion",
     "ports/openvino/device.py": "openvino",
     "ports/tpu/program.py": "xla",
@@ -162,12 +174,13 @@ def use(request: pytest.FixtureRequest) -> Use:
         "prebuilt": use_prebuilt,
         "simulated": use_simulated,
         "openvino": use_openvino,
+        "paths": use_paths,
         "xla": use_xla,
     }
     if request.param in ("kernels", "prebuilt", "simulated"):
         request.getfixturevalue("sources")
         return plain[request.param]
-    if request.param in ("openvino", "xla"):
+    if request.param in ("openvino", "paths", "xla"):
         return plain[request.param]
     request.getfixturevalue("quick_conversion")
     file = request.getfixturevalue("file")

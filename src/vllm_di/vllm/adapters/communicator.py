@@ -16,6 +16,8 @@ from vllm.distributed.device_communicators.base_device_communicator import Devic
 from vllm_di.components.interfaces import Communicator, Placement
 from vllm_di.errors import ConfigError
 from vllm_di.parts import open_parts
+from vllm_di.vllm import versions
+from vllm_di.vllm.adapters import traced
 from vllm_di.vllm.assembled import current
 from vllm_di.vllm.errors import plain
 from vllm_di.vllm.extending import base_of
@@ -46,6 +48,8 @@ class GroupCommunicator(DeviceCommunicatorBase):
         super().__init__(cpu_group, device, device_group, unique_name, **more)
         self._stack = ExitStack()
         self.inner: Communicator | None = None
+        self._ops: Any = None
+        """In compiled mode; in eager mode the communicator is called straight."""
         if unique_name.split(":")[0] != "tp":
             return
         port = [_free_port() if self.rank_in_group == 0 else 0]
@@ -62,20 +66,40 @@ class GroupCommunicator(DeviceCommunicatorBase):
             self.inner = self._stack.enter_context(opened).communicator
             if self.world_size > 1 and not self.inner:
                 raise ConfigError(f"{assembled.choices.where('communicator')}: none was built")
+            self._name = f"{assembled.key}.{unique_name}"
+            if versions.is_compiled(versions.current_config()):
+                self._ops = traced.group_ops()  # defined before it is traced
+                self._ops.held[self._name] = self
 
     def all_reduce(self, input_: Tensor) -> Tensor:
         """The sum over the group."""
         if self.inner is None:
             return super().all_reduce(input_)
-        self.calls["all_reduce"] += 1
-        return self.inner.all_reduce(input_)
+        if self._ops is None:
+            return self.reduce(input_)
+        found: Tensor = self._ops.all_reduce(self._name, input_)
+        return found
 
     def all_gather(self, input_: Tensor, dim: int = -1) -> Tensor:
         """All ranks' tensors, side by side in ``dim``."""
         if self.inner is None:
             return super().all_gather(input_, dim)
+        if self._ops is None:
+            return self.gather(input_, dim)
+        found: Tensor = self._ops.all_gather(self._name, input_, dim, self.world_size)
+        return found
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """all_reduce, counted; in place."""
+        assert self.inner is not None
+        self.calls["all_reduce"] += 1
+        return self.inner.all_reduce(x)
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """all_gather, counted."""
+        assert self.inner is not None
         self.calls["all_gather"] += 1
-        return self.inner.all_gather(input_, dim)
+        return self.inner.all_gather(x, dim)
 
     def destroy(self) -> None:
         self._stack.close()

@@ -180,3 +180,32 @@ def linear_op() -> SimpleNamespace:
         return x.new_empty((*x.shape[:-1], outputs))
 
     return SimpleNamespace(held=held, linear=linear)
+
+
+@functools.cache
+def group_ops() -> SimpleNamespace:
+    """The calls of a group's communicator as torch ops, found by their engine and the group's name.
+    A reduction is done in place, which a torch op of this kind must not: it gets a copy."""
+    held: dict[str, Any] = {}
+
+    @torch.library.custom_op("vllm_di::all_reduce", mutates_args=())
+    def all_reduce(group: str, x: Tensor) -> Tensor:
+        found: Tensor = held[group].reduce(x.clone(memory_format=torch.contiguous_format))
+        return found
+
+    @all_reduce.register_fake
+    def _(group: str, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @torch.library.custom_op("vllm_di::all_gather", mutates_args=())
+    def all_gather(group: str, x: Tensor, dim: int, ranks: int) -> Tensor:
+        found: Tensor = held[group].gather(x, dim).contiguous()
+        return found
+
+    @all_gather.register_fake
+    def _(group: str, x: Tensor, dim: int, ranks: int) -> Tensor:
+        shape = list(x.shape)
+        shape[dim] *= ranks
+        return x.new_empty(shape)
+
+    return SimpleNamespace(held=held, all_reduce=all_reduce, all_gather=all_gather)

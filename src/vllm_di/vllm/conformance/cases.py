@@ -60,12 +60,6 @@ REFERENCES = (
         environment={"VLLM_PLUGINS": ""},
         reference="",
     ),
-    Case(
-        "stock-compiled",
-        arguments={"enforce_eager": False},
-        environment={"VLLM_PLUGINS": ""},
-        reference="",
-    ),
 )
 """vLLM without this project's plugin, each in a fresh process."""
 
