@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -87,6 +88,19 @@ def test_the_cache_is_donated_and_padding_writes_the_null_block_alone() -> None:
     # the mutant: padding outside the null block
     found, wanted = written_blocks(slot=5 * BLOCK + 3)
     assert not torch.equal(found, wanted)
+
+
+def test_what_was_traced_is_forgotten_at_the_close() -> None:
+    from jax.extend.core import Jaxpr
+
+    def kept() -> int:
+        with running(*TINY) as one:
+            one.feed(PHASES[0])
+        gc.collect()
+        return sum(type(thing) is Jaxpr for thing in gc.get_objects())
+
+    first = kept()
+    assert first >= kept()
 
 
 @pytest.mark.parametrize("attention", ["neuron", "sdpa"])

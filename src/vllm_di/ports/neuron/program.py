@@ -90,3 +90,7 @@ class NeuronProgram(TpuProgram):
     def _lowered(self, function: Any, exported: Any, args: Sequence[Any]) -> Any:
         donated = (1,) if function is self._body else ()
         return self._jax.jit(exported.call, donate_argnums=donated).lower(*args)
+
+    def close(self) -> None:
+        super().close()
+        self._jax.clear_caches()  # of what was exported JAX keeps more than its functions' own
