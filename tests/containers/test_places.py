@@ -12,6 +12,8 @@ from tests.containers.two_platforms import TWO, config_dir
 from vllm_di.components.transport import Failure
 from vllm_di.containers.assembly import assemble
 from vllm_di.containers.fill import Launcher, open_engine
+from vllm_di.containers.schema import check
+from vllm_di.containers.slots import WorkerContainer
 from vllm_di.errors import CheckpointError, ConfigError, PortError, VllmDiError
 
 TINY = ("model=tiny", "model.dtype=float32", "device.threads=1")
@@ -71,3 +73,19 @@ def test_a_key_crosses_processes(error: VllmDiError) -> None:
     there = Failure.of(error).error()
     assert (type(there), str(there)) == (type(error), str(error))
     assert getattr(there, "key", None) == getattr(error, "key", None)
+
+
+@pytest.mark.parametrize("text", ["foo: 1\n", "", "_target_: null\n"])
+@pytest.mark.parametrize("slot", ["attention", "metrics", "scheduler"])
+def test_an_option_without_a_class(slot: str, text: str, tmp_path: Path) -> None:
+    """The option's own file is named, not what interpolates its class."""
+    (tmp_path / slot).mkdir()
+    (tmp_path / slot / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"mine\.yaml: {slot}: it must be a mapping with a _t"):
+        assemble([f"{slot}=mine", "platform=cpu", "model=tiny"], [tmp_path])
+
+
+def test_a_word_that_is_none_of_a_few() -> None:
+    assembly = assemble(["ops.library.isa=avx3", "platform=cpu", "model=tiny"])
+    with pytest.raises(ConfigError, match=r"avx3.*choose of auto, .*did you mean 'avx2'"):
+        check(WorkerContainer, assembly)

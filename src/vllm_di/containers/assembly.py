@@ -220,6 +220,7 @@ def _resolved(
     resolve_checkpoint(tree, composition, incomplete)
     resolve_nested(tree, composition)
     _lower_level(composition, reports)
+    _check_targets(tree, composition)
     values = _plain(composition)
     known = [*SLOTS, *SETTINGS, KEY, WORKERS]
     for key in values:
@@ -228,10 +229,6 @@ def _resolved(
             raise ConfigError(
                 f"{place}: {key!r} is neither a slot nor a setting{nearest(key, known)}"
             )
-    for slot in SLOTS:
-        if not isinstance(values.get(slot), dict):
-            place = composition.origins.get(slot, "config")
-            raise ConfigError(f"{place}: slot {slot!r} must be a mapping with a _target_")
     values["platform"] = _checked_manifest(tree, composition, values["platform"])
     return values
 
@@ -272,6 +269,18 @@ def _checked_manifest(tree: ConfigTree, composition: Composition, node: Any) -> 
     )
     plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(manifest))
     return plain
+
+
+def _check_targets(tree: ConfigTree, composition: Composition) -> None:
+    """Whether each slot has a class; before interpolations, which lead to it."""
+    for slot in SLOTS:
+        node = composition.values.get(slot)
+        if isinstance(node, DictConfig) and node.get("_target_") is not None:
+            continue
+        option, origin = composition.choices[slot]
+        path = tree.options(slot).get(option)
+        place = shown(path) if path else str(origin)
+        raise ConfigError(f"{place}: {slot}: it must be a mapping with a _target_, a class")
 
 
 def _plain(composition: Composition) -> dict[str, Any]:

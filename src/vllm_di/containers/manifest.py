@@ -192,7 +192,7 @@ def _convert(value: Any, kind: Any, path: str, place: Callable[[str], str]) -> A
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        options = _options(kind)
+        options = literals(kind)
         listed = value if isinstance(value, list) else [value]
         wrong = next((v for v in listed if v not in options), None) if options else None
         choose = f"; choose of {', '.join(options)}{nearest(str(wrong), options)}" if wrong else ""
@@ -202,8 +202,8 @@ def _convert(value: Any, kind: Any, path: str, place: Callable[[str], str]) -> A
         ) from None
 
 
-def _options(kind: Any) -> list[str]:
+def literals(kind: Any) -> list[str]:
     """The values of a ``Literal``, at whatever depth of the type."""
     if typing.get_origin(kind) is Literal:
-        return list(typing.get_args(kind))
-    return [option for part in typing.get_args(kind) for option in _options(part)]
+        return [str(text) for text in typing.get_args(kind)]
+    return [option for part in typing.get_args(kind) for option in literals(part)]

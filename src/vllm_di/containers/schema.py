@@ -24,6 +24,7 @@ from dependency_injector.containers import DeclarativeContainer
 
 from vllm_di.components.interfaces import Executor
 from vllm_di.containers.assembly import Assembly
+from vllm_di.containers.manifest import literals
 from vllm_di.containers.slots import DERIVED, GIVEN, SHARED, SLOTS, slots
 from vllm_di.errors import ConfigError, PortError, VllmDiError, nearest, one_line
 
@@ -304,8 +305,12 @@ class _Inspector:
             message, _, where = str(error).partition(" - at `$")
             path += where.rstrip("`")
             shown = value if not where else _dig(value, where.rstrip("`"))
+            options = [] if where else literals(hint)
+            choose = (
+                f"; choose of {', '.join(options)}{nearest(str(shown), options)}" if options else ""
+            )
             raise ConfigError(
-                f"{self.assembly.place(path)}: {path}: {message} (the value is {shown!r})"
+                f"{self.assembly.place(path)}: {path}: {message} (the value is {shown!r}){choose}"
             ) from None
 
 

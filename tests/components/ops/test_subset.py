@@ -14,7 +14,7 @@ from vllm_di.components.interfaces import OpLibrary, OpTable
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.conformance.op_cases import MAKERS, cases
-from vllm_di.errors import PortError
+from vllm_di.errors import ConfigError, PortError
 
 TINY = ["platform=cpu", "model.dtype=float32", "graph=eager", "attention=paged"]
 
@@ -70,7 +70,7 @@ def test_one_op_alone(op: str) -> None:
 
 @pytest.mark.parametrize("op", OpTable.OPS)
 def test_what_it_lacks_says_so(op: str) -> None:
-    if op == "rms_norm" or op in OpTable.OPS.fused:  # its declaration has a body
+    if "_absent" not in getattr(OpTable, op).__code__.co_names:  # its declaration has a body
         return
     with pytest.raises(NotImplementedError, match=f"Alone has no {op}"):
         getattr(Alone(), op)(*([None] * 9)[: getattr(TorchOps, op).__code__.co_argcount - 1])
@@ -82,6 +82,26 @@ def test_an_op_that_is_named_and_missing_is_an_error() -> None:
 
     with pytest.raises(PortError, match=r"ops\.linear: Boastful names it in `implements`"):
         SelectedOps(Boastful())
+
+
+class Forgetful(TorchOps):
+    """Names one of its two ops."""
+
+    implements = frozenset({"rms_norm"})
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return super().rms_norm(x, weight, eps)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        raise AssertionError
+
+
+def test_a_method_that_is_not_named_is_an_error() -> None:
+    target = f"ops.library._target_={__name__}.Forgetful"
+    with pytest.raises(PortError, match=r"Forgetful has a method silu_and_mul, and its `impl"):
+        tokens("trust=[tests]", "ops=torch", target)
+    with pytest.raises(ConfigError, match=r"ops\.silu_and_mul.*does not name the method"):
+        SelectedOps(TorchOps(), silu_and_mul=Forgetful())
 
 
 class NormsAlone(Alone):

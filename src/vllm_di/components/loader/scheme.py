@@ -169,11 +169,15 @@ def _bits(node: Config, *supported: int, key: str = "bits", place: str = "") -> 
 def _group(node: Config, place: str = "") -> int:
     key = "group_size" if "group_size" in node else "q_group_size"
     group = node.get(key)
-    if isinstance(group, bool) or not isinstance(group, int) or not (group == -1 or group > 0):
+    if group != -1 and not _is_count(group):
         raise _refused(
             _key(place, "group_size"), f"{reprlib.repr(group)}: expected -1 or a count of inputs"
         )
-    return group
+    return int(group)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _block(node: Config, key: str, place: str = "") -> tuple[int, int] | None:
@@ -181,7 +185,7 @@ def _block(node: Config, key: str, place: str = "") -> tuple[int, int] | None:
     if block is None and not place:
         return None
     sizes = block if isinstance(block, list | tuple) else ()
-    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+    if len(sizes) != 2 or not all(_is_count(size) for size in sizes):
         raise _refused(
             _key(place, key), f"{reprlib.repr(block)}: expected two counts, of outputs and inputs"
         )
@@ -191,7 +195,9 @@ def _block(node: Config, key: str, place: str = "") -> tuple[int, int] | None:
 def _one_of(node: Config, key: str, *supported: Any, place: str = "") -> Any:
     """The value of a key, or None where it has none. Raises UnsupportedModelError for another."""
     value = node.get(key)
-    if value is not None and not any(value == s and type(value) is type(s) for s in supported):
+    if value is not None and not any(
+        value == s and isinstance(value, bool) == isinstance(s, bool) for s in supported
+    ):  # 1 is not true
         expected = " or ".join(map(str, supported))
         raise _refused(_key(place, key), f"{reprlib.repr(value)} is not supported, {expected} is")
     return value

@@ -106,6 +106,8 @@ class SelectedOps(OpTable):
         if choice == "auto":
             return self._reference
         reason = library.describe().get(op)
+        if reason is None and op in library.methods:
+            reason = "its `implements` does not name the method that is there"
         raise ConfigError(
             f"ops.{op}: {type(library).__name__} does not implement it"
             f"{f' ({reason})' if reason else ''}; it has "
