@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -169,14 +169,14 @@ def _bits(node: Config, *supported: int, key: str = "bits", place: str = "") -> 
 def _group(node: Config, place: str = "") -> int:
     key = "group_size" if "group_size" in node else "q_group_size"
     group = node.get(key)
-    if group != -1 and not _is_count(group):
-        raise _refused(
-            _key(place, "group_size"), f"{reprlib.repr(group)}: expected -1 or a count of inputs"
-        )
-    return int(group)
+    if _is_count(group) or (isinstance(group, int) and group == -1):
+        return group
+    raise _refused(
+        _key(place, "group_size"), f"{reprlib.repr(group)}: expected -1 or a count of inputs"
+    )
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
