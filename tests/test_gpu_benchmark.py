@@ -318,7 +318,7 @@ def test_a_bundle_takes_what_the_machine_lacks(
     assert len(asked) == len(set(asked))
     assert set(asked) == {
         *("antlr4-python3-runtime", "dependency-injector", "gguf", "hydra-core", "minijinja"),
-        *("msgspec", "omegaconf", "orjson", "starlette", "uvicorn"),
+        *("llguidance", "msgspec", "omegaconf", "orjson", "starlette", "uvicorn"),
     }
     older = bundle.Target("3.11", "x86_64", frozenset(bundle.THERE.split()))
     asked.clear()

@@ -217,6 +217,18 @@ def test_any_text_comes_out_whole_however_it_is_cut(data: st.DataObject) -> None
     assert told([text[a:b] for a, b in pairwise([0, *sorted(places), len(text)])]) == whole
 
 
+@pytest.mark.parametrize("at", range(len("<tool_call>") * 3 + 1))
+def test_markers_before_a_call_are_text_wherever_they_are_cut(at: int) -> None:
+    text = "<tool_call>" * 3 + W
+    choice = ChoiceParser(None, HermesParser(), ParserRequest({"tools": TOOLS}, "hi"))
+    parts = MessageParts()
+    for piece in (text[:at], text[at:]):
+        parts.add(choice.feed(piece, is_last=piece == text[at:]))
+    message = parts.message()
+    assert message["content"] == "<tool_call>" * 2
+    assert len(message["tool_calls"]) == 1
+
+
 def test_arguments_stream_as_they_come() -> None:
     request = ParserRequest({"tools": TOOLS, "stream": True}, "hi")
     choice = ChoiceParser(None, HermesParser(), request)

@@ -174,7 +174,7 @@ DEVICE = (
     ),
     Mutant(
         "ClaimsAnOp",
-        ("++platform.capabilities.ops=[fused_experts]",),
+        ("++platform.capabilities.ops=[fused_experts]", "ops.fused_experts=torch"),
         ("manifest/test_it_has_the_ops_that_it_claims",),
         "fused_experts runs on torch",
         ("platform=cpu",),

@@ -87,7 +87,7 @@ class Masks:
             if len(good) == len(logits):
                 logits.masked_fill_(banned, -torch.inf)
             else:
-                at = torch.tensor([i for i, _, _ in good], device=logits.device)
+                at = torch.tensor([i for i, _, _ in good], dtype=torch.int64, device=logits.device)
                 logits[at] = logits[at].masked_fill_(banned, -torch.inf)
         return failed
 

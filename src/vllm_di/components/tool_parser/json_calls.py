@@ -230,8 +230,8 @@ class JsonCalls(Held):
         while True:
             before = self._num_calls
             yield from self._call(at)
-            if self._num_calls == before:  # no call: all of it is text
-                yield from self._content(max(at, self._rest(at)))
+            if self._num_calls == before:  # no call: it is text, and so is what follows
+                yield from self._content(at)
                 return
             yield from self._until_char(0)
             at = _blanks(self._text, 0)
@@ -343,12 +343,6 @@ class JsonCalls(Held):
             text = own[: Scanner().end(own)]
         self._take(end)
         yield from self._whole(name, text)
-
-    def _rest(self, at: int) -> int:
-        """Where text goes on behind what is no call: the closing marker, or all of it."""
-        closing = self._style.closing
-        end = self._text.find(closing, at) if closing else -1
-        return end + len(closing) if end >= 0 else len(self._text)
 
     def _until_char(self, start: int) -> Iterator[None]:
         while _blanks(self._text, start) == len(self._text) - start and not self._ended:
