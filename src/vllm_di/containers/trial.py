@@ -73,13 +73,6 @@ def check_claims(table: OpTable, assembly: Assembly, stage: int = 0) -> None:
                     f"{place}: ops: {name}.implements names {op!r}, but {name} has no method "
                     f"{op} of its own"
                 )
-        reasons = owner.describe()
-        for op in sorted(owner.methods - owner.implements - reasons.keys()):
-            if _is_foreign_method(type(owner), op):
-                raise PortError(
-                    f"{place}: ops: {name} has a method {op}, and its `implements` does not name "
-                    "it, so it would never run; name it, or take the method out"
-                )
     manifest = assembly.platform_of(stage)
     by_user = assembly.choices[ops].origin.by_user
     if manifest.interface is None or by_user:
@@ -98,11 +91,6 @@ def check_claims(table: OpTable, assembly: Assembly, stage: int = 0) -> None:
 
 def _is_foreign(component: object) -> bool:
     return type(component).__module__.split(".")[0] not in ("vllm_di", "builtins")
-
-
-def _is_foreign_method(owner: type, op: str) -> bool:
-    method = getattr(owner, op)
-    return str(method.__module__).split(".")[0] != "vllm_di"
 
 
 Results = Mapping[str, "tuple[Tensor, tuple[int, ...], torch.dtype]"]

@@ -35,6 +35,8 @@ class SelectedOps(OpTable):
         for name in choices.keys() - self.OPS.keys():
             raise TypeError(f"there is no op {name!r}{nearest(name, self.OPS)}")
         libraries = [library, *(c for c in choices.values() if c != "auto")]
+        for each in libraries:
+            _check_methods(each)
         self._library = library
         self._reference = next(filter(_is_reference, libraries), None) or TorchOps()
         self._owners: dict[str, OpLibrary | None] = {}
@@ -106,8 +108,6 @@ class SelectedOps(OpTable):
         if choice == "auto":
             return self._reference
         reason = library.describe().get(op)
-        if reason is None and op in library.methods:
-            reason = "its `implements` does not name the method that is there"
         raise ConfigError(
             f"ops.{op}: {type(library).__name__} does not implement it"
             f"{f' ({reason})' if reason else ''}; it has "
@@ -118,6 +118,18 @@ class SelectedOps(OpTable):
         """The members that run on another library than the fused op would."""
         whole = self._owner(fused, "auto")
         return [m for m in self.OPS[fused].stands_for if self._owners[m] is not whole]
+
+
+def _check_methods(library: OpLibrary) -> None:
+    """A method from outside of this project that would never run is an error."""
+    reasons = library.describe()
+    for op in sorted(library.methods - library.implements - reasons.keys()):
+        if not getattr(type(library), op).__module__.startswith("vllm_di."):
+            name = type(library).__name__
+            raise PortError(
+                f"{name} has a method {op}, and its `implements` does not name it, so it would "
+                "never run; name it, or take the method out"
+            )
 
 
 def _is_reference(library: OpLibrary) -> bool:
