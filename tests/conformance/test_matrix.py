@@ -14,12 +14,13 @@ import yaml
 
 from vllm_di import cli
 from vllm_di.conformance import matrix, matrix_html
-from vllm_di.conformance.report import Case, CheckResult, Outcome, Report, ReportError
+from vllm_di.conformance.report import Case, CheckResult, Outcome, Report
 from vllm_di.containers.evidence import report_files
 from vllm_di.containers.manifest import LEVELS
 from vllm_di.containers.ports import conf_of_project
 from vllm_di.containers.tree import ConfigFiles
 from vllm_di.errors import VllmDiError
+from vllm_di.report_file import ReportError
 from vllm_di.version import __version__
 from vllm_di.vllm.conformance.report import Outcome as VllmCase
 from vllm_di.vllm.conformance.report import Report as VllmReport

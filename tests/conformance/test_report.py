@@ -14,12 +14,12 @@ from vllm_di.conformance.report import (
     Outcome,
     Reached,
     Report,
-    ReportError,
     Required,
     level_of,
     read_waivers,
     together,
 )
+from vllm_di.report_file import ReportError
 
 TODAY = datetime.date(2026, 1, 31)
 

@@ -19,12 +19,13 @@ import msgspec
 
 from vllm_di.conformance import matrix_vllm
 from vllm_di.conformance.compiling import COMPILED
-from vllm_di.conformance.report import VALID, Outcome, Report, ReportError, expires, has_expired
+from vllm_di.conformance.report import VALID, Outcome, Report, expires, has_expired
 from vllm_di.containers.evidence import port_of_report, report_files, vllm_report_files
 from vllm_di.containers.manifest import LEVELS, Capabilities, Level, Manifest, read_manifest
 from vllm_di.containers.ports import conf_of_project
 from vllm_di.containers.tree import ConfigFiles, shown
 from vllm_di.errors import ConfigError
+from vllm_di.report_file import ReportError
 from vllm_di.version import __version__
 
 

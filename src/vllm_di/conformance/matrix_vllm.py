@@ -10,7 +10,8 @@ from typing import Literal
 
 import msgspec
 
-from vllm_di.conformance.report import ReportError, expires, has_expired
+from vllm_di.conformance.report import expires, has_expired
+from vllm_di.report_file import ReportError
 from vllm_di.vllm.conformance.report import Report
 
 FEATURE = "runs in vLLM"

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import msgspec
 
 from vllm_di.containers import manifest
-from vllm_di.errors import VllmDiError
+from vllm_di.report_file import ReportError, ReportFile
 
 Outcome = Literal["pass", "fail", "waived", "not-declared", "not-run"]
 """``not-declared``: the port does not claim it. ``not-run``: a driver or download is absent, so
@@ -32,10 +32,6 @@ MINORS = 2
 """For so long, and for so many minors of vllm-di, a report counts."""
 
 LONGEST_WAIVER = datetime.timedelta(days=90)
-
-
-class ReportError(VllmDiError):
-    """A recorded report or a file of waivers cannot be read."""
 
 
 class Waiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,7 +76,7 @@ class CheckResult(msgspec.Struct, kw_only=True, omit_defaults=True):
         return sum(case.seconds for case in self.cases)
 
 
-class Report(msgspec.Struct, kw_only=True):
+class Report(ReportFile, kw_only=True):
     """One run."""
 
     format: int = 1
@@ -122,18 +118,6 @@ class Report(msgspec.Struct, kw_only=True):
                 for feature in case.features:
                     found.setdefault(feature, []).append(case.outcome)
         return {feature: together(outcomes) for feature, outcomes in sorted(found.items())}
-
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
-
-    @staticmethod
-    def read(path: Path) -> Report:
-        """Raises ReportError that names the file."""
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=Report)
-        except (OSError, msgspec.DecodeError) as error:
-            raise ReportError(f"{path}: {error}") from error
 
     def write_junit(self, path: Path) -> None:
         """For CI: what is neither pass nor fail stands there as skipped, with the reason."""

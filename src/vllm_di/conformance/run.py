@@ -16,10 +16,11 @@ from vllm_di.components.device import system
 from vllm_di.components.interfaces import INTERFACE_VERSION
 from vllm_di.conformance.catalog import BY_NAME, CHECKS
 from vllm_di.conformance.plugin import Conformance
-from vllm_di.conformance.report import Report, ReportError, Required, Waiver, level_of
+from vllm_di.conformance.report import Report, Required, Waiver, level_of
 from vllm_di.conformance.subject import Subject
 from vllm_di.containers.evidence import source_commit
 from vllm_di.errors import ConfigError, nearest
+from vllm_di.report_file import ReportError
 from vllm_di.version import __version__
 
 FOLDER = Path(__file__).parent

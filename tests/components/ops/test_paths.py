@@ -10,7 +10,7 @@ import pytest
 from vllm_di.components.device.host import HostDevice
 from vllm_di.components.interfaces import OpLibrary
 from vllm_di.components.ops import cpu_paths
-from vllm_di.components.ops.cpu import UNMEASURED, CpuOps
+from vllm_di.components.ops.cpu import CpuOps
 from vllm_di.components.ops.cpu_candidates import candidates
 from vllm_di.components.ops.cpu_paths import (
     ROUNDS,
@@ -22,6 +22,7 @@ from vllm_di.components.ops.cpu_paths import (
     measure,
     measured,
 )
+from vllm_di.components.ops.cpu_products import UNMEASURED
 from vllm_di.kernels.build import default_cache
 from vllm_di.kernels.isa import usable_isas
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_di.components.drafter.none import NoDrafter
 from vllm_di.components.engine.standard import StandardEngine
-from vllm_di.components.interfaces import Drafter, Executor
+from vllm_di.components.interfaces import Drafter, Executor, Prefix
 from vllm_di.components.kv_cache_manager.paged import PagedKvCacheManager
 from vllm_di.components.messages import (
     EngineRequest,
@@ -218,3 +218,10 @@ class World:
                 return
             self.step()
         raise AssertionError("the engine never ends")
+
+
+def cached_tokens(kv: PagedKvCacheManager, prompt: list[int]) -> int:
+    found = kv.admit(-1, Prefix(prompt), lambda cached: 1)
+    kv.free(-1)
+    assert found is not None
+    return found[0]

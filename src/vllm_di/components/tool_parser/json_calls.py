@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -139,8 +140,9 @@ class Held(ParserState):
             events.append(event)
         return events
 
+    @abstractmethod
     def _run(self) -> Iterator[ParserEvent | None]:
-        raise NotImplementedError
+        """The events, in order."""
 
     def _take(self, length: int) -> str:
         taken, self._text = self._text[:length], self._text[length:]

@@ -260,6 +260,11 @@ TORCH_LIBRARY(vllm_di_simulated, m) {
 
 TORCH_LIBRARY_IMPL(vllm_di_simulated, PrivateUse1, m) { m.impl("host_view", host_view); }
 
+// A host tensor is its own view.
+TORCH_LIBRARY_IMPL(vllm_di_simulated, CPU, m) {
+  m.impl("host_view", [](const Tensor& host) { return host; });
+}
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }

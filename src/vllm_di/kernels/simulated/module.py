@@ -158,9 +158,7 @@ class SimulatedModule(ModuleType):
 
         def run() -> None:
             view = torch.ops.vllm_di_simulated.host_view
-            hosts = [
-                view(a) if isinstance(a, torch.Tensor) and not a.is_cpu else a for a in arguments
-            ]
+            hosts = [view(a) if isinstance(a, torch.Tensor) else a for a in arguments]
             stand_in(grid, named, *hosts)
 
         if self._graph is None:

@@ -55,5 +55,4 @@ def _given(opts: Any) -> tuple[Any, ...]:
 
 def _hosts(tensors: list[Tensor]) -> list[Tensor]:
     """The same memory as host tensors; host tensors as they are."""
-    view = torch.ops.vllm_di_simulated.host_view
-    return [t if t.device.type == "cpu" else view(t) for t in tensors]
+    return [torch.ops.vllm_di_simulated.host_view(tensor) for tensor in tensors]

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
+from vllm_di.components.interfaces import ToolCallBegun
 from vllm_di.errors import RequestError
 from vllm_di.frontend.processor import Update
 from vllm_di.server.answer import Answer
 from vllm_di.server.anthropic.errors import anthropic_error
+from vllm_di.server.blocks import Blocks, Text
 from vllm_di.server.chat import ChatChoice
-from vllm_di.server.parsing import ChoiceParser, MessageDelta, ToolCall
+from vllm_di.server.parsing import ChoiceParser
 
 _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "stop": "end_turn"}
 
 
 class MessagesAnswer(Answer):
-    """Blocks follow one another: reasoning, text and tool calls as the model gave them. Text of
-    spaces alone around tool calls is no block, because nobody accepts such a block back."""
+    """A message of blocks. Nobody accepts a block of spaces alone back, so there is none."""
 
     def __init__(
         self, parser: ChoiceParser, *, message_id: str, model: str, num_prompt: int
@@ -55,7 +56,7 @@ class MessagesAnswer(Answer):
     def body(self) -> dict[str, Any]:
         self._blocks.close()
         return self._head | {
-            "content": self._blocks.whole(),
+            "content": self._blocks.ended,
             **self._stop(),
             "usage": self._usage(),
         }
@@ -92,87 +93,43 @@ class MessagesAnswer(Answer):
         }
 
 
-Kind = Literal["thinking", "text"]
-"""Both have their text in a field of the same name."""
-
-
-class _Blocks:
-    """The blocks so far; the last one may be open. Each method gives the events of what it did."""
+class _Blocks(Blocks):
+    """Anthropic's, as dictionaries."""
 
     def __init__(self) -> None:
-        self._blocks: list[dict[str, Any]] = []
-        self._pieces: list[list[str]] = []
-        self._open: Kind | int | None = None
-        """What the last block is, or the index of its call; None when it is closed."""
-        self._spaces = ""
-        """Text that becomes part of a block once other text follows it."""
+        super().__init__()
+        self.ended: list[dict[str, Any]] = []
+        self._block: dict[str, Any] = {}
 
-    def add(self, delta: MessageDelta) -> list[bytes]:
-        events: list[bytes] = []
-        if delta.reasoning:
-            events += self._text("thinking", delta.reasoning)
-        if delta.content:
-            text = self._spaces + delta.content
-            if self._open == "text" or not text.isspace():
-                self._spaces = ""
-                events += self._text("text", text)
-            else:
-                self._spaces = text
-        for index, call in delta.calls.items():
-            events += self._call(index, call)
-        return events
+    def _begin(self, kind: Text | int, call: ToolCallBegun | None) -> list[bytes]:
+        if call is not None:
+            self._block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
+        elif kind == "text":
+            self._block = {"type": "text", "text": ""}
+        else:  # the official client wants a signature; there is nothing to sign
+            self._block = {"type": "thinking", "thinking": "", "signature": ""}
+        return [self._event("content_block_start", content_block=self._block)]
 
-    def close(self) -> list[bytes]:
-        """End the open block."""
-        if self._open is None:
-            return []
-        self._open = None
-        return [_event({"type": "content_block_stop", "index": len(self._blocks) - 1})]
+    def _more(self, kind: Text | int, text: str) -> bytes:
+        if kind == "text":
+            delta = {"type": "text_delta", "text": text}
+        elif kind == "reasoning":
+            delta = {"type": "thinking_delta", "thinking": text}
+        else:
+            delta = {"type": "input_json_delta", "partial_json": text}
+        return self._event("content_block_delta", delta=delta)
 
-    def whole(self) -> list[dict[str, Any]]:
-        """All blocks, for the answer as one body."""
-        for block, pieces in zip(self._blocks, self._pieces, strict=True):
-            text = "".join(pieces)
-            if block["type"] == "tool_use":
-                block["input"] = _arguments(text)
-            else:
-                block[block["type"]] = text
-        return self._blocks
+    def _end(self, kind: Text | int, text: str) -> list[bytes]:
+        event = self._event("content_block_stop")
+        if isinstance(kind, int):
+            self._block["input"] = _arguments(text)
+        else:
+            self._block["text" if kind == "text" else "thinking"] = text
+        self.ended.append(self._block)
+        return [event]
 
-    def _text(self, kind: Kind, text: str) -> list[bytes]:
-        events = []
-        if self._open != kind:
-            block = {"type": kind, kind: ""}
-            if kind == "thinking":
-                block["signature"] = ""  # the official client wants one; there is nothing to sign
-            events = self._begin(kind, block)
-        self._pieces[-1].append(text)
-        return [*events, self._delta({"type": f"{kind}_delta", kind: text})]
-
-    def _call(self, index: int, call: ToolCall) -> list[bytes]:
-        events = []
-        if call.begun is not None:
-            self._spaces = ""
-            block = {"type": "tool_use", "id": call.begun.id, "name": call.begun.name, "input": {}}
-            events = self._begin(index, block)
-        if arguments := "".join(call.arguments):
-            if self._open != index:
-                raise RuntimeError(f"a parser gave arguments of call {index} after its end")
-            self._pieces[-1].append(arguments)
-            events.append(self._delta({"type": "input_json_delta", "partial_json": arguments}))
-        return events
-
-    def _begin(self, kind: Kind | int, block: dict[str, Any]) -> list[bytes]:
-        events = self.close()
-        self._blocks.append(block)
-        self._pieces.append([])
-        self._open = kind
-        start = {"type": "content_block_start", "index": len(self._blocks) - 1}
-        return [*events, _event(start | {"content_block": block})]
-
-    def _delta(self, delta: dict[str, Any]) -> bytes:
-        index = len(self._blocks) - 1
-        return _event({"type": "content_block_delta", "index": index, "delta": delta})
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        return _event({"type": kind, "index": len(self.ended), **fields})
 
 
 def _arguments(text: str) -> Any:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
+from vllm_di.components.interfaces import ToolCallBegun
 from vllm_di.errors import RequestError
 from vllm_di.frontend.processor import Update
 from vllm_di.server.answer import Answer
+from vllm_di.server.blocks import Blocks, Text
 from vllm_di.server.chat import ChatChoice
-from vllm_di.server.parsing import ChoiceParser, MessageDelta, ToolCall
+from vllm_di.server.parsing import ChoiceParser
 from vllm_di.server.responses.request import ResponsesRequest
 from vllm_di.server.service import new_id
 
@@ -20,8 +22,7 @@ Keep = Callable[[dict[str, Any], dict[str, Any]], None]
 
 
 class ResponsesAnswer(Answer):
-    """Items follow one another: reasoning, text and function calls as the model gave them. Text of
-    spaces alone around calls is no item."""
+    """A response of items."""
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class ResponsesAnswer(Answer):
             "status": status,
             "error": told,
             "incomplete_details": {"reason": incomplete} if status == "incomplete" else None,
-            "output": self._items.whole(),
+            "output": self._items.ended,
             "usage": self._usage() if reason is not None else None,
         }
 
@@ -133,113 +134,73 @@ def _head(request: ResponsesRequest, response_id: str, model: str) -> dict[str, 
     }
 
 
-Kind = Literal["reasoning", "message"]
-_PREFIX: dict[Kind, str] = {"reasoning": "rs", "message": "msg"}
-_PART: dict[Kind, str] = {"reasoning": "reasoning_text", "message": "output_text"}
+_PREFIX: dict[Text, str] = {"reasoning": "rs", "text": "msg"}
+_PART: dict[Text, str] = {"reasoning": "reasoning_text", "text": "output_text"}
 
 
-class _Items:
-    """The items so far; the last one may be open. Each method gives the events of what it did."""
+class _Items(Blocks):
+    """The blocks as items of a response."""
 
     def __init__(self, event: Callable[..., bytes]) -> None:
+        super().__init__()
+        self.ended: list[dict[str, Any]] = []
+        self._item: dict[str, Any] = {}
         self._event = event
-        self._items: list[dict[str, Any]] = []
-        self._pieces: list[str] = []
-        """Of the open item."""
-        self._open: Kind | int | None = None
-        """What the last item is, or the index of its call; None when it is closed."""
-        self._spaces = ""
-        """Text that becomes part of an item once other text follows it."""
 
-    def add(self, delta: MessageDelta) -> list[bytes]:
-        events: list[bytes] = []
-        if delta.reasoning:
-            events += self._text("reasoning", delta.reasoning)
-        if delta.content:
-            text = self._spaces + delta.content
-            if self._open == "message" or not text.isspace():
-                self._spaces = ""
-                events += self._text("message", text)
-            else:
-                self._spaces = text
-        for index, call in delta.calls.items():
-            events += self._call(index, call)
-        return events
+    def _begin(self, kind: Text | int, call: ToolCallBegun | None) -> list[bytes]:
+        item: dict[str, Any] = {"status": "in_progress"}
+        self._item = item
+        if isinstance(kind, int):
+            assert call is not None
+            item |= {"id": new_id("fc"), "type": "function_call"}
+            item |= {"call_id": call.id, "name": call.name, "arguments": ""}
+            return [self._added()]
+        item["id"] = new_id(_PREFIX[kind])
+        if kind == "text":
+            item |= {"type": "message", "role": "assistant", "content": []}
+        else:
+            item |= {"type": "reasoning", "summary": [], "content": []}
+        added = self._added()  # events are numbered as they are made
+        part = _part(kind, "")
+        return [added, self._told("response.content_part.added", part=part, content_index=0)]
 
-    def close(self) -> list[bytes]:
-        """End the open item."""
-        kind, self._open = self._open, None
-        if kind is None:
-            return []
-        item, text = self._items[-1], "".join(self._pieces)
+    def _more(self, kind: Text | int, text: str) -> bytes:
+        if isinstance(kind, int):
+            return self._told("response.function_call_arguments.delta", delta=text)
+        return self._told(f"response.{_PART[kind]}.delta", delta=text, **_place(kind))
+
+    def _end(self, kind: Text | int, text: str) -> list[bytes]:
+        item = self._item
         item["status"] = "completed"
-        self._pieces = []
         if isinstance(kind, int):
             item["arguments"] = text
             done = "response.function_call_arguments.done"
             events = [self._told(done, arguments=text, name=item["name"])]
         else:
-            item["content"] = [_part(kind, text)]
-            place: dict[str, Any] = {"content_index": 0}
-            extra: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+            part = _part(kind, text)
+            item["content"] = [part]
             events = [
-                self._told(f"response.{_PART[kind]}.done", text=text, **place, **extra),
-                self._told("response.content_part.done", part=item["content"][0], **place),
+                self._told(f"response.{_PART[kind]}.done", text=text, **_place(kind)),
+                self._told("response.content_part.done", part=part, content_index=0),
             ]
-        index = len(self._items) - 1
-        return [
-            *events,
-            self._event("response.output_item.done", output_index=index, item=item),
-        ]
+        index = len(self.ended)
+        self.ended.append(item)
+        return [*events, self._event("response.output_item.done", output_index=index, item=item)]
 
-    def whole(self) -> list[dict[str, Any]]:
-        """All items that have ended."""
-        return self._items if self._open is None else self._items[:-1]
-
-    def _text(self, kind: Kind, text: str) -> list[bytes]:
-        place: dict[str, Any] = {"content_index": 0}
-        events = []
-        if self._open != kind:
-            item: dict[str, Any] = {"id": new_id(_PREFIX[kind]), "type": kind}
-            if kind == "message":
-                item["role"] = "assistant"
-            else:
-                item["summary"] = []
-            events = self._begin(kind, item | {"status": "in_progress", "content": []})
-            part = _part(kind, "")
-            events.append(self._told("response.content_part.added", part=part, **place))
-        self._pieces.append(text)
-        extra: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
-        name = f"response.{_PART[kind]}.delta"
-        return [*events, self._told(name, delta=text, **place, **extra)]
-
-    def _call(self, index: int, call: ToolCall) -> list[bytes]:
-        events = []
-        if (begun := call.begun) is not None:
-            self._spaces = ""
-            item = {"id": new_id("fc"), "type": "function_call", "status": "in_progress"}
-            item |= {"call_id": begun.id, "name": begun.name, "arguments": ""}
-            events = self._begin(index, item)
-        if arguments := "".join(call.arguments):
-            if self._open != index:
-                raise RuntimeError(f"a parser gave arguments of call {index} after its end")
-            self._pieces.append(arguments)
-            events.append(self._told("response.function_call_arguments.delta", delta=arguments))
-        return events
-
-    def _begin(self, kind: Kind | int, item: dict[str, Any]) -> list[bytes]:
-        events = self.close()
-        self._items.append(item)
-        self._open = kind
-        index = len(self._items) - 1
-        return [*events, self._event("response.output_item.added", output_index=index, item=item)]
+    def _added(self) -> bytes:
+        index = len(self.ended)
+        return self._event("response.output_item.added", output_index=index, item=self._item)
 
     def _told(self, kind: str, /, **fields: Any) -> bytes:
-        """An event of the open, or just closed, item."""
-        index = len(self._items) - 1
-        return self._event(kind, item_id=self._items[-1]["id"], output_index=index, **fields)
+        """An event of the open item."""
+        place = {"item_id": self._item["id"], "output_index": len(self.ended)}
+        return self._event(kind, **place, **fields)
 
 
-def _part(kind: Kind, text: str) -> dict[str, Any]:
+def _place(kind: Text) -> dict[str, Any]:
+    return {"content_index": 0} | ({"logprobs": []} if kind == "text" else {})
+
+
+def _part(kind: Text, text: str) -> dict[str, Any]:
     part: dict[str, Any] = {"type": _PART[kind], "text": text}
-    return part | {"annotations": [], "logprobs": []} if kind == "message" else part
+    return part | {"annotations": [], "logprobs": []} if kind == "text" else part

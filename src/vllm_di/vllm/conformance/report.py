@@ -6,20 +6,15 @@ from __future__ import annotations
 import datetime
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from vllm_di.containers.evidence import source_commit
-from vllm_di.errors import VllmDiError, one_line
+from vllm_di.report_file import ReportFile
 from vllm_di.version import __version__
 
 PACKAGES = ("torch", "transformers", "dependency-injector")
-
-
-class ReportError(VllmDiError):
-    """A recorded report cannot be read."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -38,7 +33,7 @@ class Outcome(msgspec.Struct, frozen=True):
     """How many prompts had the tokens of which reference."""
 
 
-class Report(msgspec.Struct):
+class Report(ReportFile):
     """Of all cases in one version of vLLM."""
 
     vllm: str
@@ -54,18 +49,6 @@ class Report(msgspec.Struct):
     @property
     def failed(self) -> list[Outcome]:
         return [case for case in self.cases if case.outcome == "fail"]
-
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
-
-    @staticmethod
-    def read(path: Path) -> Report:
-        """Raises ReportError that names the file."""
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=Report)
-        except (OSError, msgspec.DecodeError) as error:
-            raise ReportError(f"{path}: {one_line(error)}") from error
 
 
 def used_versions() -> dict[str, str]:
