@@ -34,7 +34,7 @@ class CpuKernels:
         self.pack_linear = bind("pack_linear", "ppllli")
         self.linear = bind("linear", "ippppilllliiii")
         self.has_tiles = bind("has_tiles", "", ctypes.c_int)
-        self.paged_attention = bind("paged_attention", "ipppppppllllllllffli")
+        self.paged_attention = bind("paged_attention", "ipppppppllllllllfflii")
         self.top_k_top_p_sample = bind("top_k_top_p_sample", "ppppppllli")
         self.embedding = bind("embedding", "ppplli")
         self.packed_rows = bind("packed_rows", "ppplli")

@@ -1,5 +1,5 @@
-"""Products by tile registers, in plain C++: every case of the suite, edges of blocks, and what
-cannot use them."""
+"""Products and attention by tile registers, in plain C++: every case of the suite, edges of blocks,
+and what cannot use them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.components.ops.libraries import ISAS, close, library, random
+from tests.components.ops.test_paged_attention import attend
 
 from vllm_di import LLM, SamplingParams
 from vllm_di.components.device.host import HostDevice
@@ -115,6 +116,30 @@ def test_few_rows_take_the_other_path() -> None:
     assert not torch.equal(few, tiled)  # another order of the sums
     assert torch.equal(below, few)
     assert torch.equal(from_here, tiled)
+
+
+@pytest.mark.parametrize("queries", [9, 16, 17, 31, 32, 33, 191, 193])
+def test_attention_of_prompts(queries: int) -> None:
+    """In bf16, whatever number of rows is left for the last block."""
+    close(*attend("amx_emulated", [(queries, 300)], heads=(2, 2)))
+
+
+def test_attention_takes_tiles_for_prompts_in_bf16_alone() -> None:
+    plain = next(isa for isa in ISAS if isa != "amx")
+    sequences = [(193, 300), (8, 300)]
+    tiled, few = (attend(isa, sequences, heads=(2, 2))[0] for isa in ("amx_emulated", plain))
+    assert not torch.equal(tiled[:193], few[:193])  # another order of the sums
+    assert torch.equal(tiled[193:], few[193:])
+    one, other = (attend(i, sequences, dtype=torch.float32)[0] for i in ("amx_emulated", plain))
+    assert torch.equal(one, other)
+
+
+def test_attention_goes_by_tiles_where_products_do() -> None:
+    """``explain`` says it."""
+    said = "prompts in bf16 by tiles"
+    plain = next(isa for isa in ISAS if isa not in ("amx", "amx_emulated"))
+    assert said in library("amx_emulated").describe()["paged_attention"]
+    assert said not in library(plain).describe()["paged_attention"]
 
 
 def test_experts_of_few_tokens_take_the_other_path() -> None:

@@ -132,7 +132,15 @@ class CpuOps(CpuProducts):
         rows = {op: self._where if op in self.implements else missing for op in self.OPS}
         for op, dtypes in PRODUCTS.items() if self.implements else ():
             rows[op] = "; ".join([rows[op], *self.paths(dtypes)])
+        if self._prompts_by_tiles:
+            rows["paged_attention"] += "; prompts in bf16 by tiles"
         return rows
+
+    @property
+    def _prompts_by_tiles(self) -> bool:
+        """Whether attention multiplies prompts in bf16 by tile registers: where GEMMs of many rows
+        are faster so."""
+        return self.has_tiles and self._rows_for_tiles["bf16"] is not None
 
     # -- norms, rotary, gates -------------------------------------------------------------------
 
@@ -432,6 +440,7 @@ class CpuOps(CpuProducts):
             scale,
             soft_cap or 0.0,
             window or 0,
+            self._prompts_by_tiles,
             self.threads,
         )
         return out

@@ -55,7 +55,8 @@ struct Lists {
   }
 };
 
-template <typename T>
+// By: how many rows are multiplied, as Span takes it.
+template <typename T, typename By>
 struct Attention {
   Paged p;
   int64_t tokens;
@@ -114,23 +115,35 @@ struct Attention {
 
   void many(const Team& team, const std::vector<Item>& items) const {
     if (items.empty()) return;
-    Span<T> span(p);
+    Span<T, By> span(p);
+    By::begin();
     for (;;) {
       const int64_t i = team.shared->next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= int64_t(items.size())) return;
+      if (i >= int64_t(items.size())) break;
       const Item& it = items[size_t(i)];
       span.run(it.seq, it.kv_head, it.first, it.last);
     }
+    By::end();
   }
 };
 
-// q: [tokens, heads, head_size], rows q_stride apart. Rows beyond the last query are padding: their output is 0.
+// q: [tokens, heads, head_size], rows q_stride apart. Rows beyond the last query are padding: their output is 0. tiled: many
+// rows by tile registers, which a library has or not (has_tiles), for bf16 alone.
 EXPORT void paged_attention(int dtype, const void* q, const void* keys, const void* values, void* out,
                             const int32_t* query_start, const int32_t* seq_lens, const int32_t* block_table,
                             int64_t tokens, int64_t seqs, int64_t heads, int64_t kv_heads, int64_t head_size,
                             int64_t block_size, int64_t table_stride, int64_t q_stride, float scale, float soft_cap,
-                            int64_t window, int threads) {
+                            int64_t window, int tiled, int threads) {
   const Paged p{q, keys, values, out, query_start, seq_lens, block_table, seqs, heads, kv_heads,
                 head_size, block_size, table_stride, q_stride, scale, soft_cap, window};
-  DISPATCH(dtype, T, { submit(Attention<T>{p, tokens}, threads); })
+#if defined(__AMX_TILE__) || defined(EMULATE_TILES)
+  if (tiled && dtype == 1) {
+    submit(Attention<bf16, ByTiles>{p, tokens}, threads);
+    return;
+  }
+#endif
+  DISPATCH(dtype, T, {
+    typedef ByRegisters<typename Operand<T>::type> By;
+    submit(Attention<T, By>{p, tokens}, threads);
+  })
 }

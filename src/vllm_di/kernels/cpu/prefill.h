@@ -3,9 +3,84 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "tiles.h"
 #include "transpose.h"
 
-// What tiles multiply: pairs of bf16 where the CPU has an instruction for them, else floats.
+// Two ways to multiply kRows rows of operands S by a pair of panels of as many steps, a multiple of kStep. `add` makes `to`
+// [kRows][32], `to_stride` apart, into shrunk `to` + rows times panels; without `shrink` it begins at 0.
+
+// By the register tile of all dense products.
+template <typename Operand>
+struct ByRegisters {
+  typedef Operand S;
+  static const int kRows = kTileRows;
+  static const int64_t kStep = 1;
+
+  static void begin() {}
+  static void end() {}
+  static void add(float* to, int64_t to_stride, const float* shrink, const S* rows, int64_t stride, const S* panels,
+                  int64_t steps, int64_t) {
+    floats part[kRows][2] = {};
+    if (shrink)
+      for (int r = 0; r < kRows; r++)
+        for (int c = 0; c < 2; c++) part[r][c] = load16(to + r * to_stride + c * kLanes) * shrink[r];
+    multiply<S, kRows>(part, rows, stride, panels, steps);
+    for (int r = 0; r < kRows; r++)
+      for (int c = 0; c < 2; c++) store16(to + r * to_stride + c * kLanes, part[r][c]);
+  }
+};
+
+#if defined(__AMX_TILE__) || defined(EMULATE_TILES)
+// By tile registers, from pairs of bf16. `count` rows of them there are: the others are left out by sixteens.
+struct ByTiles {
+  typedef uint32_t S;
+  static const int kRows = 2 * kTileHeight;
+  static const int64_t kStep = kTileWidth;
+
+  static void begin() { tile_config(); }
+  static void end() { tile_release(); }
+  static void add(float* to, int64_t to_stride, const float* shrink, const S* rows, int64_t stride, const S* panels,
+                  int64_t steps, int64_t count) {
+    const bool both = count > kTileHeight;
+    const int64_t to_step = 4 * to_stride, row_step = 4 * stride, panel_step = 4 * kPair;
+    float* const below = to + kTileHeight * to_stride;
+    if (shrink) {
+      for (int64_t r = 0; r < (both ? kRows : kTileHeight); r++)
+        for (int c = 0; c < 2; c++) {
+          float* at = to + r * to_stride + c * kLanes;
+          store16(at, load16(at) * shrink[r]);
+        }
+      tile_load(0, to, to_step);
+      tile_load(1, to + kLanes, to_step);
+      tile_load(2, below, to_step);
+      tile_load(3, below + kLanes, to_step);
+    } else {
+      tile_zero(0);
+      tile_zero(1);
+      tile_zero(2);
+      tile_zero(3);
+    }
+    for (int64_t k = 0; k < steps; k += kTileWidth) {
+      tile_load(6, panels + k * kPair, panel_step);
+      tile_load(4, rows + k, row_step);
+      tile_dot_bf16(0, 4, 6);
+      tile_load(7, panels + k * kPair + kLanes, panel_step);
+      tile_dot_bf16(1, 4, 7);
+      if (both) {
+        tile_load(5, rows + kTileHeight * stride + k, row_step);
+        tile_dot_bf16(2, 5, 6);
+        tile_dot_bf16(3, 5, 7);
+      }
+    }
+    tile_store(0, to, to_step);
+    tile_store(1, to + kLanes, to_step);
+    tile_store(2, below, to_step);
+    tile_store(3, below + kLanes, to_step);
+  }
+};
+#endif
+
+// Without tile registers: pairs of bf16 where the CPU has an instruction for them, else floats.
 template <typename T>
 struct Operand {
   typedef float type;
@@ -21,22 +96,24 @@ static inline void pack_to(float* to, float value) { *to = value; }
 static inline void pack_to(float* to, bf16 value) { *to = load(&value); }
 static inline void pack_to(bf16* to, bf16 value) { *to = value; }
 
-// A span of queries of one kv head. S: Operand; E: what an operand is made of; PER of them.
-template <typename T>
+// A span of queries of one kv head. By: ByRegisters or ByTiles; E: what an operand is made of; PER of them.
+template <typename T, typename By>
 struct Span {
-  typedef typename Operand<T>::type S;
+  typedef typename By::S S;
   typedef typename std::conditional<std::is_same<S, float>::value, float, bf16>::type E;
   static const int64_t PER = sizeof(S) / sizeof(E);
   static const int64_t kValueSteps = kChunk / PER;
 
+  static int64_t whole(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
   const Paged& p;
-  int64_t d, q_steps, width;          // width: head_size in whole pairs of panels
+  int64_t d, q_steps, width;          // the head size, in whole steps and in whole pairs of panels
   std::vector<E> q, keys, values;     // [rows, q_steps], pairs of panels [q_steps][2][16], [kValueSteps][2][16]
   std::vector<float> sums;            // [rows, width]
   std::vector<Softmax> states;
 
   explicit Span(const Paged& paged)
-      : p(paged), d(p.head_size), q_steps((d + PER - 1) / PER), width((d + kPair - 1) / kPair * kPair) {}
+      : p(paged), d(p.head_size), q_steps(whole((d + PER - 1) / PER, By::kStep)), width(whole(d, kPair)) {}
 
   void pack(const Chunk<T>& chunk) {
     if (chunk.count < kChunk || d % kLanes) {  // the rest is multiplied by weights of 0
@@ -84,34 +161,18 @@ struct Span {
       for (int64_t j = 0; j < count; j++) pack_to((E*)(to + lane) + j, from[j][i + lane]);
   }
 
-  void score(const S* rows, int64_t pair, float (&scores)[kTileRows][kChunk]) {
-    floats part[kTileRows][2] = {};
-    multiply<S, kTileRows>(part, rows, q_steps, (const S*)keys.data() + pair * q_steps * kPair, q_steps);
-    for (int r = 0; r < kTileRows; r++)
-      for (int c = 0; c < 2; c++) store16(scores[r] + pair * kPair + c * kLanes, part[r][c]);
-  }
-
-  void gather(const E (&weights)[kTileRows][kChunk], const float (&shrink)[kTileRows], int64_t row, int64_t pair,
-              int64_t steps) {
-    floats part[kTileRows][2];
-    float* to = sums.data() + row * width + pair * kPair;
-    for (int r = 0; r < kTileRows; r++)
-      for (int c = 0; c < 2; c++) part[r][c] = load16(to + r * width + c * kLanes) * shrink[r];
-    multiply<S, kTileRows>(part, (const S*)weights[0], kValueSteps, (const S*)values.data() + pair * kValueSteps * kPair,
-                           steps);
-    for (int r = 0; r < kTileRows; r++)
-      for (int c = 0; c < 2; c++) store16(to + r * width + c * kLanes, part[r][c]);
-  }
-
   void tile(const Chunk<T>& chunk, int64_t row, int64_t rows, int64_t position) {
-    const int64_t group = p.group(), last = std::min(row + kTileRows, rows) - 1;
+    const int64_t group = p.group(), last = std::min(row + By::kRows, rows) - 1;
     if (position + last / group < chunk.start) return;  // no row sees any key of the chunk
     if (p.first_seen(position + row / group) >= chunk.start + chunk.count) return;
-    alignas(64) float scores[kTileRows][kChunk];
-    alignas(64) E weights[kTileRows][kChunk];
-    float shrink[kTileRows];
-    for (int64_t pair = 0; pair < kChunk / kPair; pair++) score((const S*)q.data() + row * q_steps, pair, scores);
-    for (int r = 0; r < kTileRows; r++) {
+    alignas(64) float scores[By::kRows][kChunk];
+    alignas(64) E weights[By::kRows][kChunk];
+    float shrink[By::kRows];
+    const S *k = (const S*)keys.data(), *v = (const S*)values.data();
+    for (int64_t pair = 0; pair < kChunk / kPair; pair++)
+      By::add(scores[0] + pair * kPair, kChunk, nullptr, (const S*)q.data() + row * q_steps, q_steps,
+              k + pair * q_steps * kPair, q_steps, last - row + 1);
+    for (int r = 0; r < By::kRows; r++) {
       if (row + r > last) {  // a row that fills the tile
         shrink[r] = 0.f;
         std::fill(weights[r], weights[r] + kChunk, E{});
@@ -120,14 +181,16 @@ struct Span {
       shrink[r] = soften(p, position + (row + r) / group, chunk.start, chunk.count, scores[r], states[row + r]);
       for (int j = 0; j < kChunk; j += kLanes) store16(weights[r] + j, load16(scores[r] + j));
     }
-    const int64_t steps = (chunk.count + PER - 1) / PER;
-    for (int64_t pair = 0; pair < width / kPair; pair++) gather(weights, shrink, row, pair, steps);
+    const int64_t steps = whole((chunk.count + PER - 1) / PER, By::kStep);
+    for (int64_t pair = 0; pair < width / kPair; pair++)
+      By::add(sums.data() + row * width + pair * kPair, width, shrink, (const S*)weights[0], kValueSteps,
+              v + pair * kValueSteps * kPair, steps, last - row + 1);
   }
 
   // Queries [first, last) of a sequence.
   void run(int64_t seq, int64_t kv_head, int64_t first, int64_t last) {
     const int64_t rows = (last - first) * p.group(), position = p.offset(seq) + first;
-    const int64_t padded = (rows + kTileRows - 1) / kTileRows * kTileRows;
+    const int64_t padded = whole(rows, By::kRows);
     keys.resize(size_t(kChunk * q_steps * PER));
     values.resize(size_t(kChunk * width));
     q.assign(size_t(padded * q_steps * PER), E{});
@@ -142,7 +205,7 @@ struct Span {
       Chunk<T> chunk;
       chunk.find(p, seq, kv_head, start, end);
       pack(chunk);
-      for (int64_t row = 0; row < rows; row += kTileRows) tile(chunk, row, rows, position);
+      for (int64_t row = 0; row < rows; row += By::kRows) tile(chunk, row, rows, position);
     }
     for (int64_t r = 0; r < rows; r++) {
       T* to = (T*)p.out + p.element(seq, kv_head, first, r, p.heads * d);
