@@ -132,6 +132,7 @@ def of(weights: str, model: Model) -> list[Engine]:
             ours("quantization=int8"),
             llama(lambda: at.gguf(at.Q8_0)),
             openvino(lambda: at.openvino_folder("int8")),
+            vllm(at.folder_w8a8),
         ]
     return [ours("quantization=gguf"), llama(at.shipped), openvino(at.shipped)]
 

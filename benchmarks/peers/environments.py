@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -54,6 +55,20 @@ LLAMA_1B: dict[str, Any] = {
     "eos_token_id": 128001,
 }
 """As ``conf/model/llama3_2_1b.yaml``, without the scaling of long contexts."""
+_INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+W8A8: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": _INT8 | {"strategy": "channel", "dynamic": False},
+            "input_activations": _INT8 | {"strategy": "token", "dynamic": True},
+        }
+    },
+}
 VLLM_NAME = "vllm-0.32.0+cpu.dist-info"
 
 
@@ -70,8 +85,10 @@ def python(name: str) -> Path:
         print(f"setting up {name} in {folder}", file=sys.stderr)
         venv.create(folder, with_pip=True)
         flags = WIDE if "avx512_bf16" in usable_isas() else NATIVE
+        barrier = f"-include {DRIVERS / 'tile_barrier.h'}"
         for package in _steps(PACKAGES[name]):
-            _run([str(folder / "bin/pip"), "install", "--quiet", *package], CMAKE_ARGS=flags)
+            command = [str(folder / "bin/pip"), "install", "--quiet", *package]
+            _run(command, CMAKE_ARGS=flags, CXXFLAGS=barrier)
         if name in UNFIT:
             _run([str(folder / "bin/pip"), "uninstall", "--quiet", "--yes", *UNFIT[name]])
         (folder / ".done").touch()
@@ -136,6 +153,29 @@ def folder_bf16() -> Path:
         )
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    return folder
+
+
+def folder_w8a8() -> Path:
+    """The same in int8, as compressed-tensors writes it and vLLM reads it: layers by channel,
+    inputs by token as they come; the embeddings, which are the head too, stay in bf16."""
+    folder = HOME / "models/w8a8"
+    if not (folder / "config.json").is_file():
+        from safetensors.torch import load_file, save_file
+
+        from vllm_di.components.quantized import ZERO, by_channel
+
+        plain = folder_bf16()
+        shutil.copytree(plain, folder, ignore=lambda *_: {"model.safetensors", "config.json"})
+        tensors = load_file(plain / "model.safetensors")
+        for name in [n for n in tensors if n.endswith("_proj.weight")]:
+            weight = by_channel(tensors[name])
+            tensors[name] = (weight.q.short() - ZERO).char()
+            tensors[f"{name}_scale"] = weight.scale.bfloat16()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        config = json.loads((plain / "config.json").read_text())
+        config["quantization_config"] = W8A8
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
     return folder
 
 
