@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.server.served import served
 
 DOCS = Path(__file__).parents[1] / "docs"
 SETTINGS = ["model=tiny", "platform=cpu", "model.dtype=float32", "reasoning_parser=qwen3"]
@@ -16,23 +15,8 @@ SETTINGS = ["model=tiny", "platform=cpu", "model.dtype=float32", "reasoning_pars
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    command = [sys.executable, "-m", "vllm_di.cli", "serve", *SETTINGS, "server.port=0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as served:
-        try:
-            assert served.stderr is not None
-            said: list[str] = []
-            for line in served.stderr:
-                said.append(line)
-                if found := re.search(r"listening on (http://\S+)", line):
-                    address = found[1]
-                if line.startswith("INFO ready"):
-                    break
-            else:
-                pytest.fail("".join(said))
-            yield f"{address}/v1"
-        finally:
-            served.terminate()
-            served.communicate()
+    with served(SETTINGS) as address:
+        yield f"{address}/v1"
 
 
 @pytest.mark.parametrize("page", ["structured-output.md", "tools.md", "reasoning.md"])

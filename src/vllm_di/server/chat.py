@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from vllm_di.components.interfaces import ParserRequest, ReasoningParser, ToolParser
+from vllm_di.components.interfaces import ParserRequest, ToolParser
 from vllm_di.components.messages import MAX_LOGPROBS, TokenLogprobs
 from vllm_di.components.tool_parser.asked import read_tools
 from vllm_di.errors import RequestError
@@ -19,6 +19,7 @@ from vllm_di.server.parsing import ChoiceParser, MessageDelta, MessageParts, wan
 from vllm_di.server.protocol import ChatRequest, sampling_params
 from vllm_di.server.required import RequiredCalls
 from vllm_di.server.service import Service, new_id
+from vllm_di.server.thought import template_kwargs, with_thought
 
 
 async def start_chat(service: Service, request: ChatRequest) -> tuple[list[Generation], ChatAnswer]:
@@ -49,7 +50,6 @@ async def begin_chat(
         defaults=service.config.sampling,
     )
     tool_parser: ToolParser | None = service.tool_parser if wants_tools(request) else None
-    reasoning_parser: ReasoningParser | None = service.reasoning_parser
     if request.tool_choice not in (None, "auto", "none"):
         if params.structured_output is not None:
             raise RequestError(
@@ -57,15 +57,16 @@ async def begin_chat(
                 "leave one out",
                 param="tool_choice",
             )
-        required = RequiredCalls(read_tools(fields))
-        tool_parser, reasoning_parser = required, None
+        tool_parser = required = RequiredCalls(read_tools(fields))
         params = msgspec.structs.replace(params, structured_output={"tools": required.constraint()})
-    if params.structured_output is not None:
-        reasoning_parser = None  # the grammar begins with the answer: there is no thought
-    parsers = (reasoning_parser, tool_parser)
+    prompt = await render_chat(service, request)
+    parser_request = ParserRequest(fields, prompt)
+    params, may_think = with_thought(
+        params, request, service.reasoning_parser, parser_request, service.tokenizer
+    )
+    parsers = (service.reasoning_parser if may_think else None, tool_parser)
     if request.skip_special_tokens is None and any(p and p.needs_special_tokens for p in parsers):
         params = msgspec.structs.replace(params, skip_special_tokens=False)
-    prompt = await render_chat(service, request)
     generation = await service.start(
         new_id(prefix),
         prompt,
@@ -73,7 +74,6 @@ async def begin_chat(
         request,
         add_special_tokens=bool(request.add_special_tokens),  # the template writes those it wants
     )
-    parser_request = ParserRequest(fields, prompt)
     parallel = request.parallel_tool_calls is not False
     return generation, [
         ChoiceParser(*parsers, parser_request, parallel=parallel) for _ in generation.requests
@@ -97,16 +97,8 @@ async def render_chat(service: Service, request: ChatRequest) -> str:
         tools=request.tools,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
-        kwargs=_effort(request) | (request.chat_template_kwargs or {}),
+        kwargs=template_kwargs(request),
     )
-
-
-def _effort(request: ChatRequest) -> dict[str, Any]:
-    """What templates read: some the effort, some whether to think at all."""
-    effort = request.reasoning_effort
-    if effort is None:
-        return {}
-    return {"reasoning_effort": effort, "enable_thinking": effort != "none"}
 
 
 def _num_logprobs(request: ChatRequest) -> int | None:

@@ -28,6 +28,7 @@ BadWords = Annotated[
     list[Annotated[str, msgspec.Meta(max_length=128)]], msgspec.Meta(max_length=256)
 ]
 LogitBias = Annotated[dict[Int, float], msgspec.Meta(max_length=4096)]
+Budget = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Object = dict[str, Any]
 """JSON that is passed on unchanged. The limits on the body's length and depth hold for it."""
 Messages = Annotated[list[Object], msgspec.Meta(max_length=16_384)]
@@ -112,7 +113,7 @@ class ChatRequest(GenerateRequest, kw_only=True):
     reasoning_effort: Any = None
     reasoning: Any = None
     thinking: Any = None
-    thinking_token_budget: Any = None
+    thinking_token_budget: Budget | None = None
     # known, and refused when given
     chat_template: Any = None
     echo: Any = None

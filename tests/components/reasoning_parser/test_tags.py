@@ -82,7 +82,6 @@ def test_the_family_is_found_in_the_template(template: str, family: str) -> None
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"thinking_token_budget": 10}, "thinking_token_budget"),
         ({"reasoning": {"effort": "low"}}, "reasoning"),
         ({"reasoning_effort": "hihg"}, "did you mean 'high'"),
         ({"reasoning_effort": 3}, "expected none"),
@@ -93,3 +92,22 @@ def test_what_it_lacks_is_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=words):
         Qwen3Parser().check(fields)
     Qwen3Parser().check({"reasoning_effort": "low", "thinking": {"type": "enabled"}})
+
+
+@pytest.mark.parametrize(
+    ("parser", "prompt", "begins"),
+    [
+        (Qwen3Parser, "hi", "before"),
+        (Qwen3Parser, OPENED, "inside"),
+        (Qwen3Parser, CLOSED, "behind"),
+        (DeepseekR1Parser, "hi", "inside"),
+        (DeepseekR1Parser, CLOSED, "behind"),
+        (GraniteReasoningParser, "hi", "before"),
+    ],
+)
+def test_where_the_answer_begins(
+    parser: Callable[[], ReasoningParser], prompt: str, begins: str
+) -> None:
+    marks = parser().marks(ParserRequest({}, prompt))
+    assert marks is not None
+    assert marks.begins == begins

@@ -139,6 +139,17 @@ class ToolParser(ABC):
         what the reasoning parser left as content. Its events are content and tool calls."""
 
 
+@dataclass(frozen=True, slots=True)
+class ThoughtMarks:
+    """The texts round the reasoning of one answer."""
+
+    opening: tuple[str, ...]
+    closing: tuple[str, ...]
+    """Of each kind at least one. The first is the one to write."""
+    begins: Literal["inside", "before", "behind"]
+    """Where the answer begins: inside of reasoning, before some that may come, or behind."""
+
+
 class ReasoningParser(ABC):
     """Separates the reasoning from the answer."""
 
@@ -154,6 +165,12 @@ class ReasoningParser(ABC):
     def start(self, request: ParserRequest) -> ParserState | None:
         """A state for one choice, whose events are reasoning and content; None where all of its
         text is content as it stands."""
+
+    def marks(self, request: ParserRequest) -> ThoughtMarks | None:
+        """With them a thinking budget can close the reasoning, and a grammar begins behind it;
+        ``start`` reads the same marks. None: such a budget is refused, and an answer with a
+        grammar has no reasoning."""
+        return None
 
 
 @dataclass(slots=True)

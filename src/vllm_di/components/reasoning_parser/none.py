@@ -16,7 +16,8 @@ class NoReasoningParser(ReasoningParser):
 
     def check(self, request: Mapping[str, Any]) -> None:
         for field in _FIELDS:
-            if request.get(field) not in (None, "none", False):
+            value = request.get(field)
+            if not (value is None or value is False or value == "none"):  # a budget of 0 is one
                 raise RequestError(
                     f"{field}: this server runs without a reasoning parser (reasoning_parser=none)",
                     param=field,

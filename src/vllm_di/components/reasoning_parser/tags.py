@@ -12,6 +12,7 @@ from vllm_di.components.interfaces import (
     ParserState,
     ReasoningDelta,
     ReasoningParser,
+    ThoughtMarks,
 )
 from vllm_di.errors import RequestError, nearest
 
@@ -31,13 +32,13 @@ class TagReasoningParser(ReasoningParser):
     """Whether an answer is reasoning from its beginning, where the prompt has not closed it."""
 
     def check(self, request: Mapping[str, Any]) -> None:
-        for name in ("reasoning", "thinking_token_budget"):
-            if request.get(name) is not None:
-                raise RequestError(
-                    f"{name} is not supported: max_tokens bounds thought and answer together",
-                    param=name,
-                    code="unsupported_parameter",
-                )
+        if request.get("reasoning") is not None:
+            raise RequestError(
+                "reasoning is not supported: its fields here are reasoning_effort and "
+                "thinking_token_budget",
+                param="reasoning",
+                code="unsupported_parameter",
+            )
         effort = request.get("reasoning_effort")
         if effort is not None and effort not in EFFORTS:
             raise RequestError(
@@ -47,11 +48,17 @@ class TagReasoningParser(ReasoningParser):
             )
 
     def start(self, request: ParserRequest) -> ParserState:
-        prompt = request.prompt.rstrip()
-        is_inside = prompt.endswith(self.opening)
-        if self.always and not prompt.endswith(self.closing):
-            is_inside = True
+        is_inside = self.marks(request).begins == "inside"
         return _Marked(self.opening, self.closing, is_inside=is_inside)
+
+    def marks(self, request: ParserRequest) -> ThoughtMarks:
+        prompt = request.prompt.rstrip()
+        begins: Literal["inside", "before", "behind"] = "inside" if self.always else "before"
+        if prompt.endswith(self.opening):
+            begins = "inside"
+        elif prompt.endswith(self.closing):
+            begins = "behind"
+        return ThoughtMarks(self.opening, self.closing, begins)
 
 
 class Qwen3Parser(TagReasoningParser):

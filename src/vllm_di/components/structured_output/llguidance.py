@@ -21,6 +21,7 @@ from vllm_di.components.interfaces import MaskTask, StructuredOutput, Tokenizer
 from vllm_di.components.messages import SamplingParams
 from vllm_di.components.structured_output.constraint import Constraint, read_constraint
 from vllm_di.components.structured_output.places import place_of_error
+from vllm_di.components.structured_output.thought import Closings, ThoughtPlace, separated, split
 from vllm_di.errors import RequestError
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class LlguidanceOutput(StructuredOutput):
         self._verdicts: OrderedDict[bytes, RequestError | None] = OrderedDict()
         self._kept: OrderedDict[tuple[object, ...], LLMatcher] = OrderedDict()
         """The beginnings of grammars. Their copies share a lexer, whose states grow with use."""
+        self._last_closing: tuple[tuple[int, tuple[str, ...]], Closings] | None = None
 
     def close(self) -> None:
         """Compilers that still run end with their fuel."""
@@ -85,8 +87,8 @@ class LlguidanceOutput(StructuredOutput):
     # -- in the engine --------------------------------------------------------------------------
 
     def check(self, params: SamplingParams) -> None:
-        asked = params.structured_output
-        if asked is None:
+        _, asked = split(params.structured_output or {})
+        if not asked:
             return
         if find_spec("llguidance") is None:
             raise RequestError(
@@ -185,9 +187,22 @@ class LlguidanceOutput(StructuredOutput):
 
     def start(
         self, params: SamplingParams, *, vocab_size: int, eos_token_ids: Sequence[int]
-    ) -> LLMatcher | None:
-        asked = params.structured_output or {}
+    ) -> LLMatcher | ThoughtPlace | None:
+        thought, asked = split(params.structured_output or {})
         ends = tuple(eos_token_ids)
+        kept = self._beginning(asked, vocab_size, ends) if asked else None
+        begin = None if kept is None else kept.deep_copy
+        if thought is not None:
+            closings = self._closing(vocab_size, tuple(thought.closing))
+            return ThoughtPlace(
+                thought, closings, eos_token_ids=ends, begin=begin, allows=_may_come
+            )
+        return None if begin is None else begin()
+
+    def _beginning(
+        self, asked: dict[str, Any], vocab_size: int, ends: tuple[int, ...]
+    ) -> LLMatcher | None:
+        """To be copied. Raises RequestError."""
         if not ends:
             raise RequestError(
                 "the model has no end-of-sequence token, so a constrained answer cannot end",
@@ -205,9 +220,16 @@ class LlguidanceOutput(StructuredOutput):
             if len(self._kept) > self._most_kept:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        return kept.deep_copy()
+        return kept
 
     def fill(self, tasks: Sequence[MaskTask]) -> None:
+        answers = list(separated(tasks))
+        self._fill([answer.task for _, answer in answers])
+        for task, answer in answers:
+            answer.join()
+            task.error = task.error or answer.task.error
+
+    def _fill(self, tasks: Sequence[MaskTask]) -> None:
         from llguidance import LLExecutor
 
         if self._executor is None:
@@ -246,10 +268,8 @@ class LlguidanceOutput(StructuredOutput):
         """Of the model's vocabulary: 0.3 s for 49,152 tokens, once."""
         key = (vocab_size, ends)
         if key not in self._tokenizers:
-            source = self._vocabulary()
+            source, tokens = self._vocabulary(), self._tokens(vocab_size)
             known = range(min(vocab_size, source.vocab_size))
-            tokens = [source.token_bytes(i) for i in known]
-            tokens += [b""] * (vocab_size - len(tokens))
             special = sorted({*(i for i in known if source.is_special(i)), *ends})
 
             def encode(text: str) -> list[int]:
@@ -257,6 +277,18 @@ class LlguidanceOutput(StructuredOutput):
 
             self._tokenizers[key] = _tokenizer(tokens, special, list(ends), encode)
         return self._tokenizers[key]
+
+    def _tokens(self, vocab_size: int) -> list[bytes]:
+        """The bytes of each id."""
+        source = self._vocabulary()
+        tokens = [source.token_bytes(i) for i in range(min(vocab_size, source.vocab_size))]
+        return tokens + [b""] * (vocab_size - len(tokens))
+
+    def _closing(self, vocab_size: int, marks: tuple[str, ...]) -> Closings:
+        """Those of the last thought are kept: a model's marks are always the same."""
+        if self._last_closing is None or self._last_closing[0] != (vocab_size, marks):
+            self._last_closing = (vocab_size, marks), Closings(self._tokens(vocab_size), marks)
+        return self._last_closing[1]
 
     # -- both -----------------------------------------------------------------------------------
 
@@ -334,6 +366,10 @@ def _is_free(task: MaskTask) -> bool:
     if task.place is None:  # response_format=text
         task.masks.fill(0xFFFFFFFF)
     return task.place is None
+
+
+def _may_come(place: LLMatcher, token: int) -> bool:
+    return place.validate_tokens([token]) == 1
 
 
 def _digest(asked: dict[str, Any], most: int) -> bytes:
