@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu test-compile test-families vllm-env test-vllm record-vllm test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
+.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu test-compile xpu-env test-xpu test-families vllm-env test-vllm record-vllm test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +42,12 @@ test-tpu: venv  ## platform=tpu and neuron on the host's CPU; part of make test 
 test-compile: venv  ## every Triton kernel for every GPU that we name: registers, spills, memory
 	$(BIN)/vllm-di conform platform=cuda --only compile $(ARGS)
 	$(BIN)/vllm-di conform platform=rocm --only compile $(ARGS)
+
+xpu-env:  ## Intel's Triton, compiler and OpenCL runtime in .xpu, without a GPU (2.7 GB, two minutes)
+	$(PYTHON) -m tests.ports.xpu.environment
+
+test-xpu: xpu-env  ## every Triton kernel for Intel's GPUs, by Intel's own compilers
+	.xpu/bin/vllm-di conform platform=xpu --only compile $(ARGS)
 
 test-mutants: venv  ## every mutant against every check that needs no process of its own
 	$(BIN)/python -m pytest -m mutants tests/conformance $(ARGS)
@@ -124,4 +130,4 @@ venv: .venv/.done  ## set up .venv alone
 	touch $@
 
 clean:  ## remove .venv and caches
-	rm -rf .venv .vendor .peers gpu-bundle gpu-logs gpu.json .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf .venv .vendor .peers .xpu gpu-bundle gpu-logs gpu.json .mypy_cache .ruff_cache .pytest_cache build dist

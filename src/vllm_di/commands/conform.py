@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from vllm_di.conformance.report import Report
 
 LEVELS = ("contract", "compile", "runtime")
+MOST_OF_A_REASON = 90
+"""Characters of it in the table. A longer one stands below, if something is to be installed."""
 
 
 def run(arguments: Arguments) -> int:
@@ -72,14 +74,18 @@ def run(arguments: Arguments) -> int:
 
 
 def _print(report: Report) -> None:
-    rows = []
+    rows, cut = [], []
     for check in report.checks:
         reasons = {case.message for case in check.cases if case.outcome == check.outcome}
         why = "" if check.outcome in ("pass", "fail") else "; ".join(sorted(reasons))
         count = f"{len(check.cases)} cases, {check.seconds:.1f} s"
-        rows.append([str(check.number), check.title, check.outcome, count, why[:90]])
+        rows.append([str(check.number), check.title, check.outcome, count, why[:MOST_OF_A_REASON]])
+        if check.outcome == "not-run":
+            cut += [reason for reason in sorted(reasons) if len(reason) > MOST_OF_A_REASON]
     print()
     print_table(["#", "check", "outcome", "", "why"], rows)
+    for reason in dict.fromkeys(cut):
+        print(f"\nNOT RUN: {reason}")
     for case in report.failed:
         print(f"\nFAILED {case.id}: {case.message.splitlines()[0]}\n  replay: {case.replay}")
     simulated = ", on a simulated device" if report.simulated else ""

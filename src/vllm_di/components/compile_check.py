@@ -52,6 +52,12 @@ class CompileCheck(ABC):
     def parts(cls) -> Sequence[str]:
         """What is compiled, by names that stand in the report."""
 
+    @classmethod
+    def versions(cls) -> Mapping[str, str]:
+        """Of its compilers, by name; they stand in the report."""
+        return {}
+
     @abstractmethod
     def compile(self, part: str, target: str) -> Sequence[Compiled]:
-        """All kernels of one part. Raises whatever the vendor's compiler raises."""
+        """All kernels of one part. Raises PortError where the target's compiler is not there, and
+        whatever the compiler itself raises."""

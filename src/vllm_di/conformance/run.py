@@ -15,8 +15,9 @@ import torch
 from vllm_di.components.device import system
 from vllm_di.components.interfaces import INTERFACE_VERSION
 from vllm_di.conformance.catalog import BY_NAME, CHECKS
+from vllm_di.conformance.compiling import compiler_class
 from vllm_di.conformance.plugin import Conformance
-from vllm_di.conformance.report import Report, Required, Waiver, level_of
+from vllm_di.conformance.report import CheckResult, Report, Required, Waiver, level_of
 from vllm_di.conformance.subject import Subject
 from vllm_di.containers.evidence import source_commit
 from vllm_di.errors import ConfigError, nearest
@@ -106,7 +107,7 @@ def report(
         port_interface=manifest.interface or INTERFACE_VERSION,
         seed=subject.seed,
         device=device_name(subject),
-        versions=versions(subject),
+        versions=versions(subject) | _compilers(subject, checks),
         capabilities={k: getattr(manifest.capabilities, k) for k in _fields(manifest)},
         components={slot: str(node["_target_"]) for slot, node in nodes.items()},
         waivers=list(plugin.waivers),
@@ -143,6 +144,12 @@ def versions(subject: Subject) -> dict[str, str]:
     if commit := source_commit():
         found["commit"] = commit
     return found
+
+
+def _compilers(subject: Subject, checks: Sequence[CheckResult]) -> dict[str, str]:
+    """Versions of what compiled, where something did."""
+    compiled = any(check.name == "compile" and check.outcome == "pass" for check in checks)
+    return dict(compiler_class(subject).versions()) if compiled else {}
 
 
 def _fields(manifest: object) -> list[str]:

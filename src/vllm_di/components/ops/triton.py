@@ -146,6 +146,7 @@ class TritonOps(OpLibrary):
                     "HALF": self._power(half),
                     "INTERLEAVED": interleaved,
                 },
+                num_warps=self._tiling.token_warps,
             )
         return q, k
 
@@ -246,6 +247,7 @@ class TritonOps(OpLibrary):
                 "DEPTH": 32 if x.dtype == torch.float32 else 64,
                 "UPCAST": x.dtype == torch.float32 or self._interpreted,
             },
+            num_warps=self._tiling.experts_warps,
             num_stages=3,
         )
         return out
@@ -266,6 +268,7 @@ class TritonOps(OpLibrary):
                     *(block_size, num_kv_heads, head_size),
                 ),
                 {"HEADS": self._power(num_kv_heads), "SIZE": self._power(head_size)},
+                num_warps=self._tiling.token_warps,
             )
 
     def rotary_write_kv(
@@ -299,6 +302,7 @@ class TritonOps(OpLibrary):
                     "SIZE": self._power(head_size),
                     "INTERLEAVED": interleaved,
                 },
+                num_warps=self._tiling.token_warps,
             )
         return q
 
@@ -367,6 +371,7 @@ class TritonOps(OpLibrary):
                 (tokens, heads),
                 (out, partial, stats, query_start, num_seqs),
                 sizes,
+                num_warps=self._tiling.token_warps,
             )
         return out
 
@@ -384,7 +389,7 @@ class TritonOps(OpLibrary):
     def _tiling(self) -> Any:
         row, tiling = self._tiling_of(self.architecture)
         if row != self.architecture:
-            log.info("attention has no tiles for %s; it takes those of %s", self.architecture, row)
+            log.info("no tiles for %s; its kernels take those of %s", self.architecture, row)
         return tiling
 
     @cached_property

@@ -56,6 +56,12 @@ class TritonCompile(CompileCheck):
     def parts(cls) -> Sequence[str]:
         return list(LAUNCHES)
 
+    @classmethod
+    def versions(cls) -> Mapping[str, str]:
+        from vllm_di.kernels.triton import code_objects, runtime
+
+        return {"triton": runtime.VERSION} | code_objects.compiler_versions()
+
     def compile(self, part: str, target: str) -> Sequence[Compiled]:
         limits, compiler = self._limits[target], self._compiler(target)
         ops = TritonOps(**self._settings)
@@ -63,9 +69,8 @@ class TritonCompile(CompileCheck):
         LAUNCHES[part](ops)
         found = []
         for made in compiler.made:
-            threads = made.num_warps * limits.gpu.warp_size
             figures = asdict(made.usage) | {
-                "program_registers": made.usage.registers * threads,
+                "program_registers": made.usage.registers * made.num_threads,
                 "num_warps": made.num_warps,
                 "num_stages": made.num_stages,
             }
@@ -73,8 +78,9 @@ class TritonCompile(CompileCheck):
                 "spilled": limits.spilled,
                 "shared_bytes": limits.shared_bytes,
                 "program_registers": limits.registers,
-                "code_bytes": limits.code_bytes,
             }
+            if limits.code_bytes is not None:
+                bars["code_bytes"] = limits.code_bytes
             found.append(Compiled(made.kernel, figures, bars, _advice(made.kernel, target)))
         return found
 

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.backends import backends
 from triton.compiler import ASTSource
 
-from vllm_di.kernels.triton.code_objects import Usage, usage
+from vllm_di.errors import PortError
+from vllm_di.kernels.triton.code_objects import Usage, ocloc, usage
 from vllm_di.kernels.triton.targets import TARGETS
 
 TYPES = {
@@ -27,6 +29,12 @@ TYPES = {
 }
 
 
+OTHER_TRITON = {
+    "xpu": "Intel's own Triton does, which an XPU build of torch brings; in a source tree, "
+    "`make xpu-env` puts it in .xpu, and .xpu/bin/vllm-di conform runs there"
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """What a target's compiler made of one launch."""
@@ -34,16 +42,28 @@ class Compiled:
     kernel: str
     target: str
     num_warps: int
+    num_threads: int
+    """Of all warps."""
     num_stages: int
     usage: Usage
     code: dict[str, Any]
-    """Stage (``ptx``, ``cubin``, ``amdgcn``, ``hsaco`` ...) to its text or bytes."""
+    """Stage (``ptx``, ``cubin``, ``amdgcn``, ``hsaco``, ``spv``, ``zebin`` ...) to its text or
+    bytes."""
 
 
 class Compiler:
-    """Called as ``TritonOps.launch`` is; keeps what was compiled in ``made``."""
+    """Called as ``TritonOps.launch`` is; keeps what was compiled in ``made``. Raises PortError
+    where the installed Triton, or Intel's ocloc, does not compile for the target."""
 
     def __init__(self, target: str) -> None:
+        gpu = TARGETS[target].gpu
+        if not any(one.compiler.supports_target(gpu) for one in backends.values()):
+            raise PortError(
+                f"triton {triton.__version__} compiles for {', '.join(sorted(backends))}, and not "
+                f"for {gpu.backend}: " + OTHER_TRITON.get(gpu.backend, "another build of it does")
+            )
+        if gpu.backend == "xpu":
+            ocloc()
         self.target = target
         self.made: list[Compiled] = []
 
@@ -74,8 +94,20 @@ class Compiler:
             options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
         )
         code = dict(built.asm)
-        taken = usage(code, gpu.arch, built.metadata.shared)
-        self.made.append(Compiled(kernel.__name__, self.target, num_warps, num_stages, taken, code))
+        taken = usage(code, self.target, built.metadata.shared)
+        # Intel's Triton chooses between 16 and 32 by the kernel
+        lanes = getattr(built.metadata, "threads_per_warp", gpu.warp_size)
+        self.made.append(
+            Compiled(
+                kernel=kernel.__name__,
+                target=self.target,
+                num_warps=num_warps,
+                num_threads=num_warps * lanes,
+                num_stages=num_stages,
+                usage=taken,
+                code=code,
+            )
+        )
 
 
 def _type(value: Any) -> str:

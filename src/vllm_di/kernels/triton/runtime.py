@@ -36,11 +36,14 @@ def num_multiprocessors() -> int:
 
 
 def architecture() -> str:
-    """Of the current device, as its vendor names it: ``sm_90``, ``gfx942``. Interpreted kernels are
-    cut as for sm_90."""
+    """Of the current device, as its vendor names it: ``sm_90``, ``gfx942``. Intel's Triton gives
+    properties and no name: ``bmg`` stands for all whose registers have 64 bytes (PVC, Xe2, Xe3),
+    ``dg2`` for those of 32. Interpreted kernels are cut as for sm_90."""
     if is_interpreted():
         return "sm_90"
     target = driver.active.get_current_target()
+    if target.backend == "xpu":
+        return "bmg" if min(target.arch["sub_group_sizes"]) >= 16 else "dg2"
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 

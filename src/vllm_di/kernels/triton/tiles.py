@@ -32,6 +32,12 @@ class Tiling:
     """Keys of one pass, all elements of a head: 64 of 128 in bfloat16."""
     middle_warps: int = 4
     """Of tiles of more rows than a decode's, up to 64."""
+    large_warps: int = 8
+    """Of tiles of 128 rows."""
+    token_warps: int = 4
+    """Of kernels that hold all heads of a token, or all splits of a head, at once."""
+    experts_warps: int = 4
+    """Of the products of experts."""
 
     def tile(self, head_size: int, group: int, rows: int, itemsize: int) -> Tile:
         """``rows`` is what an average sequence of the batch has: queries times heads of a group;
@@ -46,8 +52,13 @@ class Tiling:
             return Tile(least, columns, 4)
         if rows <= 64 or most <= 64:
             return Tile(min(64, most), columns, self.middle_warps)
-        return Tile(128, columns, 8)
+        return Tile(128, columns, self.large_warps)
 
+
+XE = Tiling(num_stages=1, middle_warps=8, large_warps=16, token_warps=8, experts_warps=8)
+"""PVC and Xe2. Each of its threads is a whole warp of 16 lanes, and a matrix product has 8 rows: a
+warp of a tile of 128 rows holds 8 of them where there are 16 warps. With 8 warps a prefill spills
+228 registers, with 4 the products of experts 102, the merge of splits 112, rotary embedding 19."""
 
 TILINGS = {
     "sm_80": Tiling(
@@ -62,6 +73,8 @@ TILINGS = {
     # tiles of gfx942 gfx1100 spills 81 registers in a decode and 256 in a chunk
     "gfx1100": Tiling(num_stages=1, key_bytes=8192, middle_warps=8),
     "gfx1201": Tiling(num_stages=2, key_bytes=8192, middle_warps=8),
+    "pvc": XE,
+    "bmg": XE,
 }
 SMALLEST = Tiling(num_stages=1, key_bytes=8192, middle_warps=8)
 """For an architecture of another family."""
