@@ -23,6 +23,7 @@ PYTHON = HOME / "bin/python"
 PACKAGES = (
     "triton-xpu==3.3.0b1",
     "intel-opencl-rt==2026.2.0",
+    "intel-cmplr-lib-rt==2026.2.0",  # whose mathematics the former loads
     "pyopencl==2026.1.4",
     "pytest-timeout>=2.4",
     "hypothesis>=6.150",

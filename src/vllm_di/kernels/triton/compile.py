@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends import backends
+from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_di.errors import PortError
@@ -76,23 +77,8 @@ class Compiler:
         num_warps: int = 4,
         num_stages: int = 2,
     ) -> None:
-        names = kernel.arg_names
-        given = dict(zip(names, arguments, strict=False)) | constants
-        signature, values, attrs = {}, {}, {}
-        for place, name in enumerate(names):
-            value = given[name]
-            if name in constants or (type(value) is int and value == 1):
-                signature[name], values[name] = "constexpr", value
-                continue
-            signature[name] = _type(value)
-            if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
-                attrs[(place,)] = [["tt.divisibility", 16]]
         gpu = TARGETS[self.target].gpu
-        built = triton.compile(
-            ASTSource(kernel, signature, values, attrs),
-            target=gpu,
-            options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
-        )
+        built, _ = build(gpu, kernel, arguments, constants, num_warps, num_stages)
         code = dict(built.asm)
         taken = usage(code, self.target, built.metadata.shared)
         # Intel's Triton chooses between 16 and 32 by the kernel
@@ -108,6 +94,37 @@ class Compiler:
                 code=code,
             )
         )
+
+
+def build(
+    gpu: GPUTarget,
+    kernel: Any,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+) -> tuple[Any, list[Any]]:
+    """-> (Triton's compiled kernel, the arguments that its code takes): a constant and a 1 are part
+    of the code."""
+    names = kernel.arg_names
+    given = dict(zip(names, arguments, strict=False)) | constants
+    signature, values, attrs, passed = {}, {}, {}, []
+    for place, name in enumerate(names):
+        value = given[name]
+        if name in constants or (type(value) is int and value == 1):
+            signature[name], values[name] = "constexpr", value
+            continue
+        signature[name] = _type(value)
+        passed.append(value)
+        number = value.data_ptr() if isinstance(value, Tensor) else value
+        if type(number) is int and number % 16 == 0:
+            attrs[(place,)] = [["tt.divisibility", 16]]
+    built = triton.compile(
+        ASTSource(kernel, signature, values, attrs),
+        target=gpu,
+        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
+    )
+    return built, passed
 
 
 def _type(value: Any) -> str:
