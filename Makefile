@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu test-compile xpu-env test-xpu test-families vllm-env test-vllm record-vllm test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
+.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu test-compile xpu-env test-xpu test-families vllm-env test-vllm clients test-clients record-vllm test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -15,7 +15,7 @@ serve: venv  ## set up, then serve the demo model on http://127.0.0.1:8000
 	$(BIN)/vllm-di serve $(ARGS)
 
 test: venv vendor-schemas  ## set up, then run the tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not vllm and not mutants and not vocabularies and not templates and not families" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not vllm and not mutants and not vocabularies and not templates and not families and not clients" $(ARGS)
 
 # a failed download fails the tests that need the file, not the others
 vendor-schemas: venv  ## fetch the vendors' wheels that tests read schemas from
@@ -54,6 +54,12 @@ test-mutants: venv  ## every mutant against every check that needs no process of
 
 vllm-env: venv  ## vLLM for the CPU in .vllm, an environment for each version (11 GB, some minutes)
 	$(BIN)/python -m tests.vllm.environment $(ARGS)
+
+clients: venv  ## real clients in .clients, an environment for each (1 GB)
+	$(BIN)/python -m tests.clients.environment $(ARGS)
+
+test-clients: clients  ## openai, anthropic, langchain, litellm, instructor, pydantic-ai, schemathesis against a server
+	$(BIN)/python -m pytest -m clients tests/clients $(ARGS)
 
 record-vllm: venv  ## what the last make test-vllm found becomes the recorded reports, and the matrix
 	for folder in .vllm/*/; do if [ -f $$folder/report.json ]; then \

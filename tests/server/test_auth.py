@@ -10,11 +10,12 @@ from tests.server.fakes import CHAT, EchoEngine, chat, make_server, with_client
 
 from vllm_di.errors import ConfigError
 from vllm_di.server.auth import OPEN_PATHS
-from vllm_di.server.routes import routes
+from vllm_di.server.routes import operations
 from vllm_di.server.service import Service
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "FOO"]
-PATHS = [r.path.replace("{model:path}", "echo") for r in routes(Service.__new__(Service))]
+OFFERED = operations(Service.__new__(Service))
+PATHS = [*dict.fromkeys(one.path.replace("{model:path}", "echo") for one in OFFERED)]
 
 
 def spellings(path: str) -> list[str]:

@@ -108,7 +108,7 @@ def test_integral_floats_are_integers(name: str, number: str, expected: Any) -> 
     assert all(type(v) is int for v in (value if isinstance(value, list) else [value]))
 
 
-@pytest.mark.parametrize("name", protocol._REFUSED)
+@pytest.mark.parametrize("name", protocol.REFUSED)
 def test_what_cannot_be_honoured_is_refused_at_zero_too(name: str) -> None:
     kind = CompletionRequest if hasattr(CompletionRequest, name) else ChatRequest
     base = completion() if kind is CompletionRequest else chat()

@@ -27,6 +27,24 @@ MAX_LOGPROBS = 20
 ``top_logprobs``)."""
 
 
+RANGES: dict[str, tuple[float, float]] = {
+    "n": (1, 128),
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),  # fp32 logits are divided by it and must stay finite
+    "min_tokens": (0, 2**31 - 1),
+    "max_tokens": (1, 2**31 - 1),
+    "seed": (-(2**63), 2**63 - 1),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+}
+"""Lowest and highest value of sampling parameters. ``top_p`` is above its lowest."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen and when a sequence ends. Names and defaults are vLLM's.
 
@@ -64,29 +82,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """A request for JSON, regex or grammar output, as the client sent it; None for free text."""
 
     def __post_init__(self) -> None:
-        _in_range("n", self.n, 1, 128)
-        _in_range("temperature", self.temperature, 0.0, 100.0)
-        _in_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _in_range("top_k", self.top_k, -1, 2**31 - 1)
-        _in_range("min_p", self.min_p, 0.0, 1.0)
-        _in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        # logits are fp32: they are divided by it and must stay finite
-        _in_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _in_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
-        if self.max_tokens is not None:
-            _in_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
-            if self.min_tokens > self.max_tokens:
-                raise RequestError(
-                    f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})",
-                    param="min_tokens",
-                )
-        if self.seed is not None:
-            _in_range("seed", self.seed, -(2**63), 2**63 - 1)
-        for name in ("logprobs", "prompt_logprobs"):
-            count = getattr(self, name)
-            if count is not None:
-                _in_range(name, count, 0, MAX_LOGPROBS)
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None:
+                _in_range(name, value, low, high, open_low=name == "top_p")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})",
+                param="min_tokens",
+            )
         if len(self.stop) > 16 or any(not s for s in self.stop):
             raise RequestError("stop: at most 16 strings, none of them empty", param="stop")
         for token, bias in (self.logit_bias or {}).items():

@@ -26,7 +26,7 @@ from vllm_di.server.errors import unavailable
 from vllm_di.server.hosts import Hosts
 from vllm_di.server.listen import Listener, quiet_accepts, signals
 from vllm_di.server.middleware import RequestMiddleware
-from vllm_di.server.routes import on_http_exception, routes
+from vllm_di.server.routes import on_http_exception, operations, routes
 from vllm_di.server.service import Service
 from vllm_di.server.sockets import listen
 
@@ -67,7 +67,7 @@ class OpenAiServer(Server):
             engine_client,
             config,
         )
-        endpoints = routes(self._service)
+        endpoints = routes(operations(self._service))
         templates: dict[object, str] = {page.endpoint: page.path for page in endpoints}
         self.app = Starlette(
             routes=endpoints,

@@ -17,8 +17,29 @@ from vllm_di.components.messages import SamplingParams
 from vllm_di.errors import RequestError, nearest
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+EXACT = "x-exact"
+"""In the JSON schema of a field: what takes the place of its ``anyOf``, since no type says it."""
+_TOKENS = {
+    "type": "array",
+    "minItems": 1,
+    "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+}
 Prompt = Annotated[list[Int], msgspec.Meta(max_length=2**20)]
 """The longest contexts have that many tokens."""
+Prompts = Annotated[
+    str | Annotated[list[str | Int | Prompt], msgspec.Meta(max_length=2**20)],
+    msgspec.Meta(
+        description="One prompt or several, each a text or token ids.",
+        extra_json_schema={
+            EXACT: [  # not text and token ids beside each other
+                {"type": "string"},
+                {"type": "array", "minItems": 1, "items": {"type": "string"}},
+                _TOKENS,
+                {"type": "array", "minItems": 1, "items": _TOKENS},
+            ]
+        },
+    ),
+]
 VocabularyIds = Annotated[list[Int], msgspec.Meta(max_length=2**18)]
 """The largest vocabularies have that many tokens."""
 FewTokenIds = Annotated[list[Int], msgspec.Meta(max_length=1024)]
@@ -27,7 +48,13 @@ Stops = Annotated[list[ShortText], msgspec.Meta(max_length=16)]
 BadWords = Annotated[
     list[Annotated[str, msgspec.Meta(max_length=128)]], msgspec.Meta(max_length=256)
 ]
-LogitBias = Annotated[dict[Int, float], msgspec.Meta(max_length=4096)]
+LogitBias = Annotated[
+    dict[Int, float],
+    msgspec.Meta(
+        max_length=4096,
+        extra_json_schema={"propertyNames": {"pattern": "^(0|-?[1-9][0-9]{0,17})$"}},
+    ),
+]
 Budget = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Object = dict[str, Any]
 """JSON that is passed on unchanged. The limits on the body's length and depth hold for it."""
@@ -125,7 +152,7 @@ class ChatRequest(GenerateRequest, kw_only=True):
 class CompletionRequest(GenerateRequest, kw_only=True):
     """``POST /v1/completions``."""
 
-    prompt: str | Annotated[list[str | Int | Prompt], msgspec.Meta(max_length=2**20)]
+    prompt: Prompts
     echo: bool | None = None
     logprobs: Int | None = None
     suffix: Any = None
@@ -170,7 +197,7 @@ IGNORED = frozenset(
 )
 """Known fields that cannot change an answer of this server, so ignoring them is correct."""
 
-_REFUSED = [
+REFUSED = [
     "use_beam_search",
     "logits_processors",
     "truncate_prompt_tokens",
@@ -180,6 +207,7 @@ _REFUSED = [
     "web_search_options",
     "suffix",
 ]
+"""Known fields that are refused whatever they hold, but for null, false and an empty text."""
 _SAMPLING = [
     "n",
     "temperature",
@@ -222,7 +250,9 @@ def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]
         message, _, place = str(error).partition(" - at ")
         field = re.search(r"\$\.(\w+)", place)
         raise RequestError(
-            f"{field[1]}: {message}" if field else message, param=field[1] if field else None
+            f"{field[1]}: {message}" if field else message,
+            param=field[1] if field else None,
+            code="invalid_type",
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
@@ -293,7 +323,7 @@ def sampling_params(
 
 
 def _check_supported(request: GenerateRequest) -> None:
-    for name in _REFUSED:
+    for name in REFUSED:
         value = getattr(request, name, None)
         # `in` would take 0, which is a value, for False
         if not (value is None or value is False or value == ""):

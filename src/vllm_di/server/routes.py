@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +16,16 @@ from starlette.routing import Route
 from vllm_di.components.interfaces import INTERFACE_VERSION
 from vllm_di.errors import RequestError
 from vllm_di.frontend.requests import check_token_ids
+from vllm_di.server import answers
 from vllm_di.server.anthropic.endpoints import count_tokens, start_messages
-from vllm_di.server.anthropic.request import MessagesRequest
+from vllm_di.server.anthropic.request import ConversationRequest, MessagesRequest
 from vllm_di.server.body import read_request
 from vllm_di.server.chat import start_chat
 from vllm_di.server.completions import start_completion
 from vllm_di.server.endpoint import GenerateEndpoint
 from vllm_di.server.errors import error_body
+from vllm_di.server.openapi import openapi
+from vllm_di.server.operations import Operation
 from vllm_di.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -29,6 +33,7 @@ from vllm_di.server.protocol import (
     TokenizeRequest,
 )
 from vllm_di.server.responses.endpoints import Responses
+from vllm_di.server.responses.request import ResponsesRequest
 from vllm_di.server.service import Service
 from vllm_di.version import __version__
 
@@ -38,6 +43,7 @@ class Endpoints:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._openapi: bytes | None = None
 
     async def health(self, request: Request) -> Response:
         """200 while requests can be served, else 503."""
@@ -71,6 +77,11 @@ class Endpoints:
             _ = self._service.processor  # records the engine's info metric
         body, kind = self._service.metrics.render()
         return Response(body, headers={"content-type": kind})
+
+    async def openapi(self, request: Request) -> Response:
+        if self._openapi is None:
+            self._openapi = orjson.dumps(openapi(operations(self._service)))
+        return Response(self._openapi, headers={"content-type": "application/json"})
 
     async def tokenize(self, request: Request) -> Response:
         service = self._service
@@ -147,33 +158,74 @@ class Endpoints:
         return _json(state, 503 if bad else 200)
 
 
-def routes(service: Service) -> list[Route]:
-    """All routes of the server."""
+def operations(service: Service) -> list[Operation]:
+    """All that the server offers."""
     other = Endpoints(service)
     chat = GenerateEndpoint(service, ChatRequest, start_chat)
     completions = GenerateEndpoint(service, CompletionRequest, start_completion)
     responses = Responses(service)
     messages = GenerateEndpoint(service, MessagesRequest, start_messages)
+
+    def get(path: str, endpoint: Any, summary: str, **fields: Any) -> Operation:
+        return Operation(method="GET", path=path, endpoint=endpoint, summary=summary, **fields)
+
+    def post(path: str, endpoint: Any, summary: str, **fields: Any) -> Operation:
+        return Operation(method="POST", path=path, endpoint=endpoint, summary=summary, **fields)
+
+    chat_types: dict[str, Any] = {"body": ChatRequest, "answer": answers.ChatCompletion}
+    text_types: dict[str, Any] = {"body": CompletionRequest, "answer": answers.TextCompletion}
+    message_types: dict[str, Any] = {"body": MessagesRequest, "answer": answers.AnthropicMessage}
+    count_types: dict[str, Any] = {"body": ConversationRequest, "answer": answers.InputTokens}
+    response_types: dict[str, Any] = {"body": ResponsesRequest, "answer": answers.Response}
+    tokens_types: dict[str, Any] = {"body": TokenizeRequest, "answer": answers.Tokens}
+    prompt_types: dict[str, Any] = {"body": DetokenizeRequest, "answer": answers.Prompt}
+    of_response: dict[str, Any] = {"answer": answers.Response, "statuses": (400, 404)}
+    of_state: dict[str, Any] = {
+        "answer": answers.State,
+        "statuses": (503,),
+        "as_answered": (503,),
+    }
+    count = partial(count_tokens, service)
+    response = "/v1/responses/{id}"
     return [
-        Route("/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/completions", completions, methods=["POST"]),
-        Route("/v1/messages", messages, methods=["POST"]),
-        Route("/v1/messages/count_tokens", partial(count_tokens, service), methods=["POST"]),
-        Route("/v1/responses", responses, methods=["POST"]),
-        Route("/v1/responses/{id}", responses.get, methods=["GET"]),
-        Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
-        Route("/v1/responses/{id}/cancel", responses.cancel, methods=["POST"]),
-        Route("/v1/models", other.models),
-        Route("/v1/models/{model:path}", other.model),
-        Route("/tokenize", other.tokenize, methods=["POST"]),
-        Route("/detokenize", other.detokenize, methods=["POST"]),
-        Route("/health", other.health),
-        Route("/ping", other.health),
-        Route("/readyz", other.health),
-        Route("/livez", other.live),
-        Route("/version", other.version),
-        Route("/metrics", other.metrics),
+        post("/v1/chat/completions", chat, "An answer to a conversation.", **chat_types),
+        post("/v1/completions", completions, "What follows a text.", **text_types),
+        post("/v1/messages", messages, "An answer in Anthropic's form.", **message_types),
+        post("/v1/messages/count_tokens", count, "Tokens of a conversation.", **count_types),
+        post("/v1/responses", responses, "A response.", **response_types),
+        get(response, responses.get, "A stored response.", **of_response),
+        Operation(
+            method="DELETE",
+            path=response,
+            endpoint=responses.delete,
+            summary="Forget a response.",
+            answer=answers.Deleted,
+            statuses=(404,),
+        ),
+        post(f"{response}/cancel", responses.cancel, "End a response.", **of_response),
+        get("/v1/models", other.models, "The model.", answer=answers.ModelList),
+        get(
+            "/v1/models/{model:path}",
+            other.model,
+            "The model, by its name.",
+            answer=answers.Model,
+            statuses=(404,),
+        ),
+        post("/tokenize", other.tokenize, "The tokens of a text.", **tokens_types),
+        post("/detokenize", other.detokenize, "The text of tokens.", **prompt_types),
+        get("/health", other.health, "Whether requests can be served.", **of_state),
+        get("/ping", other.health, "The same as /health.", **of_state),
+        get("/readyz", other.health, "The same as /health.", **of_state),
+        get("/livez", other.live, "Whether a restart would not help.", **of_state),
+        get("/version", other.version, "Versions and platform.", answer=answers.Version),
+        get("/metrics", other.metrics, "Prometheus metrics.", media_type="text/plain"),
+        get("/openapi.json", other.openapi, "This description."),
     ]
+
+
+def routes(offered: Sequence[Operation]) -> list[Route]:
+    """All routes of the server."""
+    return [Route(one.path, one.endpoint, methods=[one.method]) for one in offered]
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:

@@ -322,3 +322,15 @@ def test_a_config_of_0_1_is_told_where_fuel_went(
     template("{{ messages[0].content }}", fuel=1_000_000)
     told = [r.message for r in caplog.records if "fuel" in r.message]
     assert all("chat_template=minijinja" in message for message in told)
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+NEEDS = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }};{% endfor %}"
+CAN_DO_WITHOUT = "{% for m in messages %}{{ m.content if 'content' in m else 'none' }};{% endfor %}"
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}], ids=str)
+def test_calls_without_content(render: Render, content: dict[str, Any]) -> None:
+    messages = [*HI, {"role": "assistant", "tool_calls": [CALL], **content}]
+    assert render(NEEDS, messages) == "user:Hi;assistant:;"
+    assert render(CAN_DO_WITHOUT, messages) == "Hi;none;"

@@ -31,6 +31,9 @@ class Forms(msgspec.Struct, frozen=True):
     """The form of each role for which the template was tried."""
 
     of_role: Mapping[str, Form]
+    needs_content: bool = False
+    """Whether the template fails at tool calls that come without content, as clients send them, and
+    not at empty content."""
 
     def __getitem__(self, role: str) -> Form:
         """Other roles follow the user's; their parts are joined to a string where strings work."""
@@ -43,7 +46,7 @@ class Forms(msgspec.Struct, frozen=True):
 def prepared(messages: Sequence[Mapping[str, Any]], forms: Forms) -> list[dict[str, Any]]:
     """The messages as transformers passes them to a template: without nulls, with reasoning under
     all its keys, with decoded arguments of tool calls; ``content`` in a form that the template
-    supports. Raises RequestError."""
+    supports, and empty where the template cannot do without. Raises RequestError."""
     if not messages:
         raise RequestError("messages must not be empty", param="messages")
     return [_prepared(message, f"messages[{i}]", forms) for i, message in enumerate(messages)]
@@ -60,6 +63,8 @@ def _prepared(message: Mapping[str, Any], place: str, forms: Forms) -> dict[str,
         if not isinstance(calls, list):
             raise RequestError(f"{place}.tool_calls must be a list", param="messages")
         result["tool_calls"] = [_decoded(call, place) for call in calls]
+        if forms.needs_content:
+            result.setdefault("content", _content("", forms[role], f"{place}.content"))
     reasoning = next((result[name] for name in _REASONING if name in result), None)
     if reasoning is not None:
         result = {"thinking": reasoning} | result | {"reasoning_content": reasoning}

@@ -34,6 +34,8 @@ _TOOL: dict[str, Any] = {
     },
 }
 
+_CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": {}}}
+
 log = logging.getLogger(__name__)
 
 Messages = Sequence[Mapping[str, Any]]
@@ -127,7 +129,23 @@ class RenderedTemplate(ChatTemplate):
             form, _ = self._form_of(name, role, user)
             if form is not None:
                 forms[role] = form
-        return Forms(forms)
+        return Forms(forms, self._needs_content(name, forms))
+
+    def _needs_content(self, name: str, forms: Mapping[str, Form]) -> bool:
+        def text(role: str, content: str) -> str | list[dict[str, str]]:
+            wraps = role in forms and forms[role].wraps_strings
+            return _as_parts(content) if wraps else content
+
+        def fails(**content: Any) -> bool:
+            called = {"role": "assistant", **content, "tool_calls": [_CALL]}
+            messages = [{"role": "user", "content": text("user", "Hi")}, called]
+            try:
+                self._run(name, self._values(messages, None))
+            except RequestError:
+                return True
+            return False
+
+        return fails() and not fails(content=text("assistant", ""))
 
     def _form_of(self, name: str, role: str, user: Form | None = None) -> tuple[Form | None, str]:
         """Which forms of content keep the marker, in a message of this role; None and the reason if
