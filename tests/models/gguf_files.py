@@ -65,7 +65,9 @@ def write(
         else:
             writer.add_tensor(f"{found}.{kind}", array)
     for place, parts in experts.items():
-        writer.add_tensor(place, np.stack([parts[i] for i in sorted(parts)]))
+        stacked = np.stack([parts[i] for i in sorted(parts)])
+        data = stacked if matrices is None else gguf.quantize(stacked, matrices)
+        writer.add_tensor(place, data, raw_dtype=matrices)
     for key, values in (extra or {}).items():
         writer.add_tensor(key, np.array(values, np.float32))
     return finish(writer, file)

@@ -183,9 +183,11 @@ def test_a_part_in_floats_widens_its_product_with_a_line(
     assert "1 products have weights of which the checkpoint quantizes some" in caplog.text
 
 
-def test_experts_are_refused_or_widened_with_a_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_experts_without_products_are_refused_or_widened_with_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of a quantization that multiplies linear layers alone."""
+    monkeypatch.setattr(KeptWeights, "takes_experts", False)
     want = wanted(quantize("mixtral", "gptq_4_sym", tmp_path))
     words = r"experts\.\d\.w\d\.weight is quantized .*floats alone; loader\.dequantize=true"
     with pytest.raises(CheckpointError, match=words):

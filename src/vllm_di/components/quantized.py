@@ -72,6 +72,16 @@ class QuantizedWeight:
             max(p.bits for p in parts),
         )
 
+    @staticmethod
+    def beside(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """One beside the other, of the same shape and groups."""
+        return QuantizedWeight(
+            torch.cat([p.q for p in parts], 1),
+            torch.cat([p.scale for p in parts], 1),
+            torch.cat([p.offset for p in parts], 1),
+            max(p.bits for p in parts),
+        )
+
 
 def by_channel(weight: Tensor) -> QuantizedWeight:
     """8 bits, one scale for each row of [out, in], symmetric: q = round(w / scale) + 128 with scale

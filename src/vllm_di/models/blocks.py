@@ -31,8 +31,10 @@ class Parts:
         ops: OpTable,
         attention: AttentionBackend,
         communicator: Communicator,
+        *,
+        quantized_experts: bool,
     ) -> None:
-        self.config = config.complete()
+        self.config, self.quantized_experts = config.complete(), quantized_experts
         self.ops, self.attention, self.communicator = ops, attention, communicator
         self.rank, self.world = communicator.rank, communicator.world_size
         self.dtype, self.device = device.dtype(config.dtype), device.torch_device

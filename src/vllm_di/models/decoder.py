@@ -74,6 +74,9 @@ class Decoder(nn.Module, Model):
         if experts is not None and "fused_experts" in experts.asks_host:
             log.info("the model cannot be captured: ops.fused_experts asks the host")
             self.reuses -= {"capture"}
+        elif config.num_experts and quantization.experts_ask_host:
+            log.info("the model cannot be captured: quantised experts ask the host")
+            self.reuses -= {"capture"}
         architecture = config.architecture
         if architecture is not None and architecture not in self.families:
             raise UnsupportedModelError(
@@ -102,7 +105,10 @@ class Decoder(nn.Module, Model):
         communicator: Communicator,
         quantization: Quantization,
     ) -> None:
-        parts = Parts(config, device, ops, attention, communicator)
+        quantized_experts = quantization.takes_quantized and quantization.takes_experts
+        parts = Parts(
+            config, device, ops, attention, communicator, quantized_experts=quantized_experts
+        )
         c = parts.config
         assert c.vocab_size and c.hidden_size and c.num_hidden_layers and c.max_model_len
         self.config, self.ops, self.dtype = c, ops, parts.dtype
@@ -301,16 +307,23 @@ class Decoder(nn.Module, Model):
 
     def finalize(self) -> None:
         """Hand the linear weights to the quantization; from here on the model can run."""
-        if mixed := [n for n, m in self.named_modules() if isinstance(m, Linear) and m.is_mixed]:
+        parts = {n: m for n, m in self.named_modules() if isinstance(m, Linear | Experts)}
+        if mixed := [name for name, module in parts.items() if module.is_mixed]:
             log.warning(
                 "%d products have weights of which the checkpoint quantizes some: they are "
                 "dequantised: %s",
                 len(mixed),
                 _summary(mixed),
             )
-        for module in self.modules():
-            if isinstance(module, Linear | Experts):
-                module.finalize(self._quantization)
+        for module in parts.values():
+            module.finalize(self._quantization)
+        experts = [m for m in parts.values() if isinstance(m, Experts)]
+        if fewer := [m for m in experts if m.is_quantized]:
+            log.info(
+                "experts of %d layers are quantised: ops.quantized_linear and "
+                "ops.gated_quantized_linear multiply them, in place of ops.fused_experts",
+                len(fewer),
+            )
         if self.head is not None:
             self.head.finalize(self._quantization, embeds=self.head is self.embedding)
 

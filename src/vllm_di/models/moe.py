@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
-from vllm_di.components.interfaces import Quantization
+from vllm_di.components.interfaces import ExpertsFunction, Quantization
+from vllm_di.components.quantized import QuantizedWeight
 from vllm_di.models.layers import Cut, Target
 
 if TYPE_CHECKING:
     from vllm_di.models.blocks import Parts
+
+DOWN = -1
+"""Stands for the row at which a part of ``gate_up`` starts."""
 
 
 class Experts(nn.Module):
@@ -32,46 +36,89 @@ class Experts(nn.Module):
         self.experts = parts.ops.fused_experts
         self.activation: Literal["silu", "gelu_tanh"] = c.hidden_act or "silu"
         self.reduce = parts.reduce
+        self.takes_quantized = parts.quantized_experts
+        self._quantized: dict[tuple[int, int], QuantizedWeight] = {}
+        """Weights that came quantised, by expert and first row."""
+        self._run: ExpertsFunction | None = None
 
     def targets(self, prefix: str) -> dict[str, Target]:
         found = self.router.targets([f"{prefix}.gate"])
         names = ("w1", "w3", "w2") if self.block_sparse else ("gate_proj", "up_proj", "down_proj")
-        gate, up, down = names
         rows = (self.inner.whole, self.hidden)
         shards, cut = self.inner.count, self.inner.count > 1
-        by_row = Cut(lambda: self.gate_up, 0 if cut else None, shards)
-        by_column = Cut(lambda: self.down, 1 if cut else None, shards)
+        by_row = Cut(lambda: self._held(self.gate_up), 0 if cut else None, shards)
+        by_column = Cut(lambda: self._held(self.down), 1 if cut else None, shards)
+        kinds = (
+            (rows, 0, by_row),
+            (rows, self.inner.size, by_row),
+            ((self.hidden, self.inner.whole), DOWN, by_column),
+        )
         for e in range(self.num_experts):
-            name = f"{prefix}.experts.{e}"
-            found[f"{name}.{gate}.weight"] = Target(rows, self._rows(e, 0), cut=by_row)
-            found[f"{name}.{up}.weight"] = Target(rows, self._rows(e, self.inner.size), cut=by_row)
-            found[f"{name}.{down}.weight"] = Target(
-                (self.hidden, self.inner.whole), self._down(e), cut=by_column
-            )
+            for name, (shape, start, how) in zip(names, kinds, strict=True):
+                found[f"{prefix}.experts.{e}.{name}.weight"] = Target(
+                    shape, self._filler(e, start), quantized=self.takes_quantized, cut=how
+                )
         return found
 
-    def _rows(self, expert: int, start: int) -> Callable[[Tensor], None]:
-        def fill(tensor: Tensor) -> None:
-            place = self.gate_up[expert, start : start + self.inner.size]
-            place.copy_(tensor[self.inner.span])
+    def _held(self, weights: Tensor) -> Tensor | None:
+        return None if self.is_quantized else weights
+
+    def _filler(self, expert: int, start: int) -> Callable[[Tensor | QuantizedWeight], None]:
+        span = self.inner.span
+
+        def fill(tensor: Tensor | QuantizedWeight) -> None:
+            if isinstance(tensor, QuantizedWeight):
+                share = tensor.columns(span) if start == DOWN else tensor.rows(span)
+                self._quantized[expert, start] = share
+            else:
+                self._place(expert, start).copy_(tensor[:, span] if start == DOWN else tensor[span])
 
         return fill
 
-    def _down(self, expert: int) -> Callable[[Tensor], None]:
-        def fill(tensor: Tensor) -> None:
-            self.down[expert].copy_(tensor[:, self.inner.span])
+    def _place(self, expert: int, start: int) -> Tensor:
+        if start == DOWN:
+            return self.down[expert]
+        return self.gate_up[expert, start : start + self.inner.size]
 
-        return fill
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some weights came quantised and some in floats."""
+        return 0 < len(self._quantized) < 3 * self.num_experts
+
+    @property
+    def is_quantized(self) -> bool:
+        """Once it is finalised: whether the quantization multiplies its weights."""
+        return self._run is not None
 
     def finalize(self, quantization: Quantization) -> None:
-        """The router is finalised as a Linear of its own; the experts stay as they are."""
+        """Hand the weights of the experts over; the router is finalised as a Linear of its own."""
+        gate_up: list[Tensor | QuantizedWeight] = [*self.gate_up]
+        down: list[Tensor | QuantizedWeight] = [*self.down]
+        if self.is_mixed:
+            for (expert, start), part in self._quantized.items():
+                self._place(expert, start).copy_(part.dequantize(self.down.dtype))
+        elif parts := self._quantized:
+            size, every = self.inner.size, range(self.num_experts)
+            gate_up = [QuantizedWeight.join([parts[e, 0], parts[e, size]]) for e in every]
+            down = [parts[e, DOWN] for e in every]
+        self._quantized = {}
+        self._run = quantization.experts(gate_up, down, self.activation)
+        if self._run is not None:
+            self.num_bytes = sum(quantization.num_bytes(weight) for weight in (*gate_up, *down))
+            self._drop()
 
     def release(self) -> None:
         """Drop the experts' weights."""
+        self._run = None
+        self._drop()
+
+    def _drop(self) -> None:
         self.gate_up, self.down = self.gate_up[:0].clone(), self.down[:0].clone()
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.router.run(x).float().softmax(-1).topk(self.top_k)  # [tokens, k]
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
+        if self._run is not None:
+            return self.reduce(self._run(x, weights, ids))
         return self.reduce(self.experts(x, self.gate_up, self.down, weights, ids, self.activation))

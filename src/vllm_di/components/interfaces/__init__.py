@@ -44,6 +44,7 @@ from vllm_di.components.interfaces.engine import (
     WorkerLauncher,
 )
 from vllm_di.components.interfaces.model import (
+    ExpertsFunction,
     GraphPolicy,
     Loader,
     Model,
@@ -111,6 +112,7 @@ __all__ = [
     "Engine",
     "EngineClient",
     "Executor",
+    "ExpertsFunction",
     "GraphPolicy",
     "GroupTables",
     "KvCacheManager",

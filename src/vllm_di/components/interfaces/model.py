@@ -60,6 +60,9 @@ class NamedWeight:
     """Stacked by rows, in this order; ``tensor`` may be a view of that with more dimensions."""
 
 
+ExpertsFunction = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
+"""x [tokens, hidden], topk_weights [tokens, k], topk_ids [tokens, k] int64 -> [tokens, hidden]: as
+``OpTable.fused_experts``."""
 StepFunction = Callable[[ModelStep], "Tensor"]
 """``Model.forward``, or what a graph policy runs in its place."""
 
@@ -71,6 +74,12 @@ class Quantization(ABC):
     """``record`` and ``capture``: all that its products compute are ops of the table."""
     takes_quantized: ClassVar[bool] = False
     """Whether it wants weights as a quantised checkpoint holds them, not dequantised."""
+    takes_experts: ClassVar[bool] = False
+    """With ``takes_quantized``: whether ``experts`` takes such weights too. Experts of a checkpoint
+    are dequantised else."""
+    experts_ask_host: bool = False
+    """Whether the function of ``experts`` reads values of tensors on the host: such a step is not
+    captured."""
 
     @abstractmethod
     def linear(
@@ -96,6 +105,17 @@ class Quantization(ABC):
     ) -> Callable[[Tensor], Tensor] | None:
         """As linear, with the gate of an MLP behind the product (``OpTable.gated_linear``); None
         where the two are not to be fused."""
+        return None
+
+    def experts(
+        self,
+        gate_up: Sequence[Tensor | QuantizedWeight],
+        down: Sequence[Tensor | QuantizedWeight],
+        activation: Activation,
+    ) -> ExpertsFunction | None:
+        """As linear, for the MLPs of a layer's experts: gate_up [2 inter, hidden] and down [hidden,
+        inter] of each, all of them quantised or none. None, for weights in floats alone: they stay
+        as they are, and ``OpTable.fused_experts`` multiplies them."""
         return None
 
     def num_bytes(self, weight: Tensor | QuantizedWeight) -> int:

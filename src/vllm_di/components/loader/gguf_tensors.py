@@ -155,8 +155,8 @@ def architecture_of(reader: GGUFReader, path: Path) -> str:
 def read_gguf(
     path: Path, dtype: torch.dtype, *, keep: bool = False
 ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-    """(Hugging Face name, tensor) of every weight; with ``keep`` matrices stay quantised. Raises
-    CheckpointError naming tensor and file."""
+    """(Hugging Face name, tensor) of every weight; with ``keep`` matrices, and those of
+    experts, stay quantised. Raises CheckpointError naming tensor and file."""
     reader = open_gguf(path)
     architecture = architecture_of(reader, path)
     facts = metadata(reader)
@@ -168,7 +168,7 @@ def read_gguf(
         if name is None:
             continue
         try:
-            tensor = _read(entry, keep and len(entry.shape) == 2)
+            tensor = _read(entry, keep and len(entry.shape) in (2, 3))
         except Exception as error:
             # numpy and gguf have no exception of their own for what they cannot read
             raise CheckpointError(
@@ -179,7 +179,9 @@ def read_gguf(
         if architecture in PERMUTED and ".attn_k." in entry.name:
             tensor = _rows(tensor, _unpermuted(tensor.shape[0], kv_heads))
         if isinstance(tensor, QuantizedWeight):
-            yield name, tensor
+            rows = int(entry.shape[1])  # of a matrix; experts' lie one below the other
+            for expert, start in enumerate(range(0, tensor.shape[0], rows)):
+                yield name.format(expert), tensor.rows(slice(start, start + rows))
             continue
         if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor - 1  # llama.cpp stores 1 + weight
@@ -192,13 +194,15 @@ def read_gguf(
 
 
 def _read(entry: Any, keep: bool) -> Tensor | QuantizedWeight:
-    """fp32, or quantised with ``keep`` where the file has it so."""
+    """fp32, or quantised with ``keep`` where the file has it so; then a matrix, all but the last
+    dimension as one."""
     shape = entry.shape.tolist()[::-1]
-    if keep and entry.tensor_type.name not in FLOATS and shape[1] % GROUP == 0:
-        exact = unpack(entry.tensor_type.name, entry.data)
+    if keep and entry.tensor_type.name not in FLOATS and shape[-1] % GROUP == 0:
+        data = entry.data.reshape(-1, entry.data.shape[-1])
+        exact = unpack(entry.tensor_type.name, data)
         if exact is not None:
             return exact
-        return by_group(torch.from_numpy(dequantize(entry.data, entry.tensor_type)), 8)
+        return by_group(torch.from_numpy(dequantize(data, entry.tensor_type)), 8)
     return torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy()).reshape(shape)
 
 

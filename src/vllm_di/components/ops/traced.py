@@ -32,6 +32,7 @@ class TracedOps(TorchOps):
     are rewritten here without. ``compiler`` is a name for ``explain``."""
 
     implements = frozenset(TorchOps.OPS) - {*CACHE_OPS, *SAMPLER_OPS}
+    asks_host = frozenset()
 
     def __init__(self, *, compiler: str) -> None:
         super().__init__()

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from vllm_di.components.interfaces import Activation, OpTable, Quantization
+from vllm_di.components.interfaces import Activation, ExpertsFunction, OpTable, Quantization
+from vllm_di.components.quantization.experts import QuantizedExperts
 from vllm_di.components.quantization.none import NoQuantization
 from vllm_di.components.quantization.products import QuantizedProducts
 from vllm_di.components.quantized import QuantizedWeight
 
 
 class KeptWeights(Quantization):
-    """Never dequantises a linear weight. With weights from elsewhere it does what ``none`` does."""
+    """Never dequantises a weight of a linear layer or an expert. With weights from elsewhere it
+    does what ``none`` does."""
 
     reuses = frozenset({"record", "capture"})
     takes_quantized = True
+    takes_experts = True
 
     def __init__(self, ops: OpTable) -> None:
         self._plain = NoQuantization(ops)
         self._products = QuantizedProducts(ops)
+        self._experts = QuantizedExperts(ops)
+        self.experts_ask_host = self._experts.asks_host
 
     def linear(
         self,
@@ -46,3 +51,19 @@ class KeptWeights(Quantization):
         if not isinstance(weight, QuantizedWeight):
             return self._plain.gated_linear(weight, bias, activation)
         return self._products.gated_linear(weight, bias, activation)
+
+    def experts(
+        self,
+        gate_up: Sequence[Tensor | QuantizedWeight],
+        down: Sequence[Tensor | QuantizedWeight],
+        activation: Activation,
+    ) -> ExpertsFunction | None:
+        pairs = [
+            (inner, outer)
+            for inner, outer in zip(gate_up, down, strict=True)
+            if isinstance(inner, QuantizedWeight) and isinstance(outer, QuantizedWeight)
+        ]
+        if not pairs:
+            return None
+        inner, outer = zip(*pairs, strict=True)
+        return self._experts.function(inner, outer, activation)

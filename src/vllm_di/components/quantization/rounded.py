@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vllm_di.components.interfaces import Activation, OpTable, Quantization
+from vllm_di.components.interfaces import Activation, ExpertsFunction, OpTable, Quantization
+from vllm_di.components.quantization.experts import QuantizedExperts
 from vllm_di.components.quantization.products import QuantizedProducts
 from vllm_di.components.quantized import GROUP, QuantizedWeight, by_channel, by_group
 from vllm_di.errors import ConfigError
@@ -16,7 +17,7 @@ from vllm_di.errors import ConfigError
 
 class RoundedWeights(Quantization):
     """``scales=channel``: one scale an output, 8 bits. ``scales=group``: scale and offset for 32
-    weights. All linear weights and the head; embeddings and experts stay as they are."""
+    weights. All linear weights, experts and the head; embeddings stay as they are."""
 
     reuses = frozenset({"record", "capture"})
 
@@ -26,7 +27,8 @@ class RoundedWeights(Quantization):
         if scales == "channel" and bits != 8:
             raise ConfigError(f"scales=channel has 8 bits, not {bits}; scales=group has either")
         self._bits, self._scales = bits, scales
-        self._products = QuantizedProducts(ops)
+        self._products, self._experts = QuantizedProducts(ops), QuantizedExperts(ops)
+        self.experts_ask_host = self._experts.asks_host
 
     def linear(
         self,
@@ -40,6 +42,15 @@ class RoundedWeights(Quantization):
         self, weight: Tensor | QuantizedWeight, bias: Tensor | None, activation: Activation
     ) -> Callable[[Tensor], Tensor] | None:
         return self._products.gated_linear(self._rounded(weight), bias, activation)
+
+    def experts(
+        self,
+        gate_up: Sequence[Tensor | QuantizedWeight],
+        down: Sequence[Tensor | QuantizedWeight],
+        activation: Activation,
+    ) -> ExpertsFunction | None:
+        inner, outer = map(self._rounded, gate_up), map(self._rounded, down)
+        return self._experts.function(inner, outer, activation)
 
     def _rounded(self, weight: Tensor | QuantizedWeight) -> QuantizedWeight:
         if isinstance(weight, QuantizedWeight):
