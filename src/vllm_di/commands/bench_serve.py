@@ -63,7 +63,7 @@ async def _until_ready(host: str, port: int, process: subprocess.Popen[str]) -> 
             lines = errors.strip().splitlines() or ["no message"]
             raise VllmDiError(f"the server did not start: {lines[-1]}")
         with contextlib.suppress(OSError, ValueError, IndexError):
-            if (await _request(host, port, "GET", "/readyz"))[0] == 200:
+            if (await request(host, port, "GET", "/readyz"))[0] == 200:
                 return
         await asyncio.sleep(0.1)
     raise VllmDiError(f"the server was not ready after {START_SECONDS} s")
@@ -135,7 +135,7 @@ async def _round(
     return figures
 
 
-async def _request(host: str, port: int, method: str, path: str) -> tuple[int, bytes]:
+async def request(host: str, port: int, method: str, path: str) -> tuple[int, bytes]:
     async with _connection(host, port) as (reader, writer):
         writer.write(_head(method, path, host, 0))
         answer = await reader.read()
@@ -145,7 +145,7 @@ async def _request(host: str, port: int, method: str, path: str) -> tuple[int, b
 
 async def model_name(host: str, port: int) -> str:
     """What the server calls its model."""
-    models = json.loads((await _request(host, port, "GET", "/v1/models"))[1])
+    models = json.loads((await request(host, port, "GET", "/v1/models"))[1])
     return str(models["data"][0]["id"])
 
 

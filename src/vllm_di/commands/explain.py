@@ -41,6 +41,12 @@ def run(arguments: Arguments) -> int:
         ["slot", "class", "chosen by", "place"],
         [[r.slot, _short(r.target), r.chosen_by, r.missing or r.place] for r in told.rows],
     )
+    if told.replicas > 1:
+        router = next(r for r in told.rows if r.slot == "router")
+        print(
+            f"\n{told.replicas} replicas of engine and workers behind one API process "
+            f"({told.replicas_place}); router={router.option} shares requests out"
+        )
     if told.ops:
         print()
         print_table(["op", "runs on"], [[row.op, row.runs_on] for row in told.ops])

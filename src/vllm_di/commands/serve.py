@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import Coroutine
 from typing import Any
 
 from vllm_di.commands.arguments import Arguments, no_words
 from vllm_di.commands.say import say, warn
+from vllm_di.components.interfaces import EngineClient
 from vllm_di.components.messages import WorkerReport
 from vllm_di.components.warm_ups import shown
 from vllm_di.containers.assembly import Assembly, assemble
 from vllm_di.server.engine_client import ProcessEngineClient
+from vllm_di.server.replicas import ReplicatedEngineClient
 from vllm_di.server.sockets import check_address
+
+log = logging.getLogger(__name__)
 
 
 def run(arguments: Arguments) -> int:
@@ -29,8 +34,7 @@ def run(arguments: Arguments) -> int:
 
 async def _serve(assembly: Assembly) -> None:
     _check_address(assembly.server["server"])
-    client = ProcessEngineClient()
-    await client.start(assembly.encode())
+    client = await _start(assembly)
     try:
         # imported while the engine process starts
         from vllm_di.containers.fill import opened
@@ -39,12 +43,43 @@ async def _serve(assembly: Assembly) -> None:
         with opened(ServerContainer, assembly, engine_client=client) as container:
             watching = asyncio.create_task(_announce(assembly, client))
             try:
+                if isinstance(client, ReplicatedEngineClient):
+                    client.router = container.router()
+                    _replace_on_signal(client, assembly.server["server"])
                 await container.server().run()
             finally:
                 watching.cancel()
                 await _quietly(watching)
     finally:
         await client.close()
+
+
+async def _start(assembly: Assembly) -> ProcessEngineClient | ReplicatedEngineClient:
+    if assembly.num_replicas == 1:
+        client = ProcessEngineClient()
+        await client.start(assembly.encode())
+        return client
+    replicas = ReplicatedEngineClient(assembly.num_replicas)
+    numbers = range(assembly.num_replicas)
+    await replicas.start([assembly.of_replica(number).encode() for number in numbers])
+    return replicas
+
+
+def _replace_on_signal(client: ReplicatedEngineClient, server: dict[str, Any]) -> None:
+    """SIGUSR1: drain and replace one replica after the other. A server of another class may have
+    other keys."""
+    patience = server.get("drain_seconds", 30.0)
+    running: set[asyncio.Task[None]] = set()
+
+    def replace() -> None:
+        if running:
+            return log.warning("the replicas are being replaced already")
+        task = asyncio.create_task(client.replace_all(patience))
+        running.add(task)
+        task.add_done_callback(running.discard)
+        return None
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, replace)
 
 
 def _check_address(server: dict[str, Any]) -> None:
@@ -57,7 +92,7 @@ def _check_address(server: dict[str, Any]) -> None:
         check_address(host, port, path)
 
 
-async def _announce(assembly: Assembly, client: ProcessEngineClient) -> None:
+async def _announce(assembly: Assembly, client: EngineClient) -> None:
     """Say what starts, how far it is, and where it listens; again for an engine that follows one
     that died."""
     server = assembly.server["server"]
@@ -68,10 +103,16 @@ async def _announce(assembly: Assembly, client: ProcessEngineClient) -> None:
             stage = client.stage
             if client.state == "ready" and client.report is not None:
                 say(_ready(client.report))
+                if replicas := client.replicas():
+                    say(f"{len(replicas)} replicas of that, requests by router={_router(assembly)}")
                 say(f"listening on {_where(server)} (API under /v1)")
             else:
                 say(f"engine: {stage}")
         await asyncio.sleep(0.1 if client.state == "starting" else 1.0)
+
+
+def _router(assembly: Assembly) -> str:
+    return assembly.choices["router"].option
 
 
 def _where(server: dict[str, Any]) -> str:

@@ -130,6 +130,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """Seconds since the epoch."""
     cache_salt: str | None = None
     """Prefix-cache blocks are shared only among requests with the same salt."""
+    generated_token_ids: list[int] = []
+    """Tokens of its answer that an engine which ended has sent already: this one goes on behind
+    them, as after a preemption."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -438,6 +441,8 @@ class TokenOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     error_status: int = 500
     queue_time: float = 0.0
     """Seconds from arrival in the engine to the first schedule; in the first output."""
+    replica: int = 0
+    """The engine that sent it, of several."""
 
 
 class EngineStats(msgspec.Struct, kw_only=True):
@@ -456,6 +461,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
     num_steps: int = 0
     num_compiles: int = 0
     """Programs compiled since the engine is ready, in total."""
+    replica: int = 0
+    """The engine that they are of, of several."""
 
 
 class EngineOutputs(msgspec.Struct, kw_only=True):

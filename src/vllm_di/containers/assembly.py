@@ -20,6 +20,7 @@ from vllm_di.containers.manifest import LEVELS, Level, Manifest, read_manifest
 from vllm_di.containers.nested import resolve_nested
 from vllm_di.containers.origins import Origin, place_of
 from vllm_di.containers.registered import compose
+from vllm_di.containers.replicas import take_num_replicas
 from vllm_di.containers.slots import (
     SLOTS,
     EngineContainer,
@@ -67,6 +68,10 @@ class Assembly(msgspec.Struct):
     missing: dict[str, str] = {}
     """Dotted key of a slot that cannot be filled yet, and what to set for it. Empty in an assembly
     that can run."""
+    num_replicas: int = 1
+    """Engines behind one API process: ``executor.data_parallel_size``."""
+    replica: int | None = None
+    """The replica that this assembly is for; None where it is for all of them."""
     role: str = DEFAULT_ROLE
     """The role whose workers ``stages``, ``nodes``, ``path`` and ``platform_of`` return."""
 
@@ -79,6 +84,11 @@ class Assembly(msgspec.Struct):
                 f"{nearest(role, self.workers)}"
             )
         return msgspec.structs.replace(self, role=role)
+
+    def of_replica(self, replica: int) -> Assembly:
+        """The same assembly for one of the engines."""
+        assert 0 <= replica < self.num_replicas
+        return msgspec.structs.replace(self, replica=replica)
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -152,6 +162,7 @@ def assemble(
     parts = split(tree, overrides, sources or {})
     whole = compose(tree, parts.around, sources)
     values = _resolved(tree, whole, reports, incomplete)
+    num_replicas = take_num_replicas(values["executor"], whole.origins)
     assembly = Assembly(
         server={s: values[s] for s in slots(ServerContainer)},
         engine={s: values[s] for s in slots(EngineContainer)},
@@ -162,6 +173,7 @@ def assemble(
         packages=["vllm_di", *_ports(tree), *_trusted(values.get("trust"))],
         warnings=[*tree.warnings(), *unreadable, *left_out(values)],
         missing=dict(whole.missing),
+        num_replicas=num_replicas,
     )
     if not parts.roles:
         return assembly

@@ -15,6 +15,7 @@ from vllm_di.components.interfaces import INTERFACE_VERSION, OpTable, Placement
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.checkpoint import MISSING
 from vllm_di.containers.fill import opened
+from vllm_di.containers.replicas import PATH
 from vllm_di.containers.schema import check
 from vllm_di.containers.slots import (
     GIVEN,
@@ -79,6 +80,10 @@ class Explanation(msgspec.Struct, frozen=True):
     """Values of sampling parameters for requests that set none."""
     sampling_place: str
     """Where they come from."""
+    replicas: int = 1
+    """Engines behind the API process, each with what the rows of engine and worker say."""
+    replicas_place: str = ""
+    """Where the number comes from."""
 
 
 def explain(
@@ -120,6 +125,8 @@ def explain(
         fusions=fusions,
         sampling=assembly.settings["checkpoint"]["sampling"],
         sampling_place=assembly.place("generation_config"),
+        replicas=assembly.num_replicas,
+        replicas_place=assembly.place(PATH),
     )
 
 

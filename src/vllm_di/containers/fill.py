@@ -19,6 +19,7 @@ from dependency_injector.providers import Object, Provider, Singleton
 
 from vllm_di.components.interfaces import Engine, OpLibrary, Placement, Worker, WorkerLauncher
 from vllm_di.containers.assembly import Assembly
+from vllm_di.containers.replicas import PATH, refuse_alone
 from vllm_di.containers.schema import Part, check, class_of
 from vllm_di.containers.slots import DERIVED, SHARED, EngineContainer, WorkerContainer
 from vllm_di.containers.trial import try_out
@@ -137,6 +138,8 @@ class Launcher(WorkerLauncher):
     """Opens worker containers for an executor."""
 
     def __init__(self, assembly: Assembly, objects: Mapping[str, Any] | None = None) -> None:
+        """Raises ConfigError for an assembly of several engines that is not that of one."""
+        refuse_alone(assembly.num_replicas, assembly.replica, assembly.place(PATH))
         self._assembly, self._objects = assembly, dict(objects or {})
         self.num_stages = len(assembly.stages)
         self.role, self.roles = assembly.role, tuple(assembly.workers)
@@ -171,14 +174,20 @@ class Launcher(WorkerLauncher):
         return [sys.executable, "-m", module, where, address], self._assembly.encode()
 
     def _checked(self, placement: Placement) -> Placement:
-        """With the role of this launcher. Raises ConfigError where stages would not run."""
+        """With role and replica of this launcher. Raises ConfigError where stages would not
+        run."""
         if placement.num_stages != self.num_stages:
             name, place = self._assembly.platform.name, self._assembly.place("executor._target_")
             raise ConfigError(
                 f"{place}: executor: it runs a model in one piece, but platform={name} has "
                 f"{self.num_stages} stages; take executor=pipeline"
             )
-        return dataclasses.replace(placement, role=self.role)
+        return dataclasses.replace(
+            placement,
+            role=self.role,
+            replica=self._assembly.replica or 0,
+            num_replicas=self._assembly.num_replicas,
+        )
 
 
 @contextmanager

@@ -21,6 +21,7 @@ class ServerContainer(DeclarativeContainer):
     chat_template = Dependency(instance_of=i.ChatTemplate)
     tool_parser = Dependency(instance_of=i.ToolParser)
     reasoning_parser = Dependency(instance_of=i.ReasoningParser)
+    router = Dependency(instance_of=i.Router)
     metrics = Dependency(instance_of=i.Metrics)
     server = Dependency(instance_of=i.Server)
     # given

@@ -146,11 +146,28 @@ class Prompt(msgspec.Struct):
     prompt: str
 
 
+class ReplicaState(msgspec.Struct):
+    status: Literal["starting", "ready", "draining", "unresponsive", "dead"]
+    stage: str | None = None
+    reason: str | None = None
+
+
 class State(msgspec.Struct):
     status: Literal["starting", "ready", "dead", "unresponsive", "draining"]
     stage: str | None = None
     reason: str | None = None
     processes: list[str] = []
+    replicas: list[ReplicaState] = []
+
+
+class ReplicaLoad(msgspec.Struct):
+    running_or_waiting: int
+    tokens: int
+
+
+class Load(msgspec.Struct):
+    server_load: int
+    replicas: list[ReplicaLoad] = []
 
 
 class Version(msgspec.Struct):

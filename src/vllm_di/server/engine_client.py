@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from vllm_di.components.interfaces import EngineClient
 from vllm_di.components.messages import EngineRequest, TokenOutput, WorkerReport
@@ -18,6 +18,7 @@ from vllm_di.server.sharing import Lender
 
 RESTART_SECONDS = 600.0
 """The limit of restarts counts those within this time."""
+_POLL_SECONDS = 0.02
 ENGINE = (sys.executable, "-m", "vllm_di.containers.engine_process")
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,15 @@ class ProcessEngineClient(EngineClient):
     is no other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "", *, last_words: str = "the server ends") -> None:
+        """``name`` stands before its log lines, ``last_words`` behind that of its last death."""
+        self._name, self._last_words = f"{name}: " if name else "", last_words
+        self.on_change: Callable[[], None] | None = None
+        """Called after each change of state, stage or silence."""
+        self.on_death: Callable[[], None] | None = None
+        """Called when an engine has ended, before its requests learn of it."""
+        self.is_started = False
+        self._replacing = False
         self.state = "starting"
         self.failure: str | None = None
         self.stage = "start"
@@ -48,6 +57,7 @@ class ProcessEngineClient(EngineClient):
 
     async def start(self, assembly: bytes, command: Sequence[str] = ENGINE) -> None:
         """Start the engine process and send it the assembly."""
+        self.is_started = True
         self._engine = await EngineProcess.spawn(command, assembly)
         self._task = asyncio.create_task(self._run(command, assembly))
 
@@ -60,6 +70,15 @@ class ProcessEngineClient(EngineClient):
         await self._dead.wait()
         assert self._error is not None
         raise self._error
+
+    async def replace(self) -> None:
+        """End the engine, which is ready, and start a new one: that counts as no death. Requests
+        that it still has get an EngineDeadError."""
+        assert self._engine is not None
+        self._replacing = True
+        self._engine.hang_up()
+        while self._replacing or self.state == "starting":
+            await asyncio.sleep(_POLL_SECONDS)
 
     @property
     def pid(self) -> int:
@@ -151,10 +170,12 @@ class ProcessEngineClient(EngineClient):
         elif isinstance(message, wire.Stage):
             prefix = "restart: " if self._deaths else ""
             self.stage = prefix + message.name
+            self._changed()
         elif isinstance(message, wire.Ready):
             self.report, engine.patience = message.report, message.patience
             self.state, self.stage, self.failure, self._error = "ready", "ready", None, None
             self._settled.set()
+            self._changed()
         elif isinstance(message, Failure):
             error = message.error()
             raise error if isinstance(error, VllmDiError) else EngineDeadError(str(error))
@@ -162,32 +183,48 @@ class ProcessEngineClient(EngineClient):
     def _on_silence(self, silent: Sequence[str]) -> None:
         """``silent``: the processes without a heartbeat, after a change."""
         if silent:
-            log.warning("no heartbeat from %s", ", ".join(silent))
+            log.warning("%sno heartbeat from %s", self._name, ", ".join(silent))
         elif self.silent:
-            log.warning("heartbeat again from %s", ", ".join(self.silent))
+            log.warning("%sheartbeat again from %s", self._name, ", ".join(self.silent))
         self.silent = silent
+        self._changed()
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
     def _may_restart(self, error: VllmDiError) -> bool:
         """Fail all requests in flight. Whether to restart: not if the engine was never ready."""
         was_ready, num_open = self.state == "ready", len(self._inboxes)
+        replacing, self._replacing = self._replacing, False
         now = time.monotonic()
         self._deaths = [t for t in self._deaths if now - t < RESTART_SECONDS]
         will_restart = self.report is not None and len(self._deaths) < self.restarts
+        will_restart = will_restart or replacing
         if was_ready and not will_restart:
             reason = f"{error}; no restart is left (server.engine_restarts={self.restarts} in "
             error = EngineDeadError(f"{reason}{RESTART_SECONDS / 60:.0f} minutes)")
-        self._deaths.append(now)
+        if not replacing:
+            self._deaths.append(now)
         self.state, self.failure = "starting" if will_restart else "dead", str(error)
         self.silent = ()
         self.stage = "restart" if will_restart else "dead"
         self._error = None if will_restart else error
         failure = error if isinstance(error, EngineDeadError) else EngineDeadError(str(error))
+        if self.on_death is not None:
+            self.on_death()
         for inbox in self._inboxes.values():
             inbox.put_nowait(failure)
-        if was_ready:
-            what = "a new engine starts" if will_restart else "the server ends"
-            log.error("the engine died: %s. Requests lost: %d; %s", error, num_open, what)
+        if replacing:
+            log.warning("%sthe engine is replaced", self._name)
+        elif was_ready:
+            what = "a new engine starts" if will_restart else self._last_words
+            died = "the engine died: %s. Requests lost: %d; %s"
+            if self._name:
+                died = "the engine died: %s. Requests in flight: %d; %s"
+            log.error("%s" + died, self._name, error, num_open, what)
         if not will_restart:
             self._settled.set()
             self._dead.set()
+        self._changed()
         return will_restart

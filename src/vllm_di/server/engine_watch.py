@@ -72,6 +72,11 @@ class EngineProcess:
         if len(self._writers) == 2 and not self._writers[1].is_closing():
             self._writers[1].write(frame)
 
+    def hang_up(self) -> None:
+        """Close its connections, so that it ends; ``receive`` raises then."""
+        for writer in self._writers:
+            writer.close()
+
     async def watch(self, on_silence: Callable[[Sequence[str]], None]) -> None:
         """Follow the heartbeat until cancelled. Calls ``on_silence`` with the names of the silent
         processes after each change. Kills the process when a step, or the silence, takes longer
@@ -111,8 +116,7 @@ class EngineProcess:
         """End the process: close its socket, then SIGTERM, then SIGKILL. Processes that it started
         and left are killed."""
         self._rendezvous.close()
-        for writer in self._writers:
-            writer.close()
+        self.hang_up()
         for end in (None, self._process.terminate, self._process.kill):
             with contextlib.suppress(ProcessLookupError):
                 if end is not None:

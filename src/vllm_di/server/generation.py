@@ -101,18 +101,20 @@ async def _generate(
     name = request.request_id
     num_prompt = len(generation.prompt_token_ids) if request is generation.requests[0] else 0
     engine: EngineClient = service.engine
+    metrics = service.metrics.of(0)
     try:
         async with aclosing(engine.generate(request)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
+                metrics = service.metrics.of(output.replica)
                 update = generation.feed(output)
                 times = generation.intervals(name) if output.token_ids else (None, None)
-                service.metrics.tokens(num_prompt, len(update.token_ids), *times)
+                metrics.tokens(num_prompt, len(update.token_ids), *times)
                 num_prompt = 0  # counted once
                 put(update)
                 if update.abort:
                     break
     finally:
-        service.metrics.finished(generation.times(name))
+        metrics.finished(generation.times(name))
 
 
 async def _watch_connection(receive: Receive, interrupt: Callable[[Exception], None]) -> None:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from vllm_di.components.interfaces import INTERFACE_VERSION
+from vllm_di.components.interfaces import INTERFACE_VERSION, Replica
 from vllm_di.errors import RequestError
 from vllm_di.frontend.requests import check_token_ids
 from vllm_di.server import answers
@@ -48,6 +48,16 @@ class Endpoints:
     async def health(self, request: Request) -> Response:
         """200 while requests can be served, else 503."""
         return self._state(ready_only=True)
+
+    async def load(self, request: Request) -> Response:
+        """``server_load``: choices running or waiting, as vLLM calls it; and each replica's."""
+        answer: dict[str, Any] = {"server_load": self._service.admission.in_flight}
+        if replicas := self._service.engine.replicas():
+            answer["replicas"] = [
+                {"running_or_waiting": r.load.num_requests, "tokens": r.load.num_tokens}
+                for r in replicas
+            ]
+        return _json(answer)
 
     async def live(self, request: Request) -> Response:
         """503 only if the engine is dead, so that a restart helps."""
@@ -154,8 +164,19 @@ class Endpoints:
             state = {"status": "unresponsive", "processes": list(engine.silent)}
         elif self._service.admission.draining:
             state["status"] = "draining"
+        if replicas := engine.replicas():
+            state["replicas"] = [_shown(replica) for replica in replicas]
         bad = engine.state == "dead" or (ready_only and state["status"] != "ready")
         return _json(state, 503 if bad else 200)
+
+
+def _shown(replica: Replica) -> dict[str, str]:
+    shown: dict[str, str] = {"status": replica.state}
+    if replica.state == "starting":
+        shown["stage"] = replica.stage
+    if replica.failure is not None:
+        shown["reason"] = replica.failure
+    return shown
 
 
 def operations(service: Service) -> list[Operation]:
@@ -214,6 +235,7 @@ def operations(service: Service) -> list[Operation]:
         post("/tokenize", other.tokenize, "The tokens of a text.", **tokens_types),
         post("/detokenize", other.detokenize, "The text of tokens.", **prompt_types),
         get("/health", other.health, "Whether requests can be served.", **of_state),
+        get("/load", other.load, "Requests running or waiting.", answer=answers.Load),
         get("/ping", other.health, "The same as /health.", **of_state),
         get("/readyz", other.health, "The same as /health.", **of_state),
         get("/livez", other.live, "Whether a restart would not help.", **of_state),

@@ -87,7 +87,8 @@ class Service:
                 "reasoning_parser": self.reasoning_parser,
             }
             labels = {slot: type(part).__qualname__ for slot, part in parts.items()}
-            self.metrics.info(report, labels)
+            for replica, each in enumerate(self.engine.reports()):
+                self.metrics.of(replica).info(each, labels)
         return self._processor
 
     def check_model(self, name: str | None) -> None:

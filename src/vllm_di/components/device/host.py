@@ -20,7 +20,8 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 class HostDevice(Device):
-    """Threads, memory and dtypes of the CPU. The ranks share the host: each takes its part.
+    """Threads, memory and dtypes of the CPU. The ranks of all replicas share the host: each takes
+    its part.
 
     Sets torch's number of threads, and the cores of the thread that builds it, which those it
     starts inherit; restores both on close. Raises ConfigError for cores that this process may not
@@ -40,7 +41,8 @@ class HostDevice(Device):
         default_dtype: str,
         cores: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None,
     ) -> None:
-        self._ranks = placement.world_size if placement else 1
+        placement = placement or Placement()
+        self._ranks = placement.host_world_size
         self._cores_before = system.pin(_own(cores, placement)) if cores is not None else None
         self._budget = None if memory_budget is None else parse_size(memory_budget, "memory_budget")
         self._base = system.resident_bytes()
@@ -49,7 +51,14 @@ class HostDevice(Device):
             self.default_dtype = self.dtype(default_dtype)
         self._threads_before = torch.get_num_threads()
         part = 1 if cores is not None else self._ranks  # those left are this rank's alone
-        torch.set_num_threads(threads or max(1, system.usable_cores() // part))
+        usable = system.usable_cores()
+        if part > usable and placement.num_replicas > 1 and threads is None:
+            raise ConfigError(
+                f"executor.data_parallel_size={placement.num_replicas}: {part} workers in all, "
+                f"and {usable} cores that this process may use; each needs one. Lower it, or set "
+                "device.threads where they are to share cores"
+            )
+        torch.set_num_threads(threads or max(1, usable // part))
 
     def memory(self) -> DeviceMemory:
         """This rank's part of the declared budget, or of what the system says is available."""
@@ -72,7 +81,7 @@ class HostDevice(Device):
             system.pin(self._cores_before)
 
 
-def _own(cores: Sequence[int], placement: Placement | None) -> list[int]:
+def _own(cores: Sequence[int], placement: Placement) -> list[int]:
     """This rank's part of the cores that are given for all ranks."""
     allowed = system.allowed_cores()
     for core in cores:
@@ -81,7 +90,10 @@ def _own(cores: Sequence[int], placement: Placement | None) -> list[int]:
                 f"cores: {core} is not among those that this process may use: "
                 f"{', '.join(map(str, allowed))}"
             )
-    rank, ranks = (placement.rank, placement.world_size) if placement else (0, 1)
+    rank, ranks = placement.host_rank, placement.host_world_size
     if len(cores) < ranks:
-        raise ConfigError(f"cores: {len(cores)} for {ranks} ranks; each needs one at least")
+        who = f"{ranks} ranks"
+        if placement.num_replicas > 1:
+            who += f" (executor.data_parallel_size={placement.num_replicas} among them)"
+        raise ConfigError(f"cores: {len(cores)} for {who}; each needs one at least")
     return list(cores[len(cores) * rank // ranks : len(cores) * (rank + 1) // ranks])

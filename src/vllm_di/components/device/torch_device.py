@@ -17,7 +17,8 @@ from vllm_di.errors import ConfigError, PortError, nearest
 
 
 class TorchDevice(Device):
-    """One device of ``torch.<backend>``; rank r takes the r-th unless ``index`` says otherwise.
+    """One device of ``torch.<backend>``; the ranks, over all replicas, take
+    one each in order unless ``index`` says otherwise.
 
     Raises PortError when the package, the build of torch or the driver is absent: the message says
     which, why, and how to install it. Nothing else is ever taken in its place, but where
@@ -101,9 +102,16 @@ class TorchDevice(Device):
 
     def _choose(self, placement: Placement, index: int | None, backend: str) -> int:
         count: int = self._module.device_count()
-        chosen = placement.rank if index is None else index
+        if index is not None and placement.num_replicas > 1:
+            raise ConfigError(
+                f"index: {index} for executor.data_parallel_size={placement.num_replicas}: each "
+                "replica has devices of its own; leave it null"
+            )
+        chosen = placement.host_rank if index is None else index
         if not 0 <= chosen < count:
             who = f"rank {placement.rank}" if index is None else "index"
+            if placement.num_replicas > 1:
+                who += f" of replica {placement.replica} (executor.data_parallel_size)"
             raise ConfigError(f"{who}: there is no {backend}:{chosen}; this machine has {count}")
         return chosen
 

@@ -16,6 +16,7 @@ from vllm_di.components.messages import (
     StepResult,
     WorkerReport,
 )
+from vllm_di.errors import RequestError
 
 
 class StandardEngine(Engine):
@@ -42,6 +43,12 @@ class StandardEngine(Engine):
         self._scheduler.check(request)
 
     def add(self, request: EngineRequest) -> None:
+        if request.generated_token_ids and not self._scheduler.continues:
+            raise RequestError(
+                f"the engine that answered has ended, and {type(self._scheduler).__qualname__} "
+                "cannot go on in the middle of an answer",
+                status=500,
+            )
         self._scheduler.add(request)
 
     def abort(self, request_id: str) -> None:

@@ -32,6 +32,20 @@ class Placement:
     role: str = DEFAULT_ROLE
     """What the worker is for, as the platform's YAML names it: ``prefill``, ``draft``. Ranks and
     stages are counted within a role."""
+    replica: int = 0
+    """Which of the engines of this host the worker is of; ranks are counted within an engine."""
+    num_replicas: int = 1
+
+    @property
+    def host_rank(self) -> int:
+        """Counted over the ranks of all replicas: which of the host's devices, or which part of
+        the host, is this worker's."""
+        return self.replica * self.world_size + self.rank
+
+    @property
+    def host_world_size(self) -> int:
+        """Workers of the host that share its cores and memory, or take a device each."""
+        return self.num_replicas * self.world_size
 
 
 @dataclass(frozen=True, slots=True)

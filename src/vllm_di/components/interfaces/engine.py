@@ -206,6 +206,9 @@ class Scheduler(ABC):
     """Chooses what runs in each step. Continuous batching: a step mixes decodes with chunks of
     prefills."""
 
+    continues: ClassVar[bool] = False
+    """Whether ``add`` takes requests with ``generated_token_ids``, and goes on behind them."""
+
     def check(self, request: EngineRequest) -> None:
         """What of ``add`` may take long, a grammar: raises RequestError. Called from any thread
         before it."""

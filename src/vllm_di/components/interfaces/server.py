@@ -208,6 +208,11 @@ class Metrics(ABC):
     @abstractmethod
     def engine(self, stats: EngineStats) -> None: ...
 
+    def of(self, replica: int) -> Metrics:
+        """Where ``tokens``, ``finished``, ``engine`` and ``info`` of one replica of the engine go;
+        all to one place by default."""
+        return self
+
     @abstractmethod
     def http(self, handler: str, status: int, seconds: float) -> None: ...
 
@@ -218,6 +223,42 @@ class Metrics(ABC):
     @abstractmethod
     def render(self) -> tuple[bytes, str]:
         """(body, content type) in Prometheus' text form."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """What one replica of the engine has to do at the moment, as the API process knows it."""
+
+    replica: int
+    """Its number, from 0."""
+    num_requests: int
+    """Sent and not yet ended: running or waiting."""
+    num_tokens: int
+    """Of these requests: prompts and answers so far."""
+
+
+class Router(ABC):
+    """Chooses the replica of each request, where ``executor.data_parallel_size`` is above 1.
+    Called in the event loop: a call that takes long holds up every stream."""
+
+    @abstractmethod
+    def choose(self, request: EngineRequest, loads: Sequence[ReplicaLoad]) -> int:
+        """The ``replica`` of one of ``loads``, which are those that take requests: never none. The
+        request is then sent there."""
+
+    def forget(self, replica: int) -> None:
+        """The replica has ended: what it held in its cache is lost, and a new one has nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One of the engines behind an EngineClient, as it is now."""
+
+    state: Literal["starting", "ready", "draining", "unresponsive", "dead"]
+    stage: str
+    failure: str | None
+    report: WorkerReport | None
+    load: ReplicaLoad
 
 
 class EngineClient(ABC):
@@ -234,6 +275,14 @@ class EngineClient(ABC):
     """Processes of a ready engine that give no sign of life: ``engine``, ``worker 1``."""
     restarts: int = 0
     """How often within ten minutes an engine that died may be replaced. The server sets it."""
+
+    def replicas(self) -> Sequence[Replica]:
+        """The engines behind this client; none where it is the client of one."""
+        return ()
+
+    def reports(self) -> Sequence[WorkerReport]:
+        """Of each engine, by its number; of one that is not ready ``report`` stands."""
+        return () if self.report is None else (self.report,)
 
     @abstractmethod
     def generate(self, request: EngineRequest) -> AsyncIterator[TokenOutput]:

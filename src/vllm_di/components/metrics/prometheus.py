@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -27,17 +28,33 @@ _CHOICES = [1.0, 2.0, 5.0, 10.0, 20.0]
 
 
 class PrometheusMetrics(Metrics):
-    """Counts in a registry of its own. Labels hold the model's name, slots' classes, HTTP status
-    classes and route templates, never text from a request."""
+    """Counts in a registry of its own. Labels hold the model's name, the replica's number, slots'
+    classes, HTTP status classes and route templates, never text from a request."""
 
     def __init__(
         self, *, model_name: str | None, components: dict[str, str], compat: bool = True
     ) -> None:
         self._registry = CollectorRegistry(auto_describe=True)
-        self._labels = {"model_name": model_name or "model", "engine": "0"}
-        self._components = components
-        self._totals: dict[str, int] = {}
+        self._model_name, self._components, self._compat = model_name or "model", components, compat
         self._families: dict[str, Any] = {}
+        self._of: dict[int, PrometheusMetrics] = {0: self}
+        self._http = Counter(
+            "http_requests", "HTTP requests.", ("handler", "status"), registry=self._registry
+        )
+        self._http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "HTTP requests, to the end of the answer.",
+            ("handler",),
+            registry=self._registry,
+            buckets=_WHOLE_REQUEST,
+        )
+        self._make_series(0)
+
+    def _make_series(self, replica: int) -> None:
+        """Those with the label ``engine``: each replica has its own."""
+        compat = self._compat
+        self._labels = {"model_name": self._model_name, "engine": str(replica)}
+        self._totals: dict[str, int] = {}
         g, c, h = self._gauge, self._counter, self._histogram
         aliased = ("vllm:gpu_cache_usage_perc",) if compat else ()
         self._running = g("vllm:num_requests_running", "Requests in the running batch.")
@@ -86,20 +103,17 @@ class PrometheusMetrics(Metrics):
         self._params_n = h("vllm:request_params_n", "The parameter n.", _CHOICES)
         self._params_max = h("vllm:request_params_max_tokens", "The parameter max_tokens.", _TOKENS)
         self._step_tokens = h("vllm:iteration_tokens_total", "Tokens in a step.", _STEP_TOKENS)
-        self._http = Counter(
-            "http_requests", "HTTP requests.", ("handler", "status"), registry=self._registry
-        )
-        self._http_seconds = Histogram(
-            "http_request_duration_seconds",
-            "HTTP requests, to the end of the answer.",
-            ("handler",),
-            registry=self._registry,
-            buckets=_WHOLE_REQUEST,
-        )
         self._compiles = c("vllm_di:compiles_after_ready", "Programs that a step had to wait for.")
         self._unknown_fields = c(
             "vllm_di:unknown_request_fields", "Fields of requests that the server does not know."
         )
+
+    def of(self, replica: int) -> PrometheusMetrics:
+        found = self._of.get(replica)
+        if found is None:
+            found = self._of[replica] = copy(self)
+            found._make_series(replica)
+        return found
 
     def tokens(
         self,

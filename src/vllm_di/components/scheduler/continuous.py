@@ -56,6 +56,8 @@ class _Step:
 class ContinuousScheduler(Scheduler):
     """One scheduler for every platform; what a platform cannot do is in its ``LimitsReport``."""
 
+    continues = True
+
     def __init__(
         self,
         worker_report: WorkerReport,
@@ -116,6 +118,9 @@ class ContinuousScheduler(Scheduler):
         max_tokens = validate(request, self._report, self._usable, self._max_tokens)
         self._structured.check(request.params)
         self._num_arrived += 1
+        token_ids = request.prompt_token_ids
+        if generated := request.generated_token_ids:
+            token_ids = token_ids + generated
         sequence = Sequence(
             seq_id=self._num_arrived,
             request=request,
@@ -123,8 +128,9 @@ class ContinuousScheduler(Scheduler):
             max_tokens=max_tokens,
             eos_ids=self._eos_ids,
             queued_at=time.monotonic(),
-            token_ids=request.prompt_token_ids,
-            prefix=Prefix(request.prompt_token_ids, request.cache_salt),
+            token_ids=token_ids,
+            prefix=Prefix(token_ids, request.cache_salt),
+            reported=bool(generated),
         )
         self._by_request[request.request_id] = sequence
         self._waiting.push(sequence)

@@ -41,7 +41,7 @@ class Sequence:
 
     def begin(self) -> None:
         """Before it first runs: lists of its own."""
-        if self.token_ids is self.request.prompt_token_ids:
+        if self.num_cached < 0:
             self.token_ids = list(self.token_ids)
             self.prefix.token_ids = self.token_ids
             self.stop_ids = frozenset(self.request.params.stop_token_ids)

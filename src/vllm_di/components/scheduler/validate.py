@@ -31,6 +31,13 @@ def validate(
         _in_vocabulary("bad_words", words, report.vocab_size)
     room = report.max_model_len - len(prompt)
     max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    _in_vocabulary("generated_token_ids", request.generated_token_ids, report.vocab_size)
+    if len(request.generated_token_ids) >= max_tokens:
+        raise RequestError(
+            f"generated_token_ids: {len(request.generated_token_ids)} tokens, and at most "
+            f"{max_tokens} are asked for",
+            param="generated_token_ids",
+        )
     length = len(prompt) + max_tokens
     blocks = sum(g.most_blocks(length, max_chunk, report.block_size) for g in report.kv_groups)
     if blocks > num_usable_blocks:
