@@ -62,7 +62,9 @@ def test_options_of_vllms_own_and_classes_of_a_users() -> None:
 
 
 def test_a_layer_by_a_users_class_and_an_order_of_providers() -> None:
-    choices = chosen("ops.layers.SiluAndMul=mine.Silu", "ir_op_priority.rms_norm=native")
+    choices = chosen(
+        "ops.layers.SiluAndMul=mine.Silu", "ir_op_priority.rms_norm=native", "trust=[mine]"
+    )
     assert choices.layers == {"SiluAndMul": "mine.Silu"}
     assert choices.chosen == ["ops", "ir_op_priority"]
     assert choices.where("ir_op_priority") == "env DI_CONFIG: ir_op_priority.rms_norm=native"
@@ -90,6 +92,9 @@ def test_a_layer_by_a_users_class_and_an_order_of_providers() -> None:
         (["~attention"], ["is not an override"]),
         (["platform=cpuu"], ["no option 'cpuu'", "did you mean 'cpu'?"]),
         (["trust=mine"], ["trust", "expected a list"]),
+        (["attention._target_=os.system"], ["attention: 'os.system' is refused", "trust="]),
+        (["ops.layers.RMSNorm=os.system"], ["ops.layers.RMSNorm: 'os.system' is refused"]),
+        (["worker._target_=mine.Worker"], ["worker: 'mine.Worker' is refused"]),
     ],
 )
 def test_what_is_wrong_is_an_error_with_its_place(texts: list[str], parts: list[str]) -> None:

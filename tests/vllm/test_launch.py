@@ -67,7 +67,8 @@ def test_nothing_chosen_is_plain_vllm() -> None:
         (["m", "quantization=int8"], ["--quantization", "fp8"], "leave one out"),
         (["m", "attention=sdpa"], ["--additional-config", "{"], "is not JSON"),
         (["m", "attention=sdpa"], ["--additional-config", "[]"], "expected a mapping"),
-        (["m", "attention._target_=mine.A"], [], None),  # vLLM's process imports it
+        (["m", "attention._target_=mine.A"], [], "is refused: only classes of vllm, vllm_di"),
+        (["m", "attention._target_=mine.A", "trust=[mine]"], [], None),  # vLLM's process imports it
     ],
 )
 def test_what_is_wrong_is_said_before_vllm_starts(

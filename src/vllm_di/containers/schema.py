@@ -128,21 +128,22 @@ def class_of(
     return _Inspector(container, assembly).part(path, node, slots(container)[slot]).cls
 
 
+def check_trusted(target: str, packages: list[str], place: str, slot: str) -> None:
+    """Raise ConfigError for a ``_target_`` that names no class, or one outside ``packages``."""
+    package, *rest = target.split(".")
+    if package in packages and rest and all(part.isidentifier() for part in target.split(".")):
+        return
+    raise ConfigError(
+        f"{place}: {slot}: {target!r} is refused: only classes of {', '.join(packages)} may fill a "
+        "slot; enable another package with trust=[package]"
+    )
+
+
 def find_class(target: str, packages: list[str], place: str, slot: str) -> type:
     """Import the class that a ``_target_`` names. Nothing outside ``packages`` is imported. Raises
     ConfigError."""
+    check_trusted(target, packages, place, slot)
     module_name, _, class_name = target.rpartition(".")
-    package = target.split(".")[0]
-    if (
-        package not in packages
-        or not module_name
-        or not all(p.isidentifier() for p in target.split("."))
-    ):
-        raise ConfigError(
-            f"{place}: {slot}: {target!r} is refused: only classes of {', '.join(packages)} "
-            "may fill a "
-            "slot; enable another package with trust=[package]"
-        )
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -20,6 +20,7 @@ from vllm_di.containers.compose import ConfigTree
 from vllm_di.containers.detect import detect_platform
 from vllm_di.containers.origins import Origin, place_of
 from vllm_di.containers.overrides import Words, read
+from vllm_di.containers.schema import check_trusted
 from vllm_di.containers.tree import ConfigFiles
 from vllm_di.errors import ConfigError, nearest
 from vllm_di.parts import assemble_parts
@@ -117,6 +118,7 @@ def choose(overrides: Sequence[Override], config_dirs: Iterable[str | Path] = ()
         parts=parts,
     )
     _check_keys(choices)
+    _check_packages(choices)
     sorting.check_called(choices)
     return choices
 
@@ -128,6 +130,16 @@ def detect(tree: ConfigFiles) -> tuple[str, str]:
     if (found := build()) is not None:
         return found
     return detect_platform(tree)
+
+
+def _check_packages(choices: Choices) -> None:
+    """Classes come from vLLM, this project or a trusted package. None is imported."""
+    targets = {f"{s}._target_": choices.nodes[s].get("_target_") for s in SLOTS}
+    targets |= {f"ops.layers.{n}": v for n, v in choices.layers.items() if v != OURS}
+    for key, target in targets.items():
+        if isinstance(target, str):
+            slot = key.removesuffix("._target_")
+            check_trusted(target, choices.packages, choices.place(key), slot)
 
 
 def _check_keys(choices: Choices) -> None:
