@@ -12,6 +12,7 @@ VERBS = {
     "serve": "serve the model over an OpenAI-compatible HTTP API",
     "chat": "talk to the model in the terminal",
     "complete": "continue a text",
+    "run-batch": "answer a file of requests in OpenAI's batch form: run-batch FILE -o RESULTS",
     "bench": "measure latency, throughput or a server: bench latency|throughput|serve",
     "conform": "run the conformance suite on a platform",
     "explain": "which class fills each slot, and who chose it",
@@ -25,6 +26,7 @@ VERBS = {
 
 WORDS = {
     "complete": '"PROMPT"',
+    "run-batch": "FILE",
     "bench": "latency|throughput|serve",
     "new-port": "NAME",
     "vllm": "serve MODEL",
@@ -107,6 +109,10 @@ VERB_OPTIONS: dict[str, dict[str, str]] = {
         "--system": "prompt",
     },
     "complete": {"--temperature": "0 is greedy", "--max-tokens": "longest answer"},
+    "run-batch": {
+        "-o": "file for the results; default: standard output",
+        "--concurrency": "requests at once; default: 256",
+    },
     "bench": {
         "--input-len": "tokens of a prompt",
         "--output-len": "tokens of an answer",

@@ -67,7 +67,10 @@ class OpenAiServer(Server):
             engine_client,
             config,
         )
-        endpoints = routes(operations(self._service))
+        offered = operations(self._service)
+        self.batch_urls = [one.path for one in offered if one.is_batch]
+        """Paths that a line of a batch file may ask for."""
+        endpoints = routes(offered)
         templates: dict[object, str] = {page.endpoint: page.path for page in endpoints}
         self.app = Starlette(
             routes=endpoints,

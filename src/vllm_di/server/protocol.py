@@ -52,7 +52,7 @@ LogitBias = Annotated[
     dict[Int, float],
     msgspec.Meta(
         max_length=4096,
-        extra_json_schema={"propertyNames": {"pattern": "^(0|-?[1-9][0-9]{0,17})$"}},
+        extra_json_schema={"propertyNames": {"pattern": r"^(0|-?[1-9][0-9]{0,17})(?!\n)$"}},
     ),
 ]
 Budget = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]

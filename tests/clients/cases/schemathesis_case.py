@@ -87,5 +87,9 @@ def _code(response: Any) -> str | None:
         error = response.json()["error"]
     except (ValueError, KeyError, TypeError):
         return None
-    code: str | None = error.get("code")
+    if not isinstance(error, dict):  # a good response says that it has none
+        return None
+    if "code" not in error:  # Anthropic's form has none
+        return "invalid_type" if "Expected `" in error["message"] else None
+    code: str | None = error["code"]
     return code

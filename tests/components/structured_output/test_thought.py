@@ -15,7 +15,8 @@ from vllm_di.components.interfaces import MaskTask
 from vllm_di.components.messages import SamplingParams
 from vllm_di.components.structured_output.llguidance import LlguidanceOutput
 from vllm_di.components.structured_output.none import NoStructuredOutput
-from vllm_di.components.structured_output.thought import Closings, Thought
+from vllm_di.components.structured_output.thinking import Closings
+from vllm_di.components.structured_output.thought import Thought
 from vllm_di.errors import RequestError
 
 OPEN, CLOSE = "<think>", "</think>"

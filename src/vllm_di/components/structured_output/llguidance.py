@@ -21,7 +21,8 @@ from vllm_di.components.interfaces import MaskTask, StructuredOutput, Tokenizer
 from vllm_di.components.messages import SamplingParams
 from vllm_di.components.structured_output.constraint import Constraint, read_constraint
 from vllm_di.components.structured_output.places import place_of_error
-from vllm_di.components.structured_output.thought import Closings, ThoughtPlace, separated, split
+from vllm_di.components.structured_output.thinking import Closings, ThoughtPlace, separated
+from vllm_di.components.structured_output.thought import split
 from vllm_di.errors import RequestError
 
 if TYPE_CHECKING:
