@@ -81,7 +81,7 @@ def test_every_key_of_every_option_has_a_text() -> None:
         (["complete", "hi", "model=llama3"], 2, "model.path="),
         (["explain", "model=llama3", "tokenizer.path=3"], 2, "Expected `str"),
         (["explain", "model=local", "model.path=/nope"], 1, "no such file or folder"),
-        (["complete", "hi", *TINY, "worker.num_blocks=1"], 2, "room for 1 blocks"),
+        (["complete", "hi", *TINY, "worker.num_blocks=1"], 2, "room for 1 block "),
         (["complete", "hi", *TINY, "model.dtype=int8"], 2, "bfloat16"),
         (["complete", "hi", *TINY, "--temperature", "-3"], 2, "--temperature"),
         (["bench", "sideways"], 2, "latency|throughput|serve"),

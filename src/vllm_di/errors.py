@@ -72,6 +72,9 @@ def one_line(error: BaseException, most: int = 300) -> str:
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """A ready-made tail for a message: ``; did you mean 'x'?`` or nothing."""
-    close = difflib.get_close_matches(name, sorted(options), n=1, cutoff=0.5)
+    """A ready-made tail for a message: ``; did you mean 'x'?`` or nothing. An option with all words
+    of the name (``num_hidden_layers`` for ``num_layers``) comes before one that looks like it."""
+    known, words = sorted(options), set(name.split("_"))
+    longer = [o for o in known if len(words) > 1 and words < set(o.split("_"))]
+    close = difflib.get_close_matches(name, longer or known, n=1, cutoff=0 if longer else 0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

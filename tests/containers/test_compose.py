@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from omegaconf import OmegaConf
 
 from vllm_di.containers.assembly import assemble
 from vllm_di.containers.compose import ConfigTree
-from vllm_di.containers.overrides import model_overrides, read
+from vllm_di.containers.origins import Origin
+from vllm_di.containers.overrides import model_overrides, read, repeated
 from vllm_di.containers.ports import Port
 from vllm_di.containers.schema import check
 from vllm_di.containers.slots import GIVEN, WorkerContainer
-from vllm_di.errors import ConfigError, PortError
+from vllm_di.errors import ConfigError, PortError, nearest
 
 FILES = {
     "config.yaml": """
@@ -123,6 +125,109 @@ def test_a_wrong_override_is_refused_with_the_nearest(
         tree.compose([override])
     for word in [override, *words] if override != "+attention=sdpa" else words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "attention.split.x=3",
+            "attention.split is 512, which has no keys; give it whole: 'attention",
+        ),
+        ("model.path.a.b=3", "model.path is null.*whole: 'model.path={a: {b: 3}}'"),
+        ("model.nested={dept:3}", "model.nested has no key 'dept'; .*did you mean 'depth'"),
+        ("attention@x=sdpa", "leave the @x out"),
+    ],
+)
+def test_a_key_below_a_plain_value(tree: ConfigTree, override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"^command line: '{re.escape(override)}': .*{words}"):
+        tree.compose([override])
+
+
+def test_a_key_of_an_option_that_is_named_within() -> None:
+    for key, option in (("attention.decode", "paged"), ("ops.rms_norm", "OPTION")):
+        words = f"{key} names an option.*'{key}={{_option_: {key.split('.')[0]}/{option}, foo: 3}}'"
+        with pytest.raises(ConfigError, match=f"^command line: '{key}.foo=3': {words}"):
+            assemble(["platform=cpu", "model=tiny", "attention=hybrid", f"{key}.foo=3"])
+
+
+LISTS = {
+    "platform/chip.yaml": {
+        "override /atention: sdpa": r"no group 'atention'; did you mean 'attention'\?",
+        "/atention: sdpa": r"no group 'atention'; did you mean 'attention'\?",
+        "override attention: sdpa": "group 'platform' has no folder 'attention'; write /attention",
+        "override /attention: spda": r"no option 'spda'; it has bare, .*did you mean 'sdpa'\?",
+        "/attention: spda": "attention is filled already; write: override /attention: spda",
+        "cpuu": r"group 'platform' has no option 'cpuu'; it has .*did you mean 'cpu'\?",
+        "[a, b]": r"expected GROUP: OPTION.* got - \[a, b\]",
+    },
+    "attention/paged.yaml": {
+        "bear": r"group 'attention' has no option 'bear'; it has .*did you mean 'bare'\?",
+        "/modle: small": r"no group 'modle'; did you mean 'model'\?",
+        "/model: smal": r"no option 'smal'; it has small; did you mean 'small'\?",
+    },
+    "config.yaml": {
+        "attention: pagd": r"no option 'pagd'; .*did you mean 'paged'\?",
+        "atention: paged": r"no group 'atention'; did you mean 'attention'\?",
+    },
+}
+
+
+@pytest.mark.parametrize(("file", "entry"), [(f, e) for f, es in LISTS.items() for e in es])
+def test_a_wrong_entry_of_a_defaults_list_has_its_line(root: Path, file: str, entry: str) -> None:
+    """None of these is left to Hydra, whose words have no line."""
+    text = f"# x\ndefaults:\n  - _self_\n  - {entry}\n_target_: a.B\n"
+    if file == "platform/chip.yaml":
+        text = f"# @package _global_\n{text.replace('_target_: a.B', 'name: chip')}"
+    elif file == "config.yaml":
+        text = FILES[file].replace("  - attention: paged", f"  - {entry}")
+    write(root, {file: text})
+    options = ["platform=chip"] if "chip" in file else ["platform=cpu"]
+    line = text.splitlines().index(f"  - {entry}") + 1
+    with pytest.raises(ConfigError) as caught:
+        ConfigTree([root]).compose(options)
+    assert str(caught.value).startswith(f"{root / file}:{line}: defaults: "), caught.value
+    assert re.search(LISTS[file][entry], str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize("text", ["_target_: [a\n", "_target_: a\n_target_: b\n"])
+def test_what_is_no_yaml_has_its_line(root: Path, text: str) -> None:
+    write(root, {"attention/paged.yaml": text})
+    for overrides in ([], ["platform=cpu"], ["attention=paged"]):
+        with pytest.raises(ConfigError, match=r"attention/paged\.yaml:2: not valid YAML: "):
+            ConfigTree([root]).compose(overrides)
+    with pytest.raises(ConfigError, match=r"attention/paged\.yaml:2: not valid YAML: "):
+        ConfigTree([root]).compose_option("attention", "paged")
+
+
+def test_a_bad_manifest_hides_no_typing_error(root: Path) -> None:
+    write(root, {"platform/bad.yaml": "# @package _global_\nplatform:\n  detect: [3]\n"})
+    with pytest.raises(ConfigError, match=r"'platfrom=cpu': .*did you mean 'platform'"):
+        ConfigTree([root]).compose(["platfrom=cpu"])
+    with pytest.raises(ConfigError, match=r"bad\.yaml:3: platform.detect"):
+        ConfigTree([root]).compose([])
+
+
+def test_of_two_overrides_of_one_key_the_last_holds_and_a_line_says_so() -> None:
+    both = ["attention=sdpa", "attention=paged"]
+    assembly = assemble(["platform=cpu", "model=tiny", *both])
+    assert assembly.choices["attention"].option == "paged"
+    (line,) = [text for text in assembly.warnings if "twice" in text]
+    assert line == (
+        "command line: attention is set twice: the last, attention=paged, holds, and "
+        "attention=sdpa is not used"
+    )
+    assert repeated(["a.b=1", "a.b=1", "a.c=2"], {}) == []
+    elsewhere = {"a=1": Origin("env DI_CONFIG", text="a=1", named=True)}
+    assert repeated(["a=1", "a=2"], elsewhere) == []
+    assert len(repeated(["a=1", "a=2", "++a=3"], {})) == 2
+
+
+def test_the_nearest_name_has_all_words() -> None:
+    assert nearest("num_layers", ["layers", "num_hidden_layers"]) == (
+        "; did you mean 'num_hidden_layers'?"
+    )
+    assert nearest("num_layrs", ["layers", "num_layers"]) == "; did you mean 'num_layers'?"
 
 
 def test_a_key_of_a_part_without_keys_is_refused_with_that(tree: ConfigTree) -> None:

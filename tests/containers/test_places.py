@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.containers.two_platforms import TWO, config_dir
+from torch import Tensor
 
+from vllm_di.components.attention.sdpa import SdpaAttention
+from vllm_di.components.interfaces import AttentionSpec, Communicator, Placement
 from vllm_di.components.transport import Failure
 from vllm_di.containers.assembly import assemble
-from vllm_di.containers.fill import Launcher, open_engine
+from vllm_di.containers.fill import Launcher, open_engine, opened
 from vllm_di.containers.schema import check
 from vllm_di.containers.slots import WorkerContainer
 from vllm_di.errors import CheckpointError, ConfigError, PortError, VllmDiError
@@ -28,7 +32,7 @@ LOAD = (
 )
 PREPARE = (
     ("worker.num_blocks=1",),
-    r"command line: worker\.num_blocks=1: worker\.num_blocks: the KV cache has room for 1 blocks",
+    r"command line: worker\.num_blocks=1: worker\.num_blocks: the KV cache has room for 1 block ",
 )
 OF_FILE = (
     ("device.memory_budget=1MiB",),
@@ -83,6 +87,83 @@ def test_an_option_without_a_class(slot: str, text: str, tmp_path: Path) -> None
     (tmp_path / slot / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=rf"mine\.yaml: {slot}: it must be a mapping with a _t"):
         assemble([f"{slot}=mine", "platform=cpu", "model=tiny"], [tmp_path])
+
+
+TYPED = {
+    "model.max_model_len=100000": (),
+    "model.dtype=float33": (),
+    "kv_layout.dtype=int3": (),
+    "kv_layout=nhd": (),
+    "kv_layout=spyre": ("attention=hybrid",),
+    "worker.kv_cache_memory=lots": (),
+    "worker.num_blocks=300": ("worker.kv_cache_memory=1GiB",),
+    "device.memory_budget=lots": (),
+    "scheduler.max_num_batched_tokens=1": (),
+    "shapes=grid": (),
+    "model.hidden_size=63": ("model.head_dim=null",),
+    "ops.library.isa=amx_emulatd": ("ops=cpu",),
+}
+
+
+@pytest.mark.parametrize("override", TYPED)
+def test_what_a_person_typed_is_the_place(override: str) -> None:
+    """Of a value that a constructor refuses, in whichever slot."""
+    assembly = assemble([*CPU, *TYPED[override], override])
+    with pytest.raises(ConfigError) as caught, open_engine(assembly):
+        pass
+    assert str(caught.value).startswith(f"command line: {override}: "), caught.value
+
+
+class Three(Communicator):
+    rank, world_size = 0, 3
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        return x
+
+
+def test_a_model_that_cannot_be_split_is_the_fault_of_the_size() -> None:
+    typed = "executor.tensor_parallel_size=3"
+    assembly = assemble([*CPU, *PROCESS, typed])
+    parts: dict[str, Any] = {"placement": Placement(world_size=3), "communicator": Three()}
+    with pytest.raises(ConfigError) as caught, opened(WorkerContainer, assembly, **parts):
+        pass
+    place = f"command line: {typed}: executor.tensor_parallel_size"
+    assert str(caught.value).startswith(f"{place}: num_attention_heads (4) cannot be split")
+
+
+def test_a_key_of_a_file_is_placed_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "worker").mkdir()
+    text = "# Mine.\ndefaults:\n  - standard\n\nkv_cache_memory: lots\n"
+    (tmp_path / "worker/mine.yaml").write_text(text)
+    with (
+        pytest.raises(ConfigError) as caught,
+        open_engine(assemble([*CPU, "worker=mine"], [tmp_path])),
+    ):
+        pass
+    assert str(caught.value).startswith(f"{tmp_path}/worker/mine.yaml:5: worker: kv_cache_memory")
+
+
+class Refusing(SdpaAttention):
+    def check(self, spec: AttentionSpec) -> None:
+        raise ConfigError("no such window")
+
+
+def test_a_layer_that_attention_refuses_is_the_fault_of_attention() -> None:
+    target = f"attention._target_={__name__}.Refusing"
+    assembly = assemble([*CPU, "attention=sdpa", "trust=[tests]", target])
+    with pytest.raises(ConfigError) as caught, open_engine(assembly):
+        pass
+    assert str(caught.value) == f"command line: {target}: attention: no such window"
+
+
+def test_where_a_node_of_keys_is_expected() -> None:
+    cuda = ["platform=cuda", "model=tiny", "device.simulated=true"]
+    words = "expected a node of keys with a _target_, a Simulation, or null, got 3"
+    with pytest.raises(ConfigError, match=f"^command line: device.simulation=3: .*{words}"):
+        check(WorkerContainer, assemble([*cuda, "device.simulation=3"]))
 
 
 def test_a_word_that_is_none_of_a_few() -> None:

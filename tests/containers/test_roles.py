@@ -76,6 +76,21 @@ def test_explain_lists_the_slots_of_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["platform=cpu", "decode.worker.num_blocks=5"], "no role 'decode'; it names no roles"),
+        (["decode.stages.0.attention=sdpa"], "platform=auto has no role 'decode'"),
+        (["platform=two", "prefil.attention=sdpa"], "it has prefill, decode; did you mean 'pre"),
+        (["platform=two", "decod.stages.0.attention=sdpa"], "no role 'decod'; .*mean 'decode'"),
+    ],
+)
+def test_a_role_that_the_platform_lacks(overrides: list[str], words: str, tmp_path: Path) -> None:
+    folder = config_dir(tmp_path, ROLES)
+    with pytest.raises(ConfigError, match=f"^command line: '{overrides[-1]}': .*{words}"):
+        assemble(["model=tiny", *overrides], [folder])
+
+
+@pytest.mark.parametrize(
     ("override", "words"),
     [
         ("decode.attention=sdap", r"'decode\.attention=sdap': .* did you mean 'sdpa'"),
@@ -84,7 +99,7 @@ def test_explain_lists_the_slots_of_each(tmp_path: Path) -> None:
         ("decode=sdpa", r"write decode\.KEY=VALUE"),
         ("decode.stages.3.attention=sdpa", r"no such stage; platform=two has decode\.stages\.0"),
         ("stages.0.attention=sdpa", r"has workers of the roles prefill, decode: write ROLE\.KEY"),
-        ("draft.attention=sdpa", "no such group or key 'draft'"),
+        ("draft.attention=sdpa", "platform=two has no role 'draft'; it has prefill, decode"),
         ("prefill.stages.1.model.layers=null", r"prefill\.stages\.1\.model\.layers: expected"),
         ("decode.model.layers=[1,null]", r"decode\.model\.layers is \[1, None\], but the model"),
     ],

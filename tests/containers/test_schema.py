@@ -87,6 +87,14 @@ def test_order_follows_needs() -> None:
         ({"shapes": {"_target_": 3}}, ["shapes._target_", "dotted name"]),
         ({"shapes": {"_target_": "tests.containers.fakes.GodShapes"}}, ["'GoodShapes'"]),
         ({"shapes": {"_target_": "tests.containers.nothing.X"}}, ["no module"]),
+        (
+            {"shapes": {"_target_": "tests.container.fakes.GoodShapes"}},
+            ["no module 'tests.container'; did you mean 'tests.containers'?"],
+        ),
+        (
+            {"shapes": {"_target_": "tests.containers.faks.GoodShapes"}},
+            ["no module 'tests.containers.faks'; did you mean 'tests.containers.fakes'?"],
+        ),
     ],
 )
 def test_a_wrong_node_is_refused_with_its_place(nodes: Any, words: list[str]) -> None:

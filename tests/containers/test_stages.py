@@ -105,6 +105,8 @@ def test_errors_of_a_part_name_its_stage(tmp_path: Path) -> None:
         ("stages.0.model.layers=[0,null]", "leaves no layer of 2 to the stages after it"),
         ("stages.0.model.layers=[1,2]", "the model starts at 0"),
         ("stages.1.model.layers=null", r"expected \[first, end\]"),
+        ("stages.0.atention=sdpa", "^command line: 'stages.0.atention=sdpa': no such group or key"),
+        ("stage.0.attention=sdpa", "no key 'stage'; did you mean 'stages'"),
         ("model.num_hidden_layers=3", None),
         ("stages.1.model.layers=[1,3]", "the model has 2 layers"),
         ("stages.1.model.vocab_size=9", r"vocab_size is 9, but .* is 320 \(conf/model/tiny"),

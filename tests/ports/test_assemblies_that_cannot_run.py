@@ -46,7 +46,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "has a layout that our attention cannot read": (
         (f"platform={NAME}", "attention=paged"),
-        r"PagedAttention reads the layouts hnd, not 'frozen_2_0'; attention=sdpa reads any",
+        r"PagedAttention reads the layouts hnd, not 'frozen_2_0'; take kv_layout=hnd, or sdpa here",
     ),
     "has attention that cannot read our layout": (
         (f"platform={NAME}", "kv_layout=hnd", "worker=standard", "worker.num_blocks=512"),

@@ -218,10 +218,11 @@ BROKEN = {
     ),
     "names an option that is not there": Bad(
         changed(PLATFORM, "override /attention: mychip", "override /attention: mychop"),
-        "attention/mychop",
+        "conf/platform/mychip.yaml:5: defaults: group 'attention' has no option 'mychop'; it has ",
     ),
     "includes what is not there": Bad(
-        changed("mychip/conf/ops/mychip.yaml", "base", "bass"), "bass"
+        changed("mychip/conf/ops/mychip.yaml", "base", "bass"),
+        "conf/ops/mychip.yaml:3: defaults: group 'ops' has no option 'bass'; it has ",
     ),
     "has no conf": Bad(
         {"mychip/__init__.py": ""},

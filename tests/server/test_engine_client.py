@@ -149,7 +149,7 @@ def test_death_reaches_every_open_request() -> None:
 def test_a_start_that_fails_says_why_in_its_own_words() -> None:
     async def play() -> None:
         async with started("worker.num_blocks=1") as client:
-            with pytest.raises(ConfigError, match="room for 1 blocks"):
+            with pytest.raises(ConfigError, match="room for 1 block "):
                 await client.wait_ready()
             assert client.state == "dead"
 

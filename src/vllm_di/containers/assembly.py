@@ -19,6 +19,7 @@ from vllm_di.containers.evidence import Recorded, read_recorded, shown_level
 from vllm_di.containers.manifest import LEVELS, Level, Manifest, read_manifest
 from vllm_di.containers.nested import resolve_nested
 from vllm_di.containers.origins import Origin, place_of
+from vllm_di.containers.overrides import repeated
 from vllm_di.containers.registered import compose
 from vllm_di.containers.replicas import take_num_replicas
 from vllm_di.containers.slots import (
@@ -171,7 +172,12 @@ def assemble(
         origins=dict(whole.origins),
         choices={group: Choice(*choice) for group, choice in whole.choices.items()},
         packages=["vllm_di", *_ports(tree), *_trusted(values.get("trust"))],
-        warnings=[*tree.warnings(), *unreadable, *left_out(values)],
+        warnings=[
+            *repeated(overrides, sources or {}),
+            *tree.warnings(),
+            *unreadable,
+            *left_out(values),
+        ],
         missing=dict(whole.missing),
         num_replicas=num_replicas,
     )
@@ -207,7 +213,10 @@ def _add_workers(
                     composition.values[slot] = whole.values[slot]  # a worker may interpolate them
                 values = _resolved(tree, composition, reports, incomplete)
             except ConfigError as error:
-                raise type(error)(f"{before.rstrip('.') or KEY}: {error}") from None
+                text = str(error)
+                if not before or before not in text:  # else the override names its stage itself
+                    text = f"{before.rstrip('.') or KEY}: {text}"
+                raise type(error)(text) from None
             assembly.workers[role].append({s: values[s] for s in workers})
             platforms[role].append(values["platform"])
             assembly.missing |= {f"{before}{k}": v for k, v in composition.missing.items()}

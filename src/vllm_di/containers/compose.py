@@ -26,9 +26,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vllm_di.components.interfaces import OpTable
+from vllm_di.containers.defaults import check_defaults, check_file
+from vllm_di.containers.keys import unknown_key
 from vllm_di.containers.origins import Origin
 from vllm_di.containers.overrides import read
-from vllm_di.containers.tree import ConfigFiles, shown
+from vllm_di.containers.tree import ConfigFiles, not_yaml, shown
 from vllm_di.errors import ConfigError, PortError, nearest
 
 _LOCK = threading.Lock()
@@ -67,9 +69,11 @@ class ConfigTree(ConfigFiles):
         stands that was not typed as it is. Raises ConfigError with the place of what is wrong."""
         override_sources = Sources(sources or {})
         parsed = [parse(text, override_sources) for text in overrides]
-        parsed, automatic = self._with_platform(parsed)
         for override in parsed:
-            self._check(override, override_sources)
+            if override.key_or_group != "platform" or override.value() != "auto":
+                self._check(override, override_sources)
+        parsed, automatic = self._with_platform(parsed)
+        check_defaults(self, _chosen(parsed, self.groups()))
         values, defaults = self._hydra([_text(o) for o in parsed], override_sources)
         choices = self._choices(parsed, defaults, automatic, override_sources)
         for group, (option, origin) in choices.items():
@@ -101,7 +105,7 @@ class ConfigTree(ConfigFiles):
         if "." in key or override.package or key.startswith("hydra"):
             first = key.split(".")[0]
             if first not in groups and first not in top.lines:
-                known = [*groups, *top.lines]
+                known = [*groups, *top.lines, "stages"]
                 raise ConfigError(
                     f"{sources.place(text)}: no such group or key {first!r}{nearest(first, known)}"
                 )
@@ -144,7 +148,9 @@ class ConfigTree(ConfigFiles):
                 with initialize_config_dir(str(self.roots[0]), version_base="1.3"):
                     texts = [*self._searched(), *map(_adding_op, overrides)]
                     values = hydra_compose("config", texts, return_hydra_config=True)
-            except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            except yaml.YAMLError as error:
+                raise ConfigError(_not_yaml(error)) from None
+            except (HydraException, OmegaConfBaseException) as error:
                 raise self._explained(error, overrides, sources) from None
         choices = dict(values.hydra.runtime.choices)
         with open_dict(values):
@@ -158,10 +164,13 @@ class ConfigTree(ConfigFiles):
         the node). Nothing in it is interpolated yet. Raises ConfigError."""
         self.refuse_clash(group, option)
         path = self._file(f"{group}/{option}")
+        check_file(self, path)
         try:
             node = _plain_node(path) or self._hydra_node(group, option)
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(f"{group}={option}: {' '.join(str(error).split())}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(_not_yaml(error)) from None
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(f"{shown(path)}: {' '.join(str(error).split())}") from None
         if not isinstance(node, DictConfig):
             raise ConfigError(f"{shown(path)}: expected a mapping, got {node!r}")
         self._add_ops(node, self.with_included(path))
@@ -213,27 +222,18 @@ class ConfigTree(ConfigFiles):
     def _explained(self, error: Exception, overrides: list[str], sources: Sources) -> ConfigError:
         """Hydra's words for an unknown key do not name the valid ones: find the override and name
         them."""
-        plain = [o for o in overrides if "." not in read(o).key]
-        plain_groups = self.groups()
-        if len(plain) < len(overrides):
-            with initialize_config_dir(str(self.roots[0]), version_base="1.3"):
-                try:
-                    values = hydra_compose("config", [*self._searched(), *plain])
-                except (HydraException, OmegaConfBaseException):
-                    values = OmegaConf.create({})
-            for text in overrides:
-                key = read(text).key
-                if key in plain_groups:
-                    continue
-                parent, _, last = key.rpartition(".")
-                node = OmegaConf.select(values, parent) if parent else values
-                if isinstance(node, DictConfig) and last not in node and not text.startswith("+"):
-                    keys = [str(k) for k in node if k != "_target_"]
-                    keys += OpTable.OPS if parent == "ops" else ()
-                    return ConfigError(
-                        f"{sources.place(text)}: {parent} has no key {last!r}; it has "
-                        f"{', '.join(keys) or 'none'}{nearest(last, keys)}"
-                    )
+        plain, groups = [o for o in overrides if "." not in read(o).key], self.groups()
+        with initialize_config_dir(str(self.roots[0]), version_base="1.3"):
+            try:
+                values = hydra_compose("config", [*self._searched(), *plain])
+            except (HydraException, OmegaConfBaseException):
+                values = OmegaConf.create({})
+        for text in overrides:
+            sign, key, _, value = read(text)
+            if key not in groups and not sign.startswith("+") and key.split(".")[0] in values:
+                names = _names(text)
+                if why := unknown_key(values, key, value, names):
+                    return ConfigError(f"{sources.place(text)}: {why}")
         return ConfigError(f"config: {' '.join(str(error).split())}")
 
     # -- origins -----------------------------------------------------------------------------
@@ -289,6 +289,22 @@ class ConfigTree(ConfigFiles):
 
     def _chooser(self, file: Path) -> str:
         return "default" if file.parent in self.roots else self.option_of(file)[0]
+
+
+def _chosen(parsed: Iterable[Override], groups: Iterable[str]) -> dict[str, str]:
+    """Group to the option that an override takes."""
+    return {o.key_or_group: str(o.value()) for o in parsed if o.key_or_group in groups}
+
+
+def _names(text: str) -> list[str]:
+    """The keys of the mapping that an override gives; none of another value."""
+    value = OverridesParser.create().parse_override(text).value()
+    return [str(key) for key in value] if isinstance(value, dict) else []
+
+
+def _not_yaml(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return not_yaml(Path(mark.name), error) if mark else " ".join(str(error).split())
 
 
 def _plain_node(path: Path) -> DictConfig | None:
@@ -353,6 +369,11 @@ def parse(text: str, sources: Sources) -> Override:
             f"{sources.place(text)}: several values make a sweep, which only "
             "`bench -m` takes; "
             "put quotes around a value that holds a comma"
+        )
+    if override.package is not None:
+        raise ConfigError(
+            f"{sources.place(text)}: an option fills the slot of its group; leave the "
+            f"@{override.package} out"
         )
     if not override.key_or_group:
         raise ConfigError(f"{sources.place(text)} is not an override; write key=value")

@@ -19,6 +19,7 @@ from dependency_injector.providers import Object, Provider, Singleton
 
 from vllm_di.components.interfaces import Engine, OpLibrary, Placement, Worker, WorkerLauncher
 from vllm_di.containers.assembly import Assembly
+from vllm_di.containers.faults import placed
 from vllm_di.containers.replicas import PATH, refuse_alone
 from vllm_di.containers.schema import Part, check, class_of
 from vllm_di.containers.slots import DERIVED, SHARED, EngineContainer, WorkerContainer
@@ -55,7 +56,8 @@ def opened(
         for slot, part in plan.parts.items():
             shared = slot in SHARED.get(container, {})
             path = slot if shared else assembly.path(container, slot, stage)
-            providers[slot] = _provider(path, part, filled, assembly, stack, preview)
+            before = path.removesuffix(slot)
+            providers[slot] = _provider(path, part, filled, assembly, stack, preview, before)
         for slot, (source, method) in DERIVED.get(container, {}).items():
             if slot not in objects:
                 providers[slot] = Singleton(_call, filled.providers[source], method)
@@ -93,7 +95,8 @@ def _provider(
     container: Any,
     assembly: Assembly,
     stack: ExitStack,
-    preview: bool = False,
+    preview: bool,
+    before: str,
 ) -> Provider[Any]:
     arguments: dict[str, Any] = {name: container.providers[name] for name in part.injected}
     arguments |= {name: Object(value) for name, value in part.values.items()}
@@ -101,7 +104,8 @@ def _provider(
     for name, inner in part.parts.items():
         provider = next((known for same, known in built_once if same == inner), None)
         if provider is None:
-            provider = _provider(f"{path}.{name}", inner, container, assembly, stack, preview)
+            inside = f"{path}.{name}"
+            provider = _provider(inside, inner, container, assembly, stack, preview, before)
             if issubclass(inner.cls, OpLibrary):  # ops.rms_norm=cpu beside ops=cpu: one library
                 built_once.append((inner, provider))
         arguments[name] = Object(provider) if name in part.lazy else provider
@@ -114,7 +118,7 @@ def _provider(
         try:
             built = make(**kwargs)
         except ConfigError as error:
-            raise type(error)(f"{assembly.place(path + '._target_')}: {path}: {error}") from error
+            raise placed(error, assembly, path, before) from error
         except VllmDiError:
             raise
         except (Exception, SystemExit) as error:

@@ -21,6 +21,7 @@ Level = Literal[
 ]
 LEVELS: tuple[Level, ...] = typing.get_args(Level)
 """From the least to the most proven."""
+_VERSION = re.compile(r"\d+\.\d+")
 
 DType = Literal[
     "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "int4"
@@ -128,6 +129,8 @@ def read_manifest(
     Raises ConfigError for an unknown key or a wrong value, PortError for a version of the
     interfaces that this engine does not serve.
     """
+    if isinstance(node, dict):
+        _check_version(node.get("interface"), option, place)
     found: Manifest = _convert(node, Manifest, "platform", place)
     if found.name != option:
         raise PortError(
@@ -154,6 +157,21 @@ def read_manifest(
     return found
 
 
+def _check_version(value: object, option: str, place: Callable[[str], str]) -> None:
+    """Raise PortError for what is no version: a number without quotes, a word."""
+    if value is None or (isinstance(value, str) and _VERSION.fullmatch(value)):
+        return
+    served = " and ".join(served_versions())
+    form = (
+        f'"{value}" in quotes' if isinstance(value, float) else f'MAJOR.MINOR, such as "{served}"'
+    )
+    raise PortError(
+        f"{place('platform.interface')}: platform.interface: {value!r} is no version: write "
+        f"{form}; {option} says which interfaces it was written for, and this engine has "
+        f"{INTERFACE_VERSION} and serves {served}"
+    )
+
+
 def read_detect(node: Any, place: Callable[[str], str]) -> Detect:
     """The conditions alone, for ``platform=auto``. Raises ConfigError."""
     found: Detect = _convert(node, Detect, "platform.detect", place)
@@ -169,7 +187,7 @@ def served_versions(engine: str = INTERFACE_VERSION) -> list[str]:
 
 def is_served(version: str, engine: str = INTERFACE_VERSION) -> bool:
     """Whether a port written for ``version`` runs on an engine with the interfaces ``engine``."""
-    return bool(re.fullmatch(r"\d+\.\d+", version)) and version in served_versions(engine)
+    return bool(_VERSION.fullmatch(version)) and version in served_versions(engine)
 
 
 def _convert(value: Any, kind: Any, path: str, place: Callable[[str], str]) -> Any:

@@ -12,14 +12,11 @@ from omegaconf import OmegaConf
 
 from vllm_di.components.interfaces import OpTable
 from vllm_di.containers.compose import Composition, ConfigTree
+from vllm_di.containers.keys import HALVES, OPTION
 from vllm_di.containers.origins import Origin, place_of
 from vllm_di.containers.tree import shown
 from vllm_di.errors import ConfigError, nearest
 
-OPTION = "_option_"
-"""In any node within a slot's, ``inner: {_option_: attention/sdpa, KEY: VALUE}`` stands for that
-option's node with some of its keys set."""
-HALVES = ("prefill", "decode")
 DEEPEST = 8
 
 

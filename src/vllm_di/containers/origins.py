@@ -39,12 +39,29 @@ class Origin(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def place_of(origins: Mapping[str, Origin], key: str) -> str:
-    """Where a dotted key came from; its parent's place when it has none itself."""
+    """Where a dotted key came from; where it has no place itself that of a key below which a person
+    set, else its parent's."""
+    if key not in origins and (below := [k for k in origins if k.startswith(f"{key}.")]):
+        key = next((k for k in below if origins[k].by_user), key)
     while key:
         if origin := origins.get(key):
             return str(origin)
         key = key.rpartition(".")[0]
     return "config"
+
+
+class Default(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry of a file's ``defaults`` list."""
+
+    text: str
+    line: int
+    group: str | None = None
+    """As written, with its ``/``; None for an option of the file's own folder."""
+    option: str | None = None
+    """None where the group is left empty. Neither group nor option: no entry that makes sense."""
+    package: str = ""
+    is_override: bool = False
+    is_optional: bool = False
 
 
 class YamlFile(msgspec.Struct, frozen=True):
@@ -55,14 +72,23 @@ class YamlFile(msgspec.Struct, frozen=True):
     """Dotted key to line, from 1. Inner mappings count too."""
     texts: dict[str, str]
     """Dotted key to the comment behind it: what ``--help`` prints."""
-    chooses: dict[str, tuple[str, int]]
-    """Group to (option, line), from the defaults list, ``override`` entries included."""
-    includes: tuple[str, ...]
-    """Options of the same group that it builds on, from the defaults list."""
+    defaults: tuple[Default, ...]
+    """Its defaults list."""
     is_global: bool
     """True when the file's keys are those of the whole config, not of its group."""
     summary: str
     """The comment at the top, or nothing."""
+
+    @property
+    def chooses(self) -> dict[str, tuple[str, int]]:
+        """Group to (option, line), from the defaults list, ``override`` entries included."""
+        return {d.group.lstrip("/"): (str(d.option), d.line) for d in self.defaults if d.group}
+
+    @property
+    def includes(self) -> tuple[str, ...]:
+        """Options of the same group that it builds on, from the defaults list."""
+        options = (d.option for d in self.defaults if d.group is None)
+        return tuple(o for o in options if o is not None and o != "_self_")
 
 
 def read_yaml(path: Path) -> YamlFile:
@@ -70,8 +96,7 @@ def read_yaml(path: Path) -> YamlFile:
     text = path.read_text(encoding="utf-8")
     rows = text.splitlines()
     lines: dict[str, int] = {}
-    chooses: dict[str, tuple[str, int]] = {}
-    includes: list[str] = []
+    defaults: list[Default] = []
 
     def walk(node: yaml.Node | None, prefix: str) -> None:
         if not isinstance(node, yaml.MappingNode):
@@ -80,7 +105,7 @@ def read_yaml(path: Path) -> YamlFile:
             name = f"{prefix}{key.value}"
             lines[name] = key.start_mark.line + 1
             if name == "defaults" and isinstance(value, yaml.SequenceNode):
-                _read_defaults(value, chooses, includes)
+                defaults.extend(_read_default(item, rows) for item in value.value)
             else:
                 walk(value, f"{name}.")
 
@@ -95,16 +120,25 @@ def read_yaml(path: Path) -> YamlFile:
             break
     summary = " ".join(row for row in head if not row.startswith("@package"))
     is_global = "@package _global_" in head
-    return YamlFile(path, lines, texts, chooses, tuple(includes), is_global, summary)
+    return YamlFile(path, lines, texts, tuple(defaults), is_global, summary)
 
 
-def _read_defaults(
-    node: yaml.SequenceNode, chooses: dict[str, tuple[str, int]], includes: list[str]
-) -> None:
-    for item in node.value:
-        if isinstance(item, yaml.MappingNode) and item.value:
-            key, value = item.value[0]
-            group = key.value.removeprefix("override ").strip().lstrip("/").split("@")[0]
-            chooses[group] = (str(value.value), key.start_mark.line + 1)
-        elif isinstance(item, yaml.ScalarNode) and item.value != "_self_":
-            includes.append(item.value)
+def _read_default(item: yaml.Node, rows: list[str]) -> Default:
+    line = item.start_mark.line + 1
+    if isinstance(item, yaml.ScalarNode):
+        return Default(text=item.value, line=line, option=item.value)
+    if not isinstance(item, yaml.MappingNode) or len(item.value) != 1:
+        return Default(text=rows[line - 1].strip(), line=line)
+    key, value = item.value[0]
+    *words, name = str(key.value).split()
+    group, _, package = name.partition("@")
+    is_none = value.tag == "tag:yaml.org,2002:null" or not isinstance(value, yaml.ScalarNode)
+    return Default(
+        text=f"{key.value}: {value.value}",
+        line=line,
+        group=group,
+        option=None if is_none else str(value.value),
+        package=package,
+        is_override="override" in words,
+        is_optional="optional" in words,
+    )

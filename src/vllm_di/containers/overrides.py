@@ -3,7 +3,11 @@ this is for whoever must sort overrides before, and for the commands that never 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from vllm_di.containers.origins import Origin
 
 
 class Words(NamedTuple):
@@ -29,6 +33,22 @@ def read(text: str) -> Words:
     left, equals, value = text.partition("=")
     key = left.lstrip("+~")
     return Words(left[: len(left) - len(key)], key, equals, value)
+
+
+def repeated(overrides: Sequence[str], sources: Mapping[str, Origin]) -> list[str]:
+    """A line for each override that a later one of the same key, from the same source, replaces.
+    One from another source (a variable of the environment) is there to be replaced."""
+    lines, before = [], dict[tuple[str, str], str]()
+    for text in overrides:
+        origin, key = sources.get(text), read(text).key
+        source = origin.chosen_by if origin else "command line"
+        earlier = before.get((source, key), text)
+        if earlier != text:
+            lines.append(
+                f"{source}: {key} is set twice: the last, {text}, holds, and {earlier} is not used"
+            )
+        before[source, key] = text
+    return lines
 
 
 def model_overrides(model: str) -> list[str]:

@@ -13,6 +13,7 @@ import graphlib
 import importlib
 import inspect
 import logging
+import pkgutil
 import sys
 import typing
 from abc import ABCMeta
@@ -24,6 +25,7 @@ from dependency_injector.containers import DeclarativeContainer
 
 from vllm_di.components.interfaces import Executor
 from vllm_di.containers.assembly import Assembly
+from vllm_di.containers.forms import misfit
 from vllm_di.containers.manifest import literals
 from vllm_di.containers.slots import DERIVED, GIVEN, SHARED, SLOTS, slots
 from vllm_di.errors import ConfigError, PortError, VllmDiError, nearest, one_line
@@ -149,7 +151,9 @@ def find_class(target: str, packages: list[str], place: str, slot: str) -> type:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module_name == missing or module_name.startswith(f"{missing}."):
-            raise ConfigError(f"{place}: {slot}: there is no module {missing!r}") from None
+            raise ConfigError(
+                f"{place}: {slot}: there is no module {missing!r}{_nearest_module(missing)}"
+            ) from None
         raise PortError(
             f"{place}: {slot}: {module_name} needs the package {missing!r}, which is not installed"
         ) from None
@@ -178,6 +182,17 @@ def find_class(target: str, packages: list[str], place: str, slot: str) -> type:
             f"{place}: {slot}: {target!r} is really {found.__module__}.{found.__qualname__}"
         )
     return found
+
+
+def _nearest_module(name: str) -> str:
+    """A hint at a module beside one that is not there; its package was imported."""
+    parent, _, last = name.rpartition(".")
+    folders = getattr(sys.modules.get(parent), "__path__", None) if parent else None
+    if folders is None:
+        return ""
+    names = [module.name for module in pkgutil.iter_modules(folders)]
+    hint = nearest(last, names)
+    return hint.replace("did you mean '", f"did you mean '{parent}.") if hint else ""
 
 
 class _Inspector:
@@ -223,6 +238,10 @@ class _Inspector:
                 f"{place}: {path}: {cls.__module__}.{cls.__qualname__} implements "
                 f"{kind.__name__} only in part; "
                 f"it lacks {', '.join(lacks)}"
+            )
+        if wrong := misfit(cls, kind):
+            raise ConfigError(
+                f"{place}: {path}: {wrong}; docs/interface-versions.md has what changed"
             )
         for name, member in vars(kind).items():
             instead = getattr(member, "__deprecated__", None)
@@ -303,6 +322,10 @@ class _Inspector:
         try:
             return msgspec.convert(value, _plain(hint))
         except msgspec.ValidationError as error:
+            if node := _node_of(hint):
+                raise ConfigError(
+                    f"{self.assembly.place(path)}: {path}: expected {node}, got {value!r}"
+                ) from None
             message, _, where = str(error).partition(" - at `$")
             path += where.rstrip("`")
             shown = value if not where else _dig(value, where.rstrip("`"))
@@ -313,6 +336,19 @@ class _Inspector:
             raise ConfigError(
                 f"{self.assembly.place(path)}: {path}: {message} (the value is {shown!r}){choose}"
             ) from None
+
+
+def _node_of(hint: Any) -> str:
+    """What may stand where a component is expected; nothing where none is."""
+    kinds = typing.get_args(hint) or (hint,)
+    parts = [k.__name__ for k in kinds if isinstance(k, ABCMeta)]
+    if not parts:
+        return ""
+    others = ["null"] if type(None) in kinds else []
+    others += literals(hint)
+    return f"a node of keys with a _target_, a {' or '.join(parts)}" + "".join(
+        f", or {other}" for other in others
+    )
 
 
 def _plain(hint: Any) -> Any:

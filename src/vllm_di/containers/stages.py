@@ -21,7 +21,7 @@ from vllm_di.containers.origins import Origin
 from vllm_di.containers.overrides import read
 from vllm_di.containers.slots import SLOTS, WorkerContainer, slots
 from vllm_di.containers.tree import ConfigFiles, shown
-from vllm_di.errors import ConfigError
+from vllm_di.errors import ConfigError, nearest
 
 KEY = "stages"
 WORKERS = "workers"
@@ -58,6 +58,8 @@ def split(
     platform, known = next(chosen, None), sources or {}
     path = tree.options("platform").get(platform or "")
     listed = {} if path is None else read_stages(tree, path)
+    for text in overrides:
+        _refuse_unknown_role(tree, text, platform, listed, known)
     own = [
         _of_worker(tree, text, platform, listed, known)
         for text in overrides
@@ -229,6 +231,37 @@ class _Reach(msgspec.Struct, frozen=True):
     """``decode.stages.1.attention=sdpa``."""
 
 
+def _refuse_unknown_role(
+    tree: ConfigTree,
+    text: str,
+    platform: str | None,
+    listed: dict[str, list[Lines]],
+    known: Mapping[str, Origin],
+) -> None:
+    """Raise ConfigError for ``ROLE.SLOT...`` and ``ROLE.stages...`` of a role that is not there,
+    and for a misspelt ``stages.N``."""
+    role, *rest = read(text).key.split(".")
+    top = tree.read(tree.roots[0] / "config.yaml").lines
+    if not rest or role in (*SLOTS, KEY, WORKERS, "hydra", *top, *listed, *tree.groups()):
+        return
+    if rest[0].isdigit():
+        hint = nearest(role, [KEY])
+        if hint:
+            raise ConfigError(f"{_place(text, known)}: no key {role!r}{hint}")
+    elif rest[0] in (*SLOTS, KEY):
+        roles = [name for name in listed if name != DEFAULT_ROLE]
+        there = f"it has {', '.join(roles)}" if roles else "it names no roles"
+        raise ConfigError(
+            f"{_place(text, known)}: platform={platform or 'auto'} has no role {role!r}; {there}"
+            f"{nearest(role, roles)}"
+        )
+
+
+def _place(text: str, known: Mapping[str, Origin]) -> str:
+    source = known.get(text)
+    return f"{source.chosen_by if source else 'command line'}: {text!r}"
+
+
 def _of_worker(
     tree: ConfigTree,
     text: str,
@@ -236,8 +269,7 @@ def _of_worker(
     listed: dict[str, list[Lines]],
     known: Mapping[str, Origin],
 ) -> _Reach:
-    source = known.get(text)
-    place = f"{source.chosen_by if source else 'command line'}: {text!r}"
+    place = _place(text, known)
     if not listed:
         there = ", ".join(n for n, p in tree.options("platform").items() if _has(tree, p))
         raise ConfigError(

@@ -59,7 +59,7 @@ class ConfigFiles:
                 file = read_yaml(path)
                 self._files[path] = _with_ops(file) if self.has_ops(path) else file
             except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{shown(path)}: not valid YAML: {one_line(error)}") from None
+                raise ConfigError(not_yaml(path, error)) from None
             except OSError as error:
                 raise ConfigError(f"{shown(path)}: {one_line(error)}") from None
         return self._files[path]
@@ -76,6 +76,11 @@ class ConfigFiles:
         """Whether it is the file that stands for the declared ops: each is a key of it, and
         ``auto``."""
         return path == self.roots[0] / "ops/base.yaml"
+
+    def included(self, group: str) -> dict[str, Path]:
+        """As ``options``, with ``base`` files, which options include."""
+        found = (f for root in reversed(self.roots) for f in (root / group).glob("*.yaml"))
+        return dict(sorted((f.stem, f) for f in found))
 
     def file(self, group: str, option: str) -> Path | None:
         """The file that Hydra takes for an option, or for what options include: the first."""
@@ -163,6 +168,14 @@ def _with_ops(file: YamlFile) -> YamlFile:
     lines = dict.fromkeys(OpTable.OPS, 1)
     texts = {op: declared.text for op, declared in OpTable.OPS.items()}
     return msgspec.structs.replace(file, lines=lines | file.lines, texts=texts | file.texts)
+
+
+def not_yaml(path: Path, error: Exception) -> str:
+    """What is wrong with a file that is not YAML, with its line where the parser names one."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"{shown(path)}: not valid YAML: {one_line(error)}"
+    return f"{shown(path)}:{mark.line + 1}: not valid YAML: {getattr(error, 'problem', error)}"
 
 
 def shown(path: Path) -> str:

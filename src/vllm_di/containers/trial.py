@@ -24,9 +24,10 @@ HIDDEN, TOKENS = 128, 3
 
 
 def try_out(container: Any, assembly: Assembly, stage: int = 0) -> None:
-    """Try the ops and the attention of a filled worker container. Raises PortError."""
+    """Try the ops, KV layout, attention and graph policy of a filled worker container. Raises
+    PortError."""
     model = container.model()
-    names = ("ops", "attention")
+    names = ("ops", "kv_layout", "attention", "graph")
     try_parts(container, assembly, names, model.dtype, model.kv_specs(), stage)
 
 
@@ -38,8 +39,8 @@ def try_parts(
     specs: Sequence[KvSpec],
     stage: int = 0,
 ) -> None:
-    """Try the ops and the attention, where ``names`` has them, on tensors of ``dtype`` and the
-    first of ``specs``. Raises PortError."""
+    """Try what is of ``names``, on tensors of ``dtype`` and the first of ``specs``. Raises
+    PortError."""
     if "ops" in names:
         table: OpTable = container.ops()
         check_claims(table, assembly, stage)
@@ -49,9 +50,17 @@ def try_parts(
         for op, trial in trials.items():
             if op in foreign:
                 _try(f"ops.{op}", table.library_of(op), trial, assembly.place(library))
-    if "attention" in names and _is_foreign(container.attention()) and specs:
-        place = assembly.place(assembly.path(WorkerContainer, "attention", stage) + "._target_")
-        _try("attention", container.attention(), attention_trial(container, specs[0], dtype), place)
+    if not specs:
+        return
+    others: dict[str, Callable[[], Trial]] = {
+        "kv_layout": lambda: layout_trial(container, specs[0], dtype),
+        "attention": lambda: attention_trial(container, specs[0], dtype),
+        "graph": lambda: graph_trial(container),
+    }
+    for slot, make in others.items():
+        if slot in names and _is_foreign(owner := container.providers[slot]()):
+            path = assembly.path(WorkerContainer, slot, stage)
+            _try(path, owner, make(), assembly.place(f"{path}._target_"))
 
 
 def check_claims(table: OpTable, assembly: Assembly, stage: int = 0) -> None:
@@ -167,6 +176,24 @@ def op_trials(table: OpTable, device: torch.device, dtype: torch.dtype) -> dict[
     }
 
 
+def tiny_plan(on: torch.device) -> BatchPlan:
+    """A prefill of ``TOKENS`` tokens in block 0."""
+    import torch
+
+    positions = torch.arange(TOKENS, dtype=torch.int64, device=on)
+    return BatchPlan(
+        token_ids=positions,
+        positions=positions,
+        query_start=torch.tensor([0, TOKENS], dtype=torch.int32, device=on),
+        seq_lens=torch.tensor([TOKENS], dtype=torch.int32, device=on),
+        block_table=torch.zeros(1, 1, dtype=torch.int32, device=on),
+        slot_mapping=positions,
+        logits_rows=positions[-1:],
+        query_lens_host=[TOKENS],
+        seq_lens_host=[TOKENS],
+    )
+
+
 def attention_trial(container: Any, spec: KvSpec, dtype: torch.dtype) -> Trial:
     """A prefill of ``TOKENS`` tokens through the first layer's cache, in a block of its own."""
     import torch
@@ -176,22 +203,50 @@ def attention_trial(container: Any, spec: KvSpec, dtype: torch.dtype) -> Trial:
 
     def trial() -> Results:
         (cache,) = layout.allocate([spec], 1, dtype)
-        positions = torch.arange(TOKENS, dtype=torch.int64, device=on)
-        plan = BatchPlan(
-            token_ids=positions,
-            positions=positions,
-            query_start=torch.tensor([0, TOKENS], dtype=torch.int32, device=on),
-            seq_lens=torch.tensor([TOKENS], dtype=torch.int32, device=on),
-            block_table=torch.zeros(1, 1, dtype=torch.int32, device=on),
-            slot_mapping=positions,
-            logits_rows=positions[-1:],
-            query_lens_host=[TOKENS],
-            seq_lens_host=[TOKENS],
-        )
         x = torch.full(shape, 0.5, dtype=dtype, device=on)
         fixed = AttentionSpec(spec.num_kv_heads, spec.num_kv_heads, spec.head_size, 1.0)
         backend = container.attention()
-        found = backend.forward(x, x.clone(), x.clone(), cache, backend.build(plan), fixed)
+        metadata = backend.build(tiny_plan(on))
+        found = backend.forward(x, x.clone(), x.clone(), cache, metadata, fixed)
         return {"a result": (found, shape, dtype)}
+
+    return trial
+
+
+def layout_trial(container: Any, spec: KvSpec, dtype: torch.dtype) -> Trial:
+    """One block of the first layer's cache, and a token that is written to it and read again."""
+    import torch
+
+    on, layout = container.device().torch_device, container.kv_layout()
+    shape = (1, spec.num_kv_heads, spec.head_size)
+
+    def trial() -> Results:
+        (cache,) = layout.allocate([spec], 1, dtype)
+        results = {
+            f"the tensor {described.name!r}": (tensor, described.whole_shape(1), described.dtype)
+            for described, tensor in zip(layout.describe(spec, dtype), cache.tensors, strict=True)
+        }
+        x = torch.full(shape, 0.5, dtype=dtype, device=on)
+        layout.write(cache, x, x, torch.zeros(1, dtype=torch.int64, device=on))
+        k, v = layout.gather(cache, torch.zeros(1, dtype=torch.int32, device=on), 1)
+        return results | {"keys": (k, shape, k.dtype), "values": (v, shape, v.dtype)}
+
+    return trial
+
+
+def graph_trial(container: Any) -> Trial:
+    """The plan of a step, as the policy places it before anything is captured."""
+    on = container.device().torch_device
+
+    def trial() -> Results:
+        placed = container.graph().place(tiny_plan(on))
+        plan, out = placed if isinstance(placed, tuple) and len(placed) == 2 else (None, None)
+        if not isinstance(plan, BatchPlan) or not isinstance(out, Sequence):
+            kinds = ", ".join(type(x).__name__ for x in placed) if plan is not None else placed
+            raise TypeError(
+                f"place gives ({kinds}), and not a BatchPlan with a sequence: the metadata of each "
+                "KvGroup, or ()"
+            )
+        return {}
 
     return trial

@@ -17,6 +17,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from vllm_di.components.attention.spec import check_attention
 from vllm_di.components.interfaces import (
     AttentionBackend,
     Communicator,
@@ -130,7 +131,7 @@ class Decoder(nn.Module, Model):
         if not self.last:  # the final norm runs there; here only the residual sum is used
             self.norm.weight.fill_(1.0)
         for layer in self._layers:
-            attention.check(layer.attention.spec)
+            check_attention(attention, layer.attention.spec)
         self._cos_sin = self._tables(c)
         # rounded to the weights' dtype first, as the models were trained
         self._multiplier = (

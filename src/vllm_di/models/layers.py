@@ -78,7 +78,8 @@ def shard(size: int, rank: int, world: int, what: str) -> Shard:
     if size % world:
         raise ConfigError(
             f"{what} ({size}) cannot be split over {world} ranks; "
-            "choose a tensor_parallel_size that divides it"
+            "choose a tensor_parallel_size that divides it",
+            key="executor.tensor_parallel_size",
         )
     return Shard(size, rank * size // world, size // world)
 
@@ -91,7 +92,8 @@ def shard_heads(heads: int, head_size: int, rank: int, world: int, what: str) ->
     if world % heads:
         raise ConfigError(
             f"{what} ({heads}) cannot be shared by {world} ranks; "
-            "choose a tensor_parallel_size that is a multiple or a divisor of it"
+            "choose a tensor_parallel_size that is a multiple or a divisor of it",
+            key="executor.tensor_parallel_size",
         )
     return Shard(heads * head_size, rank // (world // heads) * head_size, head_size)
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from vllm_di.components.attention.spec import check_attention
 from vllm_di.components.interfaces import (
     AttentionBackend,
     AttentionSpec,
@@ -155,7 +156,7 @@ class TransformersModel(Model):
                     f"its attention has sinks, which {backend.__name__} does not take; "
                     "attention=sdpa does"
                 )
-            self._attention.check(spec)
+            check_attention(self._attention, spec)
         for key, value in sorted(evidence.uneven):
             log.warning(
                 "%s: a head's keys have %d elements and its values %d: the KV cache holds both "

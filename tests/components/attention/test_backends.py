@@ -117,7 +117,9 @@ def test_export_wants_a_layout_that_can_be_traced() -> None:
 def test_paged_refuses_a_layout_that_it_cannot_read() -> None:
     other = layout()
     other.name = "nhd"
-    with pytest.raises(ConfigError, match="reads the layouts hnd, not 'nhd'; attention=sdpa"):
+    with pytest.raises(
+        ConfigError, match="reads the layouts hnd, not 'nhd'; take kv_layout=hnd, or sdpa"
+    ):
         PagedAttention(SelectedOps(TorchOps()), other)
 
 

@@ -43,9 +43,10 @@ class HybridAttention(AttentionBackend):
         for half, backend in (("prefill", prefill), ("decode", decode)):
             if not {"*", kv_layout.name} & {*backend.layouts}:
                 raise ConfigError(
-                    f"attention.{half}: {type(backend).__name__} reads the KV layouts "
+                    f"{half}: {type(backend).__name__} reads the KV layouts "
                     f"{', '.join(backend.layouts)}, but the cache that both halves share is "
-                    f"{kv_layout.name!r}"
+                    f"{kv_layout.name!r}; take kv_layout={backend.layouts[0]}, or sdpa for this "
+                    "half, which reads any"
                 )
         self._prefill, self._decode = prefill, decode
         self.reuses = decode.reuses

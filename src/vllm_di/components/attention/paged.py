@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vllm_di.components.attention.spec import check_spec
+from vllm_di.components.attention.spec import check_layout, check_spec
 from vllm_di.components.interfaces import (
     AttentionBackend,
     AttentionSpec,
@@ -17,7 +17,6 @@ from vllm_di.components.interfaces import (
     OpTable,
     UnrotatedForward,
 )
-from vllm_di.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +40,7 @@ class PagedAttention(AttentionBackend):
             cls.rotates = False
 
     def __init__(self, ops: OpTable, kv_layout: KvLayout) -> None:
-        if kv_layout.name not in self.layouts:
-            raise ConfigError(
-                f"PagedAttention reads the layouts {', '.join(self.layouts)}, "
-                f"not {kv_layout.name!r}; attention=sdpa reads any"
-            )
+        check_layout(self, kv_layout)
         self._write, self._attend = ops.write_kv, ops.paged_attention
         self._rotary_write = ops.rotary_write_kv
         self._fused = "rotary_write_kv" in ops.fusions

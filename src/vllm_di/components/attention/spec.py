@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from vllm_di.components.interfaces import AttentionSpec
+from vllm_di.components.interfaces import AttentionBackend, AttentionSpec, KvLayout
 from vllm_di.errors import ConfigError
+
+
+def check_layout(backend: AttentionBackend, kv_layout: KvLayout) -> None:
+    """Raise ConfigError for a layout that ``backend`` does not read."""
+    if not {"*", kv_layout.name} & {*backend.layouts}:
+        raise ConfigError(
+            f"{type(backend).__name__} reads the layouts {', '.join(backend.layouts)}, not "
+            f"{kv_layout.name!r}; take kv_layout={backend.layouts[0]}, or sdpa here, which reads "
+            "any"
+        )
 
 
 def check_spec(spec: AttentionSpec) -> None:
@@ -20,3 +30,12 @@ def check_spec(spec: AttentionSpec) -> None:
         raise ConfigError(f"sliding window {spec.window}: must be 1 or more; leave it out for none")
     if spec.soft_cap is not None and not spec.soft_cap > 0:
         raise ConfigError(f"soft cap {spec.soft_cap}: must be above 0; leave it out for none")
+
+
+def check_attention(backend: AttentionBackend, spec: AttentionSpec) -> None:
+    """``backend.check(spec)`` for a model that holds the backend: a refusal is about the slot
+    ``attention``, whoever asks."""
+    try:
+        backend.check(spec)
+    except ConfigError as error:
+        raise type(error)(str(error), key=error.key or "attention") from error

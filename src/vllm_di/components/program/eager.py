@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vllm_di.components.graph.wrapping import wrapped
 from vllm_di.components.interfaces import (
     AttentionBackend,
     BatchPlan,
@@ -29,7 +30,7 @@ class EagerProgram(ModelProgram):
     ) -> None:
         self._build, self._graph, self._layout = attention.build, graph, kv_layout
         self._model, self._last = model, model.last
-        self._forward = graph.wrap(model.forward)
+        self._forward = wrapped(graph, model.forward)
         self._caches: list[LayerCache] = []
         self._groups: list[int] = []
 

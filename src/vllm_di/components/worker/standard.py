@@ -69,7 +69,7 @@ class StandardWorker(Worker):
         if "*" not in attention.layouts and kv_layout.name not in attention.layouts:
             raise ConfigError(
                 f"{type(attention).__name__} cannot read the KV layout {kv_layout.name!r}; "
-                f"it reads {', '.join(attention.layouts)}"
+                f"it reads {', '.join(attention.layouts)}; take kv_layout={attention.layouts[0]}"
             )
         if num_blocks is not None and kv_cache_memory is not None:
             raise ConfigError(
@@ -166,8 +166,9 @@ class StandardWorker(Worker):
         promised = max(0, promised - max(0, before.free - cached.free))
         if after.free < promised:
             raise ConfigError(
-                f"the warm-up left {show_size(after.free)} free, but a KV cache of {num_blocks} "
-                f"blocks will take {show_size(promised)}; lower {self._key_of_size()}",
+                f"the warm-up left {show_size(after.free)} free, but a KV cache of "
+                f"{_counted(num_blocks)} will take {show_size(promised)}; lower "
+                f"{self._key_of_size()}",
                 key=self._key_of_size(),
             )
 
@@ -201,7 +202,7 @@ class StandardWorker(Worker):
             blocks = min(room // block_bytes, most) if block_bytes else most
         if blocks < per_sequence + reserved:
             raise ConfigError(
-                f"the KV cache has room for {blocks} blocks ({source}), but one sequence of "
+                f"the KV cache has room for {_counted(blocks)} ({source}), but one sequence of "
                 f"{self._model.max_model_len} tokens needs {per_sequence + reserved} "
                 f"({show_size((per_sequence + reserved) * block_bytes)}); raise "
                 f"{self._keys_to_raise()}, or lower model.max_model_len",
@@ -209,7 +210,7 @@ class StandardWorker(Worker):
             )
         if free is not None and (wanted := blocks * block_bytes) > free:
             raise ConfigError(
-                f"a KV cache of {blocks} blocks ({source}) takes {show_size(wanted)}, but "
+                f"a KV cache of {_counted(blocks)} ({source}) takes {show_size(wanted)}, but "
                 f"{show_size(free)} are free; lower it",
                 key=self._key_of_size(),
             )
@@ -235,3 +236,7 @@ class StandardWorker(Worker):
 
 def _taken(before: DeviceMemory | None, after: DeviceMemory | None) -> int | None:
     return None if before is None or after is None else before.free - after.free
+
+
+def _counted(blocks: int) -> str:
+    return f"{blocks} block{'' if blocks == 1 else 's'}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vllm_di.components.attention.spec import check_spec
+from vllm_di.components.attention.spec import check_layout, check_spec
 from vllm_di.components.interfaces import (
     AttentionBackend,
     AttentionSpec,
@@ -30,8 +30,7 @@ class FlashAttention(AttentionBackend):
     layouts = ("hnd",)
 
     def __init__(self, ops: OpTable, kv_layout: KvLayout) -> None:
-        if kv_layout.name not in self.layouts:
-            raise ConfigError(f"attention=flash_attn reads the layout hnd, not {kv_layout.name!r}")
+        check_layout(self, kv_layout)
         if kv_layout.block_size % PAGE:
             raise ConfigError(
                 f"attention=flash_attn needs blocks of a multiple of {PAGE} tokens, not "

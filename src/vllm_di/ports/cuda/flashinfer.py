@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_di.components.attention.spec import check_spec
+from vllm_di.components.attention.spec import check_layout, check_spec
 from vllm_di.components.device.sizes import parse_size
 from vllm_di.components.interfaces import (
     AttentionBackend,
@@ -45,8 +45,7 @@ class FlashInferAttention(AttentionBackend):
     def __init__(
         self, device: Device, ops: OpTable, kv_layout: KvLayout, *, workspace: str | int
     ) -> None:
-        if kv_layout.name not in self.layouts:
-            raise ConfigError(f"attention=flashinfer reads the layout hnd, not {kv_layout.name!r}")
+        check_layout(self, kv_layout)
         size = parse_size(workspace, "workspace")
         package = needed("flashinfer", "attention=flashinfer", "pip install flashinfer-python")
         self._wrapper = package.BatchPrefillWithPagedKVCacheWrapper
