@@ -27,9 +27,9 @@ TINY = ["platform=cpu", "model=tiny", "model.dtype=float32", "ops=torch", "trust
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 
 
-def probed(slot: str) -> list[str]:
+def probed(slot: str, *overrides: str) -> list[str]:
     """Overrides that put the probe of the default class into a slot."""
-    plain = assemble(TINY)
+    plain = assemble([*TINY, *overrides])
     nodes = {**plain.server, **plain.engine, **plain.stages[0]}
     option = [f"{slot}={plain.choices[slot].option}"] if slot in plain.choices else []
     return [*TINY, *option, f"{slot}._target_={probes.name_of(nodes[slot]['_target_'])}"]
@@ -44,7 +44,9 @@ def expected() -> list[int]:
 @pytest.mark.parametrize("slot", [*slots(EngineContainer), *slots(WorkerContainer)])
 def test_engine_and_worker(slot: str, expected: list[int]) -> None:
     probes.CALLS.clear()
-    with LLM(overrides=probed(slot)) as llm:
+    # a worker of one role alone moves no cache
+    split = ["platform=split_cpu_cpu"] if slot == "kv_transfer" else []
+    with LLM(overrides=[*probed(slot, *split), *split]) as llm:
         assert llm.generate("hello", GREEDY)[0].outputs[0].token_ids == expected
     assert probes.CALLS[slot] > 0
     assert set(probes.CALLS) == {slot}

@@ -345,6 +345,37 @@ class KvGroup(msgspec.Struct, frozen=True):
         return min(whole, -(-(self.window - 1 + chunk) // block_size) + 1)
 
 
+class KvSpan(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens of one KvGroup that cross from one worker to another: the first ``length`` behind
+    these blocks, which are the worker's own."""
+
+    group: int
+    blocks: list[int]
+    """-1: what would stand there is not written."""
+    length: int
+
+
+class KvPart(msgspec.Struct, frozen=True, array_like=True):
+    """What one worker holds of one layer's cache."""
+
+    layer: int
+    first_head: int
+    """Among the KV heads of all ranks."""
+    num_heads: int
+    head_size: int
+    dtype: str
+    """In which its values leave: ``float32``, ``bfloat16`` or ``float16``."""
+
+
+class KvParcel(msgspec.Struct, frozen=True):
+    """Values on their way: for each part the keys, then the values, [tokens, heads, head size] in C
+    order; the tokens are those of the spans of the layer's group, one span after the other."""
+
+    ticket: str
+    """By which ``KvTransfer.take`` finds them."""
+    parts: list[KvPart]
+
+
 class CacheSize(msgspec.Struct, frozen=True):
     """How much KV cache fits one rank."""
 
@@ -406,6 +437,9 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
     depth: int = 1
     """Steps that the executor keeps in flight: the scheduler shares sequences out over them."""
+    prefill_depth: int = 0
+    """Steps of prompts alone that the executor runs beside a step of decodes, on other workers; 0:
+    prompts and decodes share workers."""
     num_blocks: int = 0
     """Shared by all groups; 0 until the cache is sized."""
     bytes_per_block: int = 0

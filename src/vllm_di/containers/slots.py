@@ -33,6 +33,7 @@ class EngineContainer(DeclarativeContainer):
 
     executor = Dependency(instance_of=i.Executor)
     kv_cache_manager = Dependency(instance_of=i.KvCacheManager)
+    kv_transfer = Dependency(instance_of=i.KvTransfer)
     structured_output = Dependency(instance_of=i.StructuredOutput)
     drafter = Dependency(instance_of=i.Drafter)
     scheduler = Dependency(instance_of=i.Scheduler)
@@ -62,6 +63,7 @@ class WorkerContainer(DeclarativeContainer):
     model_runner = Dependency(instance_of=i.ModelRunner)
     worker = Dependency(instance_of=i.Worker)
     # shared with the engine: built here too, where a part asks for it
+    kv_transfer = Dependency(instance_of=i.KvTransfer)
     structured_output = Dependency(instance_of=i.StructuredOutput)
     # given
     placement = Dependency(instance_of=i.Placement)
@@ -82,7 +84,7 @@ DERIVED: dict[Container, dict[str, tuple[str, str]]] = {
 """Slots that hold what a method of another slot returned."""
 
 SHARED: dict[Container, dict[str, Container]] = {
-    WorkerContainer: {"structured_output": EngineContainer}
+    WorkerContainer: {"kv_transfer": EngineContainer, "structured_output": EngineContainer}
 }
 """Slots of another container, whose node fills them here as well: one choice for both."""
 

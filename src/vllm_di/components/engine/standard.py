@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from vllm_di.components.interfaces import Engine, Executor, KvCacheManager, Scheduler
 from vllm_di.components.messages import (
@@ -66,7 +66,7 @@ class StandardEngine(Engine):
             self._in_flight.append((plan, begin, self._executor.submit(plan)))
         outputs = []
         if self._in_flight:
-            plan, begin, future = self._in_flight.popleft()
+            plan, begin, future = self._next_done()
             result = future.result()
             end = self.clock()
             if not result.num_compiles:  # a step that compiled tells nothing about the next
@@ -78,6 +78,15 @@ class StandardEngine(Engine):
         stats = self._scheduler.stats()
         stats.num_compiles = self._num_compiles
         return EngineOutputs(outputs=outputs, stats=stats)
+
+    def _next_done(self) -> tuple[StepPlan, float, Future[StepResult]]:
+        """The oldest step; where prompts run beside decodes, whichever is done first."""
+        if not self.report.prefill_depth or len(self._in_flight) == 1:
+            return self._in_flight.popleft()
+        wait([future for _, _, future in self._in_flight], return_when=FIRST_COMPLETED)
+        done = next(one for one in self._in_flight if one[2].done())
+        self._in_flight.remove(done)
+        return done
 
     def check_alive(self) -> None:
         self._executor.check_alive()

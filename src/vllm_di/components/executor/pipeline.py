@@ -228,7 +228,7 @@ def agreed(reports: list[WorkerReport], launcher: WorkerLauncher) -> WorkerRepor
     return msgspec.structs.replace(
         reports[-1],
         kv_specs=[spec for r in reports for spec in r.kv_specs],
-        limits=_strictest([r.limits for r in reports]),
+        limits=strictest([r.limits for r in reports]),
         device=", ".join(r.device for r in reports),
         weight_bytes=sum(r.weight_bytes for r in reports),
         details=reports[-1].details | {"stages": [r.details for r in reports]},
@@ -262,7 +262,7 @@ def check_fit(
             )
 
 
-def _strictest(limits: list[LimitsReport]) -> LimitsReport:
+def strictest(limits: list[LimitsReport]) -> LimitsReport:
     def least(values: Iterable[int | None]) -> int | None:
         return min((v for v in values if v is not None), default=None)
 

@@ -87,6 +87,7 @@ from vllm_di.components.interfaces.server import (
     ToolCallBegun,
     ToolParser,
 )
+from vllm_di.components.interfaces.transfer import KvTransfer
 from vllm_di.components.interfaces.worker import (
     ModelRunner,
     Sampler,
@@ -120,6 +121,7 @@ __all__ = [
     "GroupTables",
     "KvCacheManager",
     "KvLayout",
+    "KvTransfer",
     "LayerCache",
     "Loader",
     "MaskTask",

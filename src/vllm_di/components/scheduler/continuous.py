@@ -46,6 +46,8 @@ class _Step:
         self.budget = budget
         self.prompt_budget = prompt_budget
         """Of the budget, what prompts may take."""
+        self.is_of_prompts = False
+        """Whether it runs beside a step of decodes."""
         self.context = 0
         self.prefills = 0
         self.most_drafts = 0
@@ -87,9 +89,19 @@ class ContinuousScheduler(Scheduler):
                 f"drafter: {type(drafter).__name__} guesses tokens, and this platform runs one "
                 "token of a sequence in each step (limits.drafts=false); take drafter=none"
             )
+        if worker_report.prefill_depth and max_step_ms is not None:
+            raise ConfigError(
+                f"max_step_ms ({max_step_ms:g}) bounds steps that prompts share with decodes, and "
+                "here they run on workers of their own; set it to null"
+            )
         self._report, self._limits, self._kv = worker_report, limits, kv_cache_manager
         self._drafter = drafter
-        self._depth = worker_report.depth
+        self._prompts_apart = worker_report.prefill_depth > 0
+        self._decodes_in_flight = 0
+        """Steps, where prompts run beside them."""
+        self._prompts_in_flight: dict[int, set[int]] = {}
+        """Step to its sequences, where they run beside decodes."""
+        self._depth = 1 if self._prompts_apart else worker_report.depth
         self._structured = structured_output
         self._eos_ids = frozenset(worker_report.eos_token_ids)
         self._max_seqs, self._max_tokens = max_num_seqs, max_num_batched_tokens
@@ -148,6 +160,36 @@ class ContinuousScheduler(Scheduler):
     # -- one step -----------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
+        step = self._step_apart() if self._prompts_apart else self._next_step()
+        if not step.scheduled:
+            return None
+        self._after_prompts = step.prefills > 0
+        for seq_id, share in step.scheduled.items():
+            self._running[seq_id].num_computed = share.num_computed + share.num_tokens
+        self._num_steps += 1
+        self._step_tokens = self._max_tokens - step.budget
+        if step.is_of_prompts:
+            self._prompts_in_flight[self._num_steps] = set(step.scheduled)
+        else:
+            self._decodes_in_flight += 1
+        finished, self._finished = self._finished, []
+        shares = list(step.scheduled.values())
+        if step.prefills:
+            shares.sort(key=lambda s: s.is_prefill)
+        return StepPlan(self._num_steps, step.new, shares, finished)
+
+    def _step_apart(self) -> _Step:
+        """One step of decodes at a time, for all that decode, and steps of prompts beside it."""
+        step = _Step(self._max_tokens, self._max_tokens)
+        if not self._decodes_in_flight:
+            self._continue_running(step, decodes_alone=True)
+        most = self._report.prefill_depth
+        if not step.scheduled and len(self._prompts_in_flight) < most and self._can_prefill():
+            step.is_of_prompts = True
+            self._admit_waiting(step)
+        return step
+
+    def _next_step(self) -> _Step:
         decodes = 0 if self._pace is None else self._num_decoding()
         prompt_budget = self._max_tokens
         if self._pace is not None and decodes:
@@ -162,18 +204,7 @@ class ContinuousScheduler(Scheduler):
             self._continue_running(step, decodes_alone=decodes_turn)
             if mixed or not step.scheduled:
                 self._admit_waiting(step)
-        if not step.scheduled:
-            return None
-        self._after_prompts = step.prefills > 0
-        for seq_id, share in step.scheduled.items():
-            self._running[seq_id].num_computed = share.num_computed + share.num_tokens
-        self._num_steps += 1
-        self._step_tokens = self._max_tokens - step.budget
-        finished, self._finished = self._finished, []
-        shares = list(step.scheduled.values())
-        if step.prefills:
-            shares.sort(key=lambda s: s.is_prefill)
-        return StepPlan(self._num_steps, step.new, shares, finished)
+        return step
 
     def timed(self, plan: StepPlan, seconds: float) -> None:
         if self._pace is not None:
@@ -206,6 +237,8 @@ class ContinuousScheduler(Scheduler):
             remaining = len(sequence.token_ids) - sequence.num_computed
             if remaining <= 0:
                 continue  # its last step is still in flight
+            if any(sequence.seq_id in ids for ids in self._prompts_in_flight.values()):
+                continue  # the last token of a prompt whose other tokens are not there yet
             if len(step.scheduled) >= most_decodes and sequence.is_decoding:
                 continue
             count = self._chunk(step, sequence, remaining)
@@ -403,6 +436,8 @@ class ContinuousScheduler(Scheduler):
     # -- results ------------------------------------------------------------------------------
 
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
+        if self._prompts_in_flight.pop(plan.step, None) is None:
+            self._decodes_in_flight -= 1
         # sequences aborted or preempted while the step ran are gone, or have another id
         live = {
             share.seq_id: self._running[share.seq_id]

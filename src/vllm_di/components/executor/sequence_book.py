@@ -1,0 +1,133 @@
+"""What is known of the sequences whose cache lies on several sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from vllm_di.components.executor.lanes import Lane
+from vllm_di.components.executor.side_blocks import BlockLedger, Held
+from vllm_di.components.messages import KvGroup, NewSequence, ScheduledSequence, StepPlan
+
+
+@dataclass(slots=True)
+class Live:
+    """A sequence that the scheduler has not ended."""
+
+    new: NewSequence
+    generated: list[int] = field(default_factory=list)
+    """Tokens that were chosen since ``new``."""
+    blocks: list[list[int]] = field(default_factory=list)
+    """The scheduler's, of each KvGroup."""
+    lane: Lane | None = None
+    """Whose workers know it."""
+    num_told: list[int] = field(default_factory=list)
+    """Of each KvGroup, how many blocks of its own that lane was told."""
+    num_in_flight: int = 0
+
+
+class SequenceBook:
+    """Translates the scheduler's shares of a step into those of a lane, and keeps the ledger."""
+
+    def __init__(
+        self, groups: Sequence[KvGroup], block_size: int, num_blocks: int, num_lanes: int
+    ) -> None:
+        self._groups, self._size = groups, block_size
+        self.ledger = BlockLedger(num_blocks, num_lanes)
+        self.live: dict[int, Live] = {}
+
+    def begin(self, plan: StepPlan) -> None:
+        """Take in what a plan says: who ended, who is new, which tokens were chosen, and blocks
+        that are empty unless the prefix cache gave them."""
+        for seq_id in plan.finished:
+            live = self.live.pop(seq_id, None)
+            if live is not None and live.lane is not None:
+                live.lane.finished.append(seq_id)
+        for new in plan.new:
+            self.live[new.seq_id] = Live(new)
+        for share in plan.scheduled:
+            live, num_given = self.live[share.seq_id], 0
+            live.generated += share.new_tokens
+            if not live.blocks:
+                live.blocks = [[] for _ in self._groups]
+                num_given = share.num_computed // self._size
+            # a plan may leave the lists out where no group gets a block
+            for row, blocks in zip(live.blocks, share.new_blocks, strict=False):
+                for index, block in enumerate(blocks):
+                    if block >= 0 and index >= num_given:
+                        self.ledger.renew(block)
+                row += blocks
+
+    def lacking(self, lane: Lane, seq_id: int, end: int) -> list[Held]:
+        """What a query at position ``end`` sees of a sequence and a lane does not hold."""
+        live, size, found = self.live[seq_id], self._size, []
+        for group, (row, kind) in enumerate(zip(live.blocks, self._groups, strict=True)):
+            for index in range(kind.first_block(end, size), -(-end // size)):
+                tokens = min(size, end - index * size)
+                if row[index] >= 0 and self.ledger.tokens(lane.index, row[index]) < tokens:
+                    found.append(self.ledger.held(group, row[index], tokens))
+        return found
+
+    def num_lacking(self, lane: Lane, share: ScheduledSequence) -> int:
+        """Tokens that would have to cross before a lane could run this share."""
+        return sum(
+            held.tokens - self.ledger.tokens(lane.index, held.block)
+            for held in self.lacking(lane, share.seq_id, share.num_computed)
+        )
+
+    def hand_on(
+        self, lane: Lane, share: ScheduledSequence, *, again: bool
+    ) -> tuple[NewSequence | None, ScheduledSequence]:
+        """A share as a lane is told it, and the whole sequence where the lane does not know it. The
+        ledger counts what the share computes. ``again``: it ran elsewhere, perhaps with others
+        behind it, whose blocks come with them."""
+        live = self.live[share.seq_id]
+        new, new_tokens, rows = None, share.new_tokens, share.new_blocks
+        end = share.num_computed + share.num_tokens
+        if live.lane is not lane:
+            if live.lane is not None:
+                live.lane.finished.append(share.seq_id)
+            live.lane, live.num_told = lane, [0] * len(self._groups)
+            new, new_tokens = live.new, []
+            if live.generated:
+                token_ids = [*live.new.token_ids, *live.generated]
+                new = msgspec.structs.replace(live.new, token_ids=token_ids)
+            rows = [
+                self._seen(live.blocks[group], kind, share.num_computed, end if again else None)
+                for group, kind in enumerate(self._groups)
+            ]
+        live.num_in_flight += 1
+        told = []
+        for group, row in enumerate(rows):
+            told.append(lane.blocks.table(row, live.num_told[group]))
+            live.num_told[group] += len(told[group])
+        self._run(lane, live, share.num_computed, end)
+        handed = ScheduledSequence(
+            seq_id=share.seq_id,
+            num_computed=share.num_computed,
+            num_tokens=share.num_tokens,
+            new_blocks=told,
+            new_tokens=new_tokens,
+            samples=share.samples,
+            is_prefill=share.is_prefill,
+            draft_tokens=share.draft_tokens,
+        )
+        return new, handed
+
+    def _seen(self, row: list[int], kind: KvGroup, start: int, end: int | None) -> list[int]:
+        """A row of the block table, without what the window has left: those blocks may be others'
+        by now."""
+        first = min(kind.first_block(start, self._size), len(row))
+        last = len(row) if end is None else -(-end // self._size)
+        return [-1] * first + row[first:last]
+
+    def _run(self, lane: Lane, live: Live, start: int, end: int) -> None:
+        size = self._size
+        for row in live.blocks:
+            for index in range(start // size, -(-end // size)):
+                first = index * size
+                if row[index] >= 0:
+                    begin = max(0, start - first)
+                    self.ledger.run(lane.index, row[index], begin, min(size, end - first))

@@ -1,0 +1,212 @@
+"""Bytes over TCP sockets: between workers that share no memory.
+
+Both ends prove that they know the key, which is made of the engine's session and of the secret
+file, before a byte of the cache moves. What a taker may say is one ticket's number at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import itertools
+import logging
+import os
+import secrets
+import socket
+import stat
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from vllm_di.components.interfaces import KvTransfer
+from vllm_di.errors import ConfigError, EngineDeadError, PortError
+
+NONCE = 32
+"""Bytes of a challenge, and of its answer by SHA-256."""
+NUMBER = struct.Struct("<Q")
+"""A ticket's number, and the size of its answer."""
+UNKNOWN = 2**64 - 1
+"""In place of a size: no such offer."""
+SECRET_BYTES = 32
+
+log = logging.getLogger(__name__)
+
+
+class TcpTransfer(KvTransfer):
+    """Every worker listens at a free port of ``bind`` once it has something to offer; a taker keeps
+    its connection. Raises ConfigError for an address beyond loopback without a secret file."""
+
+    def __init__(
+        self,
+        *,
+        bind: str,
+        secret_file: str | None,
+        timeout: Annotated[float, msgspec.Meta(gt=0)],
+    ) -> None:
+        try:
+            address = ipaddress.ip_address(bind)
+        except ValueError:
+            raise ConfigError(f"bind: {bind!r} is no IP address, such as 127.0.0.1") from None
+        if address.is_unspecified:
+            raise ConfigError(
+                f"bind={bind} listens everywhere, and no taker could connect to it; name the "
+                "address of one network interface"
+            )
+        if not address.is_loopback and secret_file is None:
+            raise ConfigError(
+                f"bind={bind} can be reached from other machines: set secret_file too, or take "
+                "bind=127.0.0.1"
+            )
+        self._bind, self._timeout = bind, timeout
+        self._family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        self._secret = b"" if secret_file is None else _secret(Path(secret_file))
+        self._key = b""
+        self._numbers = itertools.count(1)
+        self._offers: dict[int, bytearray] = {}
+        self._listener: socket.socket | None = None
+        self._connections: dict[tuple[str, int], socket.socket] = {}
+        self._served: set[socket.socket] = set()
+
+    def open(self, session: bytes) -> None:
+        self._key = hashlib.sha256(session + self._secret).digest()
+
+    def offer(self, size: int) -> tuple[str, memoryview]:
+        if self._listener is None:
+            self._listener = socket.create_server((self._bind, 0), family=self._family)
+            thread = threading.Thread(target=self._accept, args=(self._listener,), daemon=True)
+            thread.start()
+        number, memory = next(self._numbers), bytearray(size)
+        self._offers[number] = memory
+        host, port = self._listener.getsockname()[:2]
+        return f"{host} {port} {number} {size}", memoryview(memory)
+
+    @contextmanager
+    def take(self, ticket: str) -> Iterator[memoryview]:
+        host, port, number, size = _read(ticket)
+        try:
+            sock = self._connected(host, port)
+            sock.sendall(NUMBER.pack(number))
+            [there] = NUMBER.unpack(_exactly(sock, NUMBER.size))
+            if there != size:
+                raise ConnectionError("the offer is not there any more")
+            data = _exactly(sock, size)
+        except OSError as error:
+            if (broken := self._connections.pop((host, port), None)) is not None:
+                broken.close()
+            raise EngineDeadError(f"the cache offered at {host}:{port}: {error}") from None
+        yield memoryview(data)
+
+    def withdraw(self, ticket: str) -> None:
+        self._offers.pop(_read(ticket)[2], None)
+
+    def close(self) -> None:
+        served = list(self._served)  # their threads take themselves out
+        for sock in filter(None, [self._listener, *self._connections.values(), *served]):
+            with suppress(OSError):  # wakes the thread that waits for it
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    # -- the side that offers -----------------------------------------------------------------
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        """Answer one taker's tickets until it hangs up."""
+        self._served.add(sock)
+        try:
+            sock.settimeout(self._timeout)
+            self._prove(sock, b"offers", b"takes")
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while True:
+                sock.settimeout(None)  # between two tickets any time may pass
+                [number] = NUMBER.unpack(_exactly(sock, NUMBER.size))
+                sock.settimeout(self._timeout)
+                memory = self._offers.get(number)
+                if memory is None:
+                    sock.sendall(NUMBER.pack(UNKNOWN))
+                    continue
+                sock.sendall(NUMBER.pack(len(memory)))
+                sock.sendall(memory)
+        except PermissionError as error:
+            log.warning("a connection for the KV cache was refused: %s", error)
+        except OSError:
+            pass  # it hung up
+        finally:
+            self._served.discard(sock)
+            sock.close()
+
+    # -- both ---------------------------------------------------------------------------------
+
+    def _connected(self, host: str, port: int) -> socket.socket:
+        sock = self._connections.get((host, port))
+        if sock is None:
+            sock = socket.create_connection((host, port), self._timeout)
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._prove(sock, b"takes", b"offers")
+            except BaseException:
+                sock.close()
+                raise
+            self._connections[host, port] = sock
+        return sock
+
+    def _prove(self, sock: socket.socket, ours: bytes, theirs: bytes) -> None:
+        """Prove that we know the key, and that the other end does. Raises PermissionError."""
+        mine = secrets.token_bytes(NONCE)
+        sock.sendall(mine)
+        challenge = bytes(_exactly(sock, NONCE))
+        sock.sendall(self._answer(ours, challenge))
+        if not hmac.compare_digest(bytes(_exactly(sock, NONCE)), self._answer(theirs, mine)):
+            raise PermissionError("the other end does not know this engine's key")
+
+    def _answer(self, side: bytes, challenge: bytes) -> bytes:
+        if not self._key:
+            raise PermissionError("this end was not opened")
+        return hmac.digest(self._key, side + challenge, "sha256")
+
+
+def _exactly(sock: socket.socket, size: int) -> bytearray:
+    """Raises ConnectionError when the other end closes before."""
+    data = bytearray(size)
+    view, done = memoryview(data), 0
+    while done < size:
+        count = sock.recv_into(view[done:])
+        if not count:
+            raise ConnectionError("the connection was closed")
+        done += count
+    return data
+
+
+def _read(ticket: str) -> tuple[str, int, int, int]:
+    host, *rest = ticket.split(" ")
+    if len(rest) != 3 or not all(part.isdecimal() for part in rest):
+        raise PortError(f"{ticket!r} is no ticket of kv_transfer=tcp")
+    port, number, size = map(int, rest)
+    return host, port, number, size
+
+
+def _secret(path: Path) -> bytes:
+    """Raises ConfigError for a file that is absent, short or readable by others."""
+    try:
+        mode, secret = path.stat().st_mode, path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"secret_file: {path}: {os.strerror(error.errno or 0)}") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(f"secret_file: {path} is open to others; chmod 600 {path}")
+    if len(secret) < SECRET_BYTES:
+        raise ConfigError(
+            f"secret_file: {path} has {len(secret)} bytes, and needs {SECRET_BYTES} at least"
+        )
+    return secret
