@@ -175,3 +175,15 @@ def test_defaults_hold_where_a_request_says_nothing(path: str, own: dict[str, An
         assert model["default_sampling_params"] == DEFAULTS
 
     with_client(test, sampling=DEFAULTS)
+
+
+def test_an_integer_with_a_point_beside_a_bias() -> None:
+    """Some clients write integers so; keys of a bias are texts in JSON all the same."""
+
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        body = completion("ab", max_tokens=2.0, logit_bias={"65": 1})
+        answer = await client.post(COMPLETIONS, json=body)
+        assert answer.status_code == 200, answer.text
+        assert engine.requests[0].params.logit_bias == {65: 1.0}
+
+    with_client(test)

@@ -16,7 +16,7 @@ from tests.server.tag_parsers import TagToolParser, ThinkParser
 from tests.server.test_parsers import Speaker
 
 from vllm_di.errors import RequestError
-from vllm_di.server.responses.request import messages_of
+from vllm_di.server.responses.request import EXTENSIONS, ResponsesRequest, chat_request, messages_of
 from vllm_di.server.responses.store import ResponseStore
 
 RESPONSES = "/v1/responses"
@@ -243,6 +243,53 @@ def test_a_stream_that_fails_ends_with_an_error() -> None:
     with_client(test, engine={"patience": 2})
 
 
+def test_fields_that_clients_send_and_that_change_nothing() -> None:
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        body = ask(truncation="auto", max_tool_calls=3, include=["reasoning.encrypted_content"])
+        del body["model"]
+        answer = await client.post(RESPONSES, json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["model"] == "echo"
+
+    with_client(test)
+
+
+def test_fields_of_a_chat_request_reach_the_engine() -> None:
+    fields: dict[str, Any] = {
+        "top_k": 3,
+        "min_p": 0.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.25,
+        "repetition_penalty": 1.5,
+        "logit_bias": {"65": 2.0},
+        "seed": 7,
+        "stop": ["zzz"],
+        "stop_token_ids": [66],
+        "min_tokens": 1,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "priority": 4,
+        "cache_salt": "salt",
+    }
+
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        answer = await client.post(RESPONSES, json=ask() | fields)
+        assert answer.status_code == 200, answer.text
+        (request,) = engine.requests
+        wanted = fields | {"logit_bias": {65: 2.0}}
+        found = {
+            n: getattr(request.params, n) for n in wanted if n not in ("priority", "cache_salt")
+        }
+        assert found | {"priority": request.priority, "cache_salt": request.cache_salt} == wanted
+
+    with_client(test)
+    others = {"structured_outputs", "chat_template_kwargs", "thinking_token_budget"}
+    assert {*EXTENSIONS} == {*fields} | others
+    asked = ResponsesRequest(input="x", thinking_token_budget=5, chat_template_kwargs={"a": 1})
+    chat = chat_request(asked, [{"role": "user", "content": "x"}])
+    assert (chat.thinking_token_budget, chat.chat_template_kwargs) == (5, {"a": 1})
+
+
 IMAGE = {"type": "input_image", "image_url": "http://x/y.png"}
 
 
@@ -259,7 +306,9 @@ IMAGE = {"type": "input_image", "image_url": "http://x/y.png"}
         ({"tools": TOOLS}, "tools", "tool_parser=none"),
         ({"reasoning": {"effort": "high"}}, "reasoning_effort", "reasoning_parser=none"),
         ({"text": {"format": {"type": "json_object"}}}, "response_format", "structured"),
-        ({"truncation": "auto"}, "truncation", "disabled"),
+        ({"truncation": "most"}, "truncation", "auto or disabled"),
+        ({"include": ["message.output_text.logprobs"]}, "include", "logprobs is not supported"),
+        ({"top_k": -5}, "top_k", "must be in"),
         ({"conversation": "c"}, "conversation", "not supported"),
         ({"background": True, "stream": True}, "background", "without stream"),
         ({"background": True, "store": False}, "background", "store=true"),

@@ -142,6 +142,16 @@ class Tokens(msgspec.Struct):
     token_strs: list[str] | None
 
 
+class TokenizerInfo(msgspec.Struct):
+    bos_token: str | None
+    eos_token: str | None
+    eos_token_id: int | None
+    pad_token: None
+    """No request is padded here."""
+    vocab_size: int
+    model_max_length: int
+
+
 class Prompt(msgspec.Struct):
     prompt: str
 

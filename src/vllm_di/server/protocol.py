@@ -271,7 +271,7 @@ def _decode(body: bytes, kind: type[T]) -> T:
         fields: dict[str, Any] = msgspec.json.decode(body)
         for name in _takes_integers(kind) & fields.keys():
             fields[name] = _integral(fields[name])
-        return msgspec.convert(fields, kind)
+        return msgspec.convert(fields, kind, str_keys=True)  # those of logit_bias are numbers
 
 
 def _takes_integers(kind: type[msgspec.Struct]) -> set[str]:

@@ -129,6 +129,20 @@ class Endpoints:
             }
         )
 
+    async def tokenizer_info(self, request: Request) -> Response:
+        service = self._service
+        tokenizer = service.tokenizer
+        return _json(
+            {
+                "bos_token": tokenizer.bos_token,
+                "eos_token": tokenizer.eos_token,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token": None,
+                "vocab_size": tokenizer.vocab_size,
+                "model_max_length": service.processor.max_model_len,
+            }
+        )
+
     async def detokenize(self, request: Request) -> Response:
         service = self._service
         body = await read_request(request, service, DetokenizeRequest)
@@ -234,6 +248,13 @@ def operations(service: Service) -> list[Operation]:
         ),
         post("/tokenize", other.tokenize, "The tokens of a text.", **tokens_types),
         post("/detokenize", other.detokenize, "The text of tokens.", **prompt_types),
+        get(
+            "/tokenizer_info",
+            other.tokenizer_info,
+            "The special tokens of the model.",
+            answer=answers.TokenizerInfo,
+            statuses=(503,),
+        ),
         get("/health", other.health, "Whether requests can be served.", **of_state),
         get("/load", other.load, "Requests running or waiting.", answer=answers.Load),
         get("/ping", other.health, "The same as /health.", **of_state),

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import msgspec
 
 from vllm_di.errors import RequestError, nearest
-from vllm_di.server.protocol import ChatRequest, Int, Object, ShortText, StreamRequest, Tools
+from vllm_di.server.protocol import (
+    Budget,
+    ChatRequest,
+    FewTokenIds,
+    Int,
+    LogitBias,
+    Object,
+    ShortText,
+    Stops,
+    StreamRequest,
+    Tools,
+)
 
 Items = Annotated[list[Object], msgspec.Meta(max_length=16_384)]
 
@@ -28,7 +39,7 @@ class Output(msgspec.Struct):
 class ResponsesRequest(StreamRequest, kw_only=True):
     """``POST /v1/responses``."""
 
-    model: str
+    model: str | None = None
     input: str | Items
     instructions: str | None = None
     previous_response_id: ShortText | None = None
@@ -44,14 +55,59 @@ class ResponsesRequest(StreamRequest, kw_only=True):
     text: Output | None = None
     metadata: Annotated[dict[str, str], msgspec.Meta(max_length=16)] | None = None
     truncation: ShortText | None = None
+    """``auto`` and ``disabled`` are the same here: nothing is left out of a prompt, and one that is
+    too long is refused."""
+    include: list[ShortText] | None = None
+    """Without effect, but for ``LOGPROBS``, which is refused."""
+    # vLLM's extensions: those of a chat request
+    top_k: Int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: LogitBias | None = None
+    seed: Int | None = None
+    stop: ShortText | Stops | None = None
+    stop_token_ids: FewTokenIds | None = None
+    min_tokens: Int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    structured_outputs: Object | None = None
+    chat_template_kwargs: Object | None = None
+    thinking_token_budget: Budget | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
     # known, and refused when given
     conversation: Any = None
     prompt: Any = None
     top_logprobs: Int | None = None
-    max_tool_calls: Int | None = None
     # without effect
-    include: Any = None
+    max_tool_calls: Int | None = None
+    """Bounds calls of tools that run in the server: there are none."""
     stream_options: Any = None
+
+
+LOGPROBS = "message.output_text.logprobs"
+EXTENSIONS = (
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "min_tokens",
+    "ignore_eos",
+    "skip_special_tokens",
+    "structured_outputs",
+    "chat_template_kwargs",
+    "thinking_token_budget",
+    "priority",
+    "cache_salt",
+)
+"""Fields that go into the chat request as they are."""
 
 
 class Text(msgspec.Struct):
@@ -92,13 +148,13 @@ _TEXTS = ("input_text", "output_text", "text")
 def chat_request(request: ResponsesRequest, conversation: Sequence[Object]) -> ChatRequest:
     """The same request as one for chat completions; ``conversation``: all messages up to its end.
     Raises RequestError for what has none."""
-    for name in ("conversation", "prompt", "top_logprobs", "max_tool_calls"):
+    for name in ("conversation", "prompt", "top_logprobs"):
         if getattr(request, name):
             raise RequestError(f"{name} is not supported by this server", param=name)
-    if request.truncation not in (None, "disabled"):
-        raise RequestError(
-            "truncation: a prompt that is too long is refused here (disabled)", param="truncation"
-        )
+    if LOGPROBS in (request.include or ()):
+        raise RequestError(f"include: {LOGPROBS} is not supported by this server", param="include")
+    if request.truncation not in (None, "auto", "disabled"):
+        raise RequestError("truncation: expected auto or disabled", param="truncation")
     messages = [*conversation]
     if request.instructions:  # they hold for this response alone, so they are not kept
         messages.insert(0, {"role": "system", "content": request.instructions})
@@ -115,6 +171,7 @@ def chat_request(request: ResponsesRequest, conversation: Sequence[Object]) -> C
         "reasoning_effort": request.reasoning.effort if request.reasoning else None,
         "response_format": _format(request.text.format if request.text else None),
     }
+    fields |= {name: value for name in EXTENSIONS if (value := getattr(request, name)) is not None}
     return msgspec.convert(fields, ChatRequest)
 
 
