@@ -231,7 +231,7 @@ def test_the_nearest_name_has_all_words() -> None:
 
 
 def test_a_key_of_a_part_without_keys_is_refused_with_that(tree: ConfigTree) -> None:
-    with pytest.raises(ConfigError, match=r"attention has no key 'splt'; it has none$"):
+    with pytest.raises(ConfigError, match=r"attention has no key 'splt'; it takes no keys$"):
         tree.compose(["attention=bare", "attention.splt=3"])
 
 

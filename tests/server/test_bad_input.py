@@ -208,6 +208,23 @@ def test_bad_prompts(prompt: Any) -> None:
     with_client(test)
 
 
+@pytest.mark.parametrize(
+    ("path", "name", "typed"),
+    [(CHAT, "messages", "mesages"), (COMPLETIONS, "prompt", "promt"), (CHAT, "messages", "colour")],
+)
+def test_a_needed_field_that_is_missing_or_misspelt(path: str, name: str, typed: str) -> None:
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        body = chat() if path == CHAT else completion()
+        body[typed] = body.pop(name)
+        error = error_of(await client.post(path, json=body))
+        hint = "" if typed == "colour" else f", and '{typed}' is no field; did you mean '{name}'?"
+        assert error["message"] == f"{name}: this field is needed{hint}"
+        assert error["param"] == name
+        await check_alive(client)
+
+    with_client(test)
+
+
 def test_too_long_a_prompt_says_the_figures() -> None:
     async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
         for request, figures in [

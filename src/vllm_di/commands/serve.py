@@ -107,8 +107,12 @@ async def _announce(assembly: Assembly, client: EngineClient) -> None:
                     say(f"{len(replicas)} replicas of that, requests by router={_router(assembly)}")
                 say(f"listening on {_where(server)} (API under /v1)")
             else:
-                say(f"engine: {stage}")
+                say(f"engine: {_STAGES.get(stage, stage)}")
         await asyncio.sleep(0.1 if client.state == "starting" else 1.0)
+
+
+_STAGES = {"start": "starting", "load": "loading weights"}
+"""``EngineClient.stage`` to words."""
 
 
 def _router(assembly: Assembly) -> str:

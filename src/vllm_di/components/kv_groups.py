@@ -31,7 +31,7 @@ def group_layers(stages: Sequence[Sequence[KvSpec]]) -> list[KvGroup]:
     if len({(spec.num_kv_heads, spec.head_size) for spec in specs}) > 1:
         log.warning(
             "layers with unlike KV heads cannot share blocks: those with a sliding window keep the "
-            "blocks that it has left"
+            "blocks their window has passed"
         )
         return [KvGroup([spec.layer for spec in specs])]
     kinds = [[[s.layer for s in stage if s.window == w] for stage in stages] for w in windows]

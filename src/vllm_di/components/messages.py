@@ -231,9 +231,9 @@ class StepPlan(msgspec.Struct, frozen=True):
             packed.append(new if first == index else _without_shared(new, first))
         if len(first_of) == len(self.new):
             return self
-        light = StepPlan(self.step, [], self.scheduled, self.finished)
-        light.new.extend(packed)  # not by the constructor, which would unpack them
-        return light
+        bare = StepPlan(self.step, [], self.scheduled, self.finished)
+        bare.new.extend(packed)  # not by the constructor, which would unpack them
+        return bare
 
 
 _SHARED_PARAMS = (

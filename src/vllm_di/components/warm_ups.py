@@ -25,6 +25,8 @@ def warmed(report: WorkerReport, workers: Sequence[WarmUp | None]) -> WorkerRepo
 
 
 def shown(one: WarmUp) -> str:
-    """``1.2 s, 39 programs, 120 MiB``"""
-    size = "memory unknown" if one.program_bytes is None else show_size(one.program_bytes)
+    """``1.2 s, 39 programs, 120 MiB of memory``"""
+    size, known = "memory unknown", one.program_bytes
+    if known is not None:
+        size = f"{show_size(known)} of memory"
     return f"{one.seconds:.1f} s, {one.num_programs} programs, {size}"

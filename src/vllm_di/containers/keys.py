@@ -41,7 +41,8 @@ def unknown_key(values: DictConfig, key: str, value: str, names: Iterable[str] =
 def _not_in(parent: str, node: DictConfig, name: str) -> str:
     keys = [str(k) for k in node if k != "_target_"]
     keys += OpTable.OPS if parent == "ops" else ()
-    return f"{parent} has no key {name!r}; it has {', '.join(keys) or 'none'}{nearest(name, keys)}"
+    has = f"it has {', '.join(keys)}" if keys else "it takes no keys"
+    return f"{parent} has no key {name!r}; {has}{nearest(name, keys)}"
 
 
 def _no_node(parent: str, found: object, rest: str, value: str) -> str:

@@ -52,7 +52,7 @@ def _registered(tree: ConfigTree, composition: Composition) -> tuple[str, str, P
     try:
         architecture = architecture_of(describe(str(model.path)).hf_config)
     except CheckpointError:
-        return None  # said where the checkpoint is read for its values
+        return None  # reported later, when the checkpoint's values are read
     files = claims.get(architecture, {})
     if len(files) > 1:
         names = ", ".join(f"model={o} ({shown(f)})" for o, f in files.items())

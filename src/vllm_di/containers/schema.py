@@ -17,6 +17,7 @@ import pkgutil
 import sys
 import typing
 from abc import ABCMeta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -191,6 +192,7 @@ def _nearest_module(name: str) -> str:
     if folders is None:
         return ""
     names = [module.name for module in pkgutil.iter_modules(folders)]
+    names += [f.name for folder in folders for f in Path(folder).glob("[a-z]*") if f.is_dir()]
     hint = nearest(last, names)
     return hint.replace("did you mean '", f"did you mean '{parent}.") if hint else ""
 
@@ -283,9 +285,9 @@ class _Inspector:
                     raise ConfigError(f"{place}: {path}.{name}: {cls.__qualname__} needs this key")
         for key in keys:
             place = self.assembly.place(f"{path}.{key}")
+            has = f"has no such key; it has {', '.join(known)}" if known else "takes no keys"
             raise ConfigError(
-                f"{place}: {path}.{key}: {cls.__qualname__} has no such key; it has "
-                f"{', '.join(known) or 'none'}{nearest(key, known)}"
+                f"{place}: {path}.{key}: {cls.__qualname__} {has}{nearest(key, known)}"
             )
         return part
 

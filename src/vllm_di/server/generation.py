@@ -31,9 +31,9 @@ async def running(
     for whatever reason, aborts what still runs. Raises what ``Admission.enter`` raises.
 
     A closed connection, a time-out, a slow reader and ``Admission.interrupt_all`` abort at once,
-    even while the writer is blocked; the updates then end with an error. A reader is too slow when
-    the bytes that its writer has taken and not yet sent, ``num_unsent``, and the updates behind
-    them exceed ``server.max_unsent_bytes``. ``patience``: see ``Updates``.
+    even while the writer is blocked; the updates then end with an error. ``num_unsent`` gives
+    the bytes that the writer has taken and not yet sent. A reader is too slow when these and the
+    updates behind them exceed ``server.max_unsent_bytes``. ``patience``: see ``Updates``.
     """
     config = service.config
     updates = Updates(patience)

@@ -238,6 +238,8 @@ _STRUCTURED = [
 ]
 
 T = TypeVar("T", bound=msgspec.Struct)
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
+"""msgspec's words."""
 
 
 def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]:
@@ -248,6 +250,8 @@ def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]
         request = _decode(body, kind)
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at ")
+        if not place and (missing := _MISSING.fullmatch(message)):
+            raise _missing(missing[1], body, kind) from None
         field = re.search(r"\$\.(\w+)", place)
         raise RequestError(
             f"{field[1]}: {message}" if field else message,
@@ -258,6 +262,15 @@ def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     known = IGNORED.union(kind.__struct_fields__)
     return request, [name for name in fields if name not in known]
+
+
+def _missing(name: str, body: bytes, kind: type[msgspec.Struct]) -> RequestError:
+    """For a body without a field that is needed; it may be there under a misspelt name."""
+    known = IGNORED.union(kind.__struct_fields__)
+    others = [other[:80] for other in msgspec.json.decode(body) if other not in known]
+    typed = next((other for other in others if nearest(other, [name])), None)
+    hint = f", and {typed!r} is no field; did you mean {name!r}?" if typed else ""
+    return RequestError(f"{name}: this field is needed{hint}", param=name, code="invalid_type")
 
 
 def _decode(body: bytes, kind: type[T]) -> T:

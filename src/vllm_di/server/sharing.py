@@ -39,7 +39,7 @@ class Lender:
     def messages(self, request: EngineRequest) -> Iterator[wire.ToEngine]:
         """The messages that add a request, after those that send what the engine lacks."""
         prompt_key = lists_key = 0
-        light, lists = _split(request)
+        bare, lists = _split(request)
         if lists is not None:
             lists_key, is_new = self._lend(request.request_id, _parts(lists))
             if is_new:
@@ -49,8 +49,8 @@ class Lender:
             prompt_key, is_new = self._lend(request.request_id, (prompt,))
             if is_new:
                 yield wire.Keep(prompt_key, prompt=prompt)
-            light = msgspec.structs.replace(light, prompt_token_ids=[])
-        yield wire.Add(light, prompt_key, lists_key)
+            bare = msgspec.structs.replace(bare, prompt_token_ids=[])
+        yield wire.Add(bare, prompt_key, lists_key)
 
     def end(self, request_id: str) -> Iterator[wire.ToEngine]:
         """The message that drops what no request uses any longer, if there is any."""
@@ -113,10 +113,8 @@ def _split(request: EngineRequest) -> tuple[EngineRequest, wire.Lists | None]:
         return request, None
     empty: dict[str, Any] = dict.fromkeys(values)
     empty |= {name: [] for name in ("stop", "stop_token_ids", "bad_words") if name in values}
-    light = msgspec.structs.replace(
-        request, params=changed(params, **empty), bad_words_token_ids=[]
-    )
-    return light, wire.Lists(**values, bad_words_token_ids=request.bad_words_token_ids)
+    bare = msgspec.structs.replace(request, params=changed(params, **empty), bad_words_token_ids=[])
+    return bare, wire.Lists(**values, bad_words_token_ids=request.bad_words_token_ids)
 
 
 def _parts(lists: wire.Lists) -> tuple[object, ...]:

@@ -234,7 +234,9 @@ def test_drafts_that_prove_right_save_steps() -> None:
 
 
 def test_a_platform_without_drafts_refuses_a_drafter() -> None:
-    with pytest.raises(ConfigError, match=r"Guesser guesses tokens.*limits\.drafts=false"):
+    with pytest.raises(
+        ConfigError, match=r"Guesser needs a platform that checks.*limits\.drafts=false"
+    ):
         World(report(40, drafts=False), drafter=Guesser(2))
 
 

@@ -91,11 +91,11 @@ def test_every_step_within_the_limits_has_a_shape_that_was_warmed_up(
     [
         ({}, {"mixed_steps": True}, "set limits.mixed_steps=false"),
         ({}, {"drafts": True}, "set limits.drafts=false"),
-        ({}, {"max_prefill_rows": 3}, "prefill_seqs: a step can have 3.*max_prefill_rows=2"),
-        ({}, {"max_prefill_rows": None}, "prefill_seqs: a step can have 8"),
-        ({"max_num_seqs": 9}, {}, "decode_seqs: a step can have 9.*lower scheduler.max_num_seqs"),
+        ({}, {"max_prefill_rows": 3}, "prefill_seqs: a step may have 3.*max_prefill_rows=2"),
+        ({}, {"max_prefill_rows": None}, "prefill_seqs: a step may have 8"),
+        ({"max_num_seqs": 9}, {}, "decode_seqs: a step may have 9.*lower scheduler.max_num_seqs"),
         ({"max_num_batched_tokens": 17}, {}, "prefill_queries: .* 17.*max_num_batched_tokens"),
-        ({"columns": [2, 15]}, {}, "columns: a step can have 16.*lower model.max_model_len"),
+        ({"columns": [2, 15]}, {}, "columns: a step may have 16.*lower model.max_model_len"),
     ],
 )
 def test_limits_that_lead_beyond_the_largest_shape_are_refused(
@@ -105,8 +105,8 @@ def test_limits_that_lead_beyond_the_largest_shape_are_refused(
         made(GridShapes, GRID | keys, limits)
 
 
-def test_the_place_of_a_refusal_is_the_shapes_file() -> None:
-    wanted = r"conf/shapes/token_buckets.yaml:\d+: shapes: sizes: a step can have 4096"
+def test_the_place_of_a_refusal_is_what_was_typed() -> None:
+    wanted = rf"command line: {TOKENS}=4096: shapes: sizes: a step may have 4096 tokens"
     with (
         pytest.raises(ConfigError, match=wanted),
         LLM("tiny", overrides=[*SMALL, "shapes=token_buckets", f"{TOKENS}=4096"]),

@@ -170,9 +170,12 @@ def test_tokens_are_those_of_the_cpu_and_a_bucket_one_short_is_refused(
         ("graph=tape", "nothing for TapeGraph to record; take graph=eager"),
         ("device=host", "program=neuron needs device=neuron, not HostDevice"),
         ("model.dtype=float16", "float16"),
-        ("shapes.decode_seqs=[1,8]", "decode_seqs: a step can have 16.* the largest size is 8"),
-        ("shapes.prefill_queries=[32]", "prefill_queries: a step can have 256.*add 256, or lower"),
-        ("shapes.columns=[4]", r"columns: a step can have 8.*lower model\.max_model_len"),
+        ("shapes.decode_seqs=[1,8]", "decode_seqs: a step may have 16.* this list ends at 8"),
+        (
+            "shapes.prefill_queries=[32]",
+            "prefill_queries: a step may have 256.*add 256 to it, or lower",
+        ),
+        ("shapes.columns=[4]", r"columns: a step may have 8.*lower model\.max_model_len"),
         ("limits.mixed_steps=true", r"limits\.mixed_steps=false"),
     ],
 )

@@ -177,7 +177,7 @@ class OpTable(ABC):  # noqa: B024 - a table or a library, never built as it is
         return self.pack_quantized(weight)
 
     @OPS.op(
-        "the same with quantized weights",
+        "gated_linear with quantized weights",
         stands_for=("quantized_linear", "silu_and_mul", "gelu_tanh_and_mul"),
         pack="pack_gated_quantized",
         quantized=True,

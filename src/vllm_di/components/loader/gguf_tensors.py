@@ -68,7 +68,7 @@ IN_CONFIG = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 
 
 class _Reader(GGUFReader):  # type: ignore[misc]
-    """Says which tensor cannot be."""
+    """Names the tensor that cannot be read."""
 
     def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
         self.tensors: list[Any]

@@ -86,8 +86,9 @@ class ContinuousScheduler(Scheduler):
             )
         if drafter.max_drafts and not limits.drafts:
             raise ConfigError(
-                f"drafter: {type(drafter).__name__} guesses tokens, and this platform runs one "
-                "token of a sequence in each step (limits.drafts=false); take drafter=none"
+                f"{type(drafter).__name__} needs a platform that checks several tokens of a "
+                "sequence in a step, and this one has limits.drafts=false; take drafter=none",
+                key="drafter",
             )
         if worker_report.prefill_depth and max_step_ms is not None:
             raise ConfigError(

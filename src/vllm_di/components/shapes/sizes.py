@@ -14,6 +14,16 @@ from vllm_di.errors import ConfigError
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
+_COUNTED = {
+    "sizes": "tokens",
+    "decode_seqs": "sequences",
+    "prefill_seqs": "prompts",
+    "prefill_queries": "tokens of a prompt",
+    "columns": "blocks of a sequence",
+}
+"""Key to what its sizes count."""
+
+
 class Sizes:
     """The sizes that one dimension may have. Raises ConfigError where ``needed``, the most that a
     step can have of it, is beyond the largest; ``remedy`` says what else could be changed."""
@@ -23,8 +33,9 @@ class Sizes:
         self._key = key
         if not self.sizes or self.sizes[-1] < needed:
             raise ConfigError(
-                f"{key}: a step can have {needed}, and the largest size is "
-                f"{self.sizes[-1] if self.sizes else 'none'}; add {needed}, or {remedy}"
+                f"{key}: a step may have {needed} {_COUNTED.get(key, 'of them')}, but "
+                f"{f'this list ends at {self.sizes[-1]}' if self.sizes else 'this list is empty'}; "
+                f"add {needed} to it, or {remedy}"
             )
         # nothing is compiled for what no step can have
         del self.sizes[bisect_left(self.sizes, needed) + 1 :]
@@ -46,10 +57,11 @@ def refuse_mixed(limits: SchedulerLimits, what: str) -> None:
     """Raise ConfigError unless the scheduler keeps prefills and decodes apart."""
     report = limits.report()
     if report.mixed_steps or report.drafts:
-        key = "mixed_steps" if report.mixed_steps else "drafts"
-        raise ConfigError(
-            f"a step of {what} is a prefill or a decode of one token each; set limits.{key}=false"
-        )
+        if report.mixed_steps:
+            why, key = "a step of {what} is a prefill or a decode, not both", "mixed_steps"
+        else:
+            why, key = "a decode of {what} is one token of each sequence, no drafts", "drafts"
+        raise ConfigError(f"{why.format(what=what)}; set limits.{key}=false")
 
 
 def padding_slot(limits: SchedulerLimits) -> int:
