@@ -266,10 +266,7 @@ KINDS: dict[str, Kind] = {
 }
 SMALL_FLOATS = ("fp8_tensor", "fp8_blocks", "ct_fp8_rows", "ct_fp8_tensor", "ct_fp8_blocks")
 IN_FLOATS = (
-    "gptq_4_act_order",
-    "gptq_8_act_order_v2",
     "awq_16",
-    "w4a16_order",
     *SMALL_FLOATS,
 )
 """Those whose weights have no form that kernels multiply."""
@@ -288,7 +285,8 @@ def grid(rng: np.random.Generator, kind: Kind, weight: Tensor) -> Grid:
     scale = wide.to(kind.scale).float().numpy()
     group_of = np.arange(inputs) // size
     if kind.act_order:
-        group_of = rng.permutation(group_of)
+        # tools order the inputs of a matrix by what they see there: alike for all that share them
+        group_of = np.random.default_rng(inputs).permutation(group_of)
     return Grid(q, scale, zero, group_of)
 
 

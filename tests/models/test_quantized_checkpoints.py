@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.components.ops.libraries import ISAS, library
 from tests.models.quantized_checkpoints import (
     FP8,
@@ -27,12 +28,14 @@ from vllm_di import LLM, SamplingParams
 from vllm_di.components.communicator.single import SingleCommunicator
 from vllm_di.components.interfaces import Communicator, OpTable, Placement
 from vllm_di.components.kv_layout.hnd import HndLayout
+from vllm_di.components.loader.packed import Unpacked
 from vllm_di.components.loader.safetensors import SafetensorsLoader
 from vllm_di.components.ops.cpu_packing import PackedBytes
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.components.quantization.kept import KeptWeights
 from vllm_di.components.quantization.none import NoQuantization
+from vllm_di.components.quantized import QuantizedWeight
 from vllm_di.containers.assembly import assemble
 from vllm_di.errors import CheckpointError
 from vllm_di.models.checkpoint import describe
@@ -145,6 +148,73 @@ def test_two_ranks_equal_one(kind: str, tmp_path: Path) -> None:
     want = load(tmp_path).feed(TOKENS)
     for found in on_ranks(2, lambda rank: load(tmp_path, communicator=rank).feed(TOKENS)):
         assert off(found, want) < 1e-4
+
+
+ACT_ORDER = ("gptq_4_act_order", "gptq_8_act_order_v2", "w4a16_order")
+
+
+@pytest.mark.parametrize("kind", ACT_ORDER)
+def test_act_order_on_two_ranks(kind: str, tmp_path: Path) -> None:
+    """What a rank has of a group is filled up to a whole one."""
+    quantize("llama_gqa_tied", kind, tmp_path)
+    want = load(tmp_path).feed(TOKENS)
+    for found in on_ranks(2, lambda rank: load(tmp_path, communicator=rank).feed(TOKENS)):
+        assert off(found, want) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ACT_ORDER)
+def test_act_order_is_exact(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept, cut into shares and dequantised, a weight is what the checkpoint says."""
+    kept: list[tuple[Unpacked, QuantizedWeight]] = []
+    keep = Unpacked.keep
+
+    def spy(weight: Unpacked) -> QuantizedWeight:
+        kept.append((weight, keep(weight)))
+        return kept[-1][1]
+
+    monkeypatch.setattr(Unpacked, "keep", spy)
+    quantize("llama_gqa_tied", kind, tmp_path, num_hidden_layers=1)
+    load(tmp_path)
+    assert len(kept) == 7
+    for weight, found in kept:
+        exact = weight.dequantize(torch.float32)
+        near: dict[str, Any] = {"atol": 1e-6 * float(exact.abs().max()), "rtol": 1e-6}
+        assert (found.order is None) == (weight.scale.shape[1] == 1)
+        torch.testing.assert_close(found.dequantize(torch.float32), exact, **near)
+        width = 32 if found.order is None else 16  # half a group of the checkpoint
+        for start in range(0, exact.shape[1], width):
+            span = slice(start, start + width)
+            share = found.columns(span)
+            assert share.group == 32
+            torch.testing.assert_close(share.dequantize(torch.float32), exact[:, span], **near)
+
+
+def test_parts_in_several_orders_are_widened_with_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "model.layers.1.mlp.up_proj.g_idx"
+    model = quantize("llama_gqa_tied", "gptq_4_act_order", tmp_path, num_hidden_layers=2)
+    same = load(tmp_path).feed(TOKENS)
+    assert off(same, wanted(model)) < 1e-3
+    assert "several act-orders" not in caplog.text
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name] = tensors[name].flip(0)
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = load(tmp_path).feed(TOKENS)
+    assert "1 products have weights of which" in caplog.text
+    want = load(tmp_path, keep=False, dequantize=True).feed(TOKENS)
+    assert off(found, want) < 1e-3
+
+
+def test_act_order_is_refused_where_it_is_not_heeded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quantization from elsewhere that knows nothing of it gives no wrong token."""
+    monkeypatch.setattr(KeptWeights, "takes_order", False)
+    quantize("llama_gqa_tied", "gptq_4_act_order", tmp_path, num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match=r"does not multiply weights in act-order; loader\."):
+        load(tmp_path)
+    assert load(tmp_path, dequantize=True).feed(TOKENS).isfinite().all()
 
 
 def test_a_share_that_cuts_a_group_is_refused(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ class Decoder(nn.Module, Model):
         self.eos_token_ids = c.eos_token_ids or []
         self._quantization, self._device = quantization, parts.device
         self.takes_quantized = quantization.takes_quantized
+        self.takes_order = quantization.takes_order
         self._takes: set[str] | None = None
         self.embedding = parts.vocabulary() if self.first else None
         self._vocabulary = parts.vocabulary
@@ -311,8 +312,8 @@ class Decoder(nn.Module, Model):
         parts = {n: m for n, m in self.named_modules() if isinstance(m, Linear | Experts)}
         if mixed := [name for name, module in parts.items() if module.is_mixed]:
             log.warning(
-                "%d products have weights of which the checkpoint quantizes some: they are "
-                "dequantised: %s",
+                "%d products have weights of which the checkpoint quantizes some, or that it has "
+                "in several act-orders: they are dequantised: %s",
                 len(mixed),
                 _summary(mixed),
             )

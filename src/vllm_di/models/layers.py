@@ -203,17 +203,20 @@ class Linear(nn.Module):
 
     @property
     def is_mixed(self) -> bool:
-        """Whether some parts of the weight came quantised and some in floats."""
-        return 0 < len(self._quantized) < len(self.outputs)
+        """Whether some parts of the weight came quantised and some in floats, or in several
+        orders."""
+        parts = list(self._quantized.values())
+        whole = len(parts) in (0, len(self.outputs))
+        return not whole or (bool(parts) and not QuantizedWeight.are_alike(parts))
 
     def finalize(self, quantization: Quantization) -> None:
         """Hand the weight over; the original is dropped."""
         assert self.weight is not None
         fused = None
         weight: Tensor | QuantizedWeight = self.weight
-        if len(self._quantized) == len(self.outputs):
+        if self._quantized and not self.is_mixed:
             weight = QuantizedWeight.join([part for _, part in sorted(self._quantized.items())])
-        else:  # some parts came in floats: all become floats
+        else:
             for start, part in self._quantized.items():
                 self.weight[start : start + part.shape[0]] = part.dequantize(self.weight.dtype)
         if self.activation is not None:

@@ -82,8 +82,16 @@ class Experts(nn.Module):
 
     @property
     def is_mixed(self) -> bool:
-        """Whether some weights came quantised and some in floats."""
-        return 0 < len(self._quantized) < 3 * self.num_experts
+        """Whether some weights came quantised and some in floats, or an expert's in several
+        orders."""
+        parts = self._quantized
+        if len(parts) in (0, 3 * self.num_experts):
+            return not all(
+                QuantizedWeight.are_alike([parts[expert, start], parts[expert, self.inner.size]])
+                for expert, start in parts
+                if start == 0
+            )
+        return True
 
     @property
     def is_quantized(self) -> bool:

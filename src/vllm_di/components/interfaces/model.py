@@ -77,6 +77,9 @@ class Quantization(ABC):
     takes_experts: ClassVar[bool] = False
     """With ``takes_quantized``: whether ``experts`` takes such weights too. Experts of a checkpoint
     are dequantised else."""
+    takes_order: ClassVar[bool] = False
+    """With ``takes_quantized``: whether it heeds ``QuantizedWeight.order``. Weights in act-order
+    are dequantised or refused else."""
     experts_ask_host: bool = False
     """Whether the function of ``experts`` reads values of tensors on the host: such a step is not
     captured."""
@@ -142,6 +145,8 @@ class Model(ABC):
     collectives."""
     takes_quantized: bool = False
     """Whether ``load_weights`` wants quantised weights as they are."""
+    takes_order: bool = False
+    """With ``takes_quantized``: whether it heeds ``QuantizedWeight.order``."""
 
     @abstractmethod
     def kv_specs(self) -> list[KvSpec]:

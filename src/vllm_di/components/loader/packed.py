@@ -39,22 +39,32 @@ class Unpacked:
 
     def keep(self) -> QuantizedWeight:
         """In the form that kernels multiply: one scale a row, or groups of 32, each with the scale
-        of the larger group that it is part of. Exact; a kernel may round scale and offset to
-        fp16. Raises ValueError saying why there is no such form."""
+        of the larger group that it is part of; with act-order the inputs of a group side by side,
+        and their order beside them. Exact; a kernel may round scale and offset to fp16. Raises
+        ValueError saying why there is no such form."""
         inputs = self.q.shape[1]
         if inputs % GROUP:
             raise ValueError(f"its {inputs} inputs are no multiple of {GROUP}")
         if self.bits == 8 and self.scale.shape[1] == 1 and bool((self.zero == ZERO).all()):
             return QuantizedWeight(self.q, self.scale, -ZERO * self.scale, 8)
-        runs = self.group_of.view(-1, GROUP)
-        groups = runs[:, 0]
-        if not torch.equal(runs, groups[:, None].expand_as(runs)):
-            raise ValueError(f"{GROUP} inputs side by side are not of one group (act-order?)")
+        q, order = self.q, None
+        groups = _by_runs(self.group_of)
+        if groups is None:
+            order = self.group_of.argsort(stable=True)
+            groups, q = _by_runs(self.group_of[order]), q[:, order]
+        if groups is None:
+            raise ValueError(f"its groups are no multiples of {GROUP} inputs")
         offset = -self.zero * self.scale
         error = (self.scale.half().float() - self.scale).abs().amax()
         if bool(offset.half().isinf().any()) or bool(error > self.scale.abs().amax() * 2**-10):
             raise ValueError("its scales are beyond the range of fp16")
-        return QuantizedWeight(self.q, self.scale[:, groups], offset[:, groups], self.bits)
+        return QuantizedWeight(q, self.scale[:, groups], offset[:, groups], self.bits, order)
+
+
+def _by_runs(group_of: Tensor) -> Tensor | None:
+    """[in] -> the group of each 32 inputs side by side; None where they are of several."""
+    runs = group_of.view(-1, GROUP)
+    return runs[:, 0] if bool((runs == runs[:, :1]).all()) else None
 
 
 def awq(scheme: Scheme, parts: Mapping[str, Tensor]) -> Unpacked:

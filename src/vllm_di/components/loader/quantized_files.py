@@ -25,7 +25,8 @@ MOST_NAMES = 3
 
 
 class QuantizedFiles:
-    """``keeps`` says of a weight's name whether the model takes it as it is. What it does not take,
+    """``keeps`` says of a weight's name whether the model takes it as it is, ``takes_order``
+    whether also in act-order. What it does not take,
     or what has no form that kernels multiply, is dequantised to ``dtype`` where ``may_dequantize``,
     and else refused."""
 
@@ -36,10 +37,12 @@ class QuantizedFiles:
         *,
         dtype: torch.dtype,
         keeps: Callable[[str], bool],
+        takes_order: bool,
         may_dequantize: bool,
     ) -> None:
         self._scheme, self._files, self._dtype = scheme, files, dtype
         self._keeps, self._may_dequantize = keeps, may_dequantize
+        self._takes_order = takes_order
         self._format = FORMATS[scheme.format]
         self._parts = self._format.needed(scheme)
         self._known = self._format.known()
@@ -106,7 +109,10 @@ class QuantizedFiles:
         why = "" if self._keeps(name) else "the model takes it in floats alone"
         if not why:
             try:
-                return quantized.keep(), ""
+                kept = quantized.keep()
+                if kept.order is None or self._takes_order:
+                    return kept, ""
+                why = "this model or quantization does not multiply weights in act-order"
             except ValueError as error:
                 why = str(error)
         if not self._may_dequantize:

@@ -70,6 +70,7 @@ class SafetensorsLoader(Loader):
             files,
             dtype=model.dtype,
             keeps=model.keeps_quantized,
+            takes_order=model.takes_order,
             may_dequantize=self._dequantize,
         )
         return quantized.read()

@@ -51,6 +51,8 @@ class QuantizedExperts:
         self, gate_up: Sequence[QuantizedWeight], down: Sequence[QuantizedWeight], act: Product
     ) -> ExpertsFunction:
         num_experts = len(down)
+        if any(weight.order is not None for weight in (*gate_up, *down)):
+            return self._one_by_one(gate_up, down, act)
         inner = self._products.linear(QuantizedWeight.join(gate_up), None, None)
         outer = self._products.linear(QuantizedWeight.beside(down), None, torch.float32)
 
@@ -60,6 +62,24 @@ class QuantizedExperts:
             wide = act(inner(x).unflatten(-1, (num_experts, -1)))  # [tokens, experts, inter]
             mixed = (wide.float() * shares[..., None]).to(x.dtype)
             return outer(mixed.flatten(1)).to(x.dtype)
+
+        return run
+
+    def _one_by_one(
+        self, gate_up: Sequence[QuantizedWeight], down: Sequence[QuantizedWeight], act: Product
+    ) -> ExpertsFunction:
+        """Of weights in act-order, each in its own."""
+        inner = [self._products.linear(weight, None, None) for weight in gate_up]
+        outer = [self._products.linear(weight, None, torch.float32) for weight in down]
+
+        def run(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+            shares = x.new_zeros((x.shape[0], len(outer)), dtype=torch.float32)
+            shares = shares.scatter_add(1, topk_ids, topk_weights.float())
+            parts = [
+                outer[expert](act(inner[expert](x))) * shares[:, expert, None]
+                for expert in range(len(outer))
+            ]
+            return torch.stack(parts).sum(0).to(x.dtype)
 
         return run
 

@@ -21,6 +21,7 @@ class KeptWeights(Quantization):
     reuses = frozenset({"record", "capture"})
     takes_quantized = True
     takes_experts = True
+    takes_order = True
 
     def __init__(self, ops: OpTable) -> None:
         self._plain = NoQuantization(ops)
