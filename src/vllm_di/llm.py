@@ -11,13 +11,14 @@ from typing import Any
 
 import msgspec
 
-from vllm_di.components.messages import SamplingParams
+from vllm_di.components.messages import EngineRequest, SamplingParams, TokenOutput
 from vllm_di.containers.assembly import Assembly, assemble
 from vllm_di.containers.fill import Launcher, opened
 from vllm_di.containers.overrides import model_overrides
 from vllm_di.containers.slots import EngineContainer, ServerContainer, WorkerContainer
 from vllm_di.errors import RequestError, nearest
 from vllm_di.frontend.outputs import RequestOutput
+from vllm_di.frontend.pooling import EmbeddingOutput, EmbeddingRequestOutput, PoolingProcessor
 from vllm_di.frontend.processor import Generation, RequestProcessor
 from vllm_di.progress import print_line, shown
 
@@ -73,6 +74,7 @@ class LLM:
         report = self.engine.report
         self._processor = RequestProcessor(self.tokenizer, report.max_model_len, report.vocab_size)
         self._numbers = itertools.count()
+        self._report = report
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What ``generate``, ``chat`` and ``stream`` take when they are given none: the values of
@@ -102,6 +104,32 @@ class LLM:
         conversations: Any = messages if several else [messages]
         prompts = [self.chat_template.render(c, kwargs=template_kwargs) for c in conversations]
         return self._run(prompts, _params_for(prompts, sampling_params), add_special_tokens=False)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Texts or lists of token ids in, a vector of each out, in order. ``dimensions`` cuts them,
+        of a model that was trained for it; ``truncate_prompt_tokens`` cuts texts, -1 to what the
+        model reads. Raises RequestError, of a model that generates too (``pooler``)."""
+        processor = self._pooling()
+        processor.check_embeds()
+        processor.check_dimensions(dimensions)
+        requests = [
+            processor.request(f"llm-{next(self._numbers)}", text, max_tokens=truncate_prompt_tokens)
+            for text in _listed(prompts)
+        ]
+        return [
+            EmbeddingRequestOutput(
+                request.request_id,
+                request.prompt_token_ids,
+                EmbeddingOutput(list(processor.vector(output, dimensions))),
+            )
+            for request, output in zip(requests, self._pool(requests), strict=True)
+        ]
 
     def stream(
         self,
@@ -135,6 +163,25 @@ class LLM:
         self.close()
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _pooling(self) -> PoolingProcessor:
+        name = str(self.assembly.settings["model_name"])
+        return PoolingProcessor(self.tokenizer, self._report, name)
+
+    def _pool(self, requests: Sequence[EngineRequest]) -> list[TokenOutput]:
+        """The outputs of ``requests``, in order. Raises RequestError for one that is refused; the
+        others are aborted."""
+        found: dict[str, TokenOutput] = {}
+        try:
+            for request in requests:
+                self.engine.add(request)
+            while self.engine.has_work():
+                found |= {o.request_id: o for o in self.engine.step().outputs}
+        finally:
+            for request in requests:
+                if request.request_id not in found:
+                    self.engine.abort(request.request_id)
+        return [found[request.request_id] for request in requests]
 
     def _start(
         self, prompt: Prompt, params: SamplingParams | None, add_special_tokens: bool

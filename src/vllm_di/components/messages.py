@@ -133,6 +133,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     generated_token_ids: list[int] = []
     """Tokens of its answer that an engine which ended has sent already: this one goes on behind
     them, as after a preemption."""
+    pools: bool = False
+    """Asks for one vector of the whole prompt, and for no token."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -290,6 +292,14 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     positions: list[TokenLogprobs]
 
 
+class PooledVector(msgspec.Struct, frozen=True, array_like=True):
+    """What a step pooled of one prompt, whose end it reached."""
+
+    seq_id: int
+    data: bytes
+    """``Pooling.size`` numbers, fp32, little-endian."""
+
+
 class StepResult(msgspec.Struct, frozen=True):
     step: int
     tokens: list[SampledTokens]
@@ -303,6 +313,8 @@ class StepResult(msgspec.Struct, frozen=True):
     """Of a stage that is not the last: it goes to the next one, never to the engine."""
     num_compiles: int = 0
     """Programs that were compiled in this step: 0 where the warm-up had all shapes."""
+    vectors: list[PooledVector] = []
+    """Of a model that pools: one in place of a token."""
 
 
 class KvSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -400,6 +412,23 @@ class LimitsReport(msgspec.Struct, frozen=True, kw_only=True):
     """A step may run several tokens of a decoding sequence, to check guesses."""
 
 
+class Pooling(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model that pools gives for a prompt."""
+
+    kind: Literal["embedding", "score"] = "embedding"
+    """``score``: a number, or several, that a cross-encoder's own head makes of a pair of texts."""
+    size: int
+    """Numbers of a vector."""
+    normalized: bool = True
+    """Whether a vector has the length 1."""
+    dimensions: list[int] | None = None
+    """Shorter sizes that the model was trained to be cut to; [] for any, None for none."""
+    every_token: bool = False
+    """Whether all tokens of a prompt must run: none may come from the prefix cache."""
+    whole_prompts: bool = False
+    """Whether a prompt must run in one step: its tokens see those behind them."""
+
+
 class Peer(msgspec.Struct, frozen=True):
     """A process that another one has started."""
 
@@ -445,6 +474,8 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_block: int = 0
     """Over all ranks of one stage alike, summed over the stages."""
     kv_groups: list[KvGroup] = []
+    pooling: Pooling | None = None
+    """None: the model generates."""
     warm_up: WarmUp | None = None
     """Known once the cache is allocated; None also where a worker measures nothing."""
     details: dict[str, Any] = {}
@@ -469,6 +500,8 @@ class TokenOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """The stop token id that ended the sequence; None for eos."""
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
+    vector: bytes | None = None
+    """``PooledVector.data``, in the only output of a request that pools."""
     error: str | None = None
     error_param: str | None = None
     error_code: str | None = None

@@ -88,6 +88,7 @@ def resolve_checkpoint(tree: ConfigTree, composition: Composition, incomplete: b
                 f"{Path(description.weights).name} is {description.format}",
             )
     _choose_parsers(tree, composition)
+    _choose_pooler(tree, composition, config)
     _fall_back(composition)
     _keep_quantized(tree, composition, config)
 
@@ -111,6 +112,31 @@ def _choose_parsers(tree: ConfigTree, composition: Composition) -> None:
         option, why = choosers[slot]("\n".join(templates.values()))
         why = f"{place or 'no chat template'}: {why}"
         replace_option(tree, composition, slot, option, why)
+
+
+def _choose_pooler(tree: ConfigTree, composition: Composition, config: dict[str, Any]) -> None:
+    """Pool as the checkpoint says, where ``auto`` is chosen; take what it says of vectors, where
+    nobody set it."""
+    from vllm_di.models.pooling_config import PoolingChoice, pooling_of
+
+    values, option = composition.values, composition.choices["pooler"][0]
+    if option == "none":
+        return
+    said = PoolingChoice("none", "no checkpoint says how to pool")
+    if config:
+        chosen = None if option == "auto" else option
+        said = pooling_of(str(values.checkpoint.weights), config, chosen)
+    if option == "auto":
+        replace_option(tree, composition, "pooler", option := said.option, said.why)
+    if option == "none" or said.option == "none":
+        return
+    for key, value in (("normalize", said.normalize), ("dimensions", said.dimensions)):
+        origin = composition.origins.get(f"pooler.{key}")
+        if key in values.pooler and not (origin is not None and origin.by_user):
+            OmegaConf.update(values, f"pooler.{key}", value, force_add=True)
+            composition.origins[f"pooler.{key}"] = Origin("checkpoint", text=str(values.model.path))
+    if said.max_tokens is not None and values.model.get("max_model_len") is None:
+        _take(composition, "max_model_len", said.max_tokens)
 
 
 def _keep_quantized(tree: ConfigTree, composition: Composition, config: dict[str, Any]) -> None:

@@ -60,6 +60,7 @@ class WorkerContainer(DeclarativeContainer):
     shapes = Dependency(instance_of=i.ShapePolicy)
     program = Dependency(instance_of=i.ModelProgram)
     sampler = Dependency(instance_of=i.Sampler)
+    pooler = Dependency(instance_of=i.Pooler)
     model_runner = Dependency(instance_of=i.ModelRunner)
     worker = Dependency(instance_of=i.Worker)
     # shared with the engine: built here too, where a part asks for it

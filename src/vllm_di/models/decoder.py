@@ -141,6 +141,7 @@ class Decoder(nn.Module, Model):
             else torch.tensor(c.embedding_multiplier, dtype=parts.dtype, device=parts.device)
         )
         self._eps = c.rms_norm_eps or 0.0
+        self._gives_hidden = False
 
     def _tables(self, c: DecoderConfig) -> list[Tensor]:
         """One rotary table for each layer; layers share them."""
@@ -191,7 +192,9 @@ class Decoder(nn.Module, Model):
                 continue
             target = targets.get(name)
             if target is None:
-                if not self._is_elsewhere(name):
+                if name == HEAD and self._gives_hidden:
+                    left_out.append(name)
+                elif not self._is_elsewhere(name):
                     self._check_left_out(name, tensor, targets)
                     left_out.append(name)
                 continue
@@ -382,7 +385,13 @@ class Decoder(nn.Module, Model):
         x = self.embedding.embed(self.ops.embedding, token_ids)
         return x if self._multiplier is None else x * self._multiplier
 
+    def give_hidden(self) -> int:
+        self._gives_hidden, self.head = True, None
+        return self.hidden_size
+
     def logits(self, hidden: Tensor) -> Tensor:
+        if self._gives_hidden:
+            return hidden.float()
         assert self.head is not None, "a stage that is not the last has no head"
         out = self.head.logits(hidden)
         if self.config.logits_scaling is not None:
@@ -393,7 +402,10 @@ class Decoder(nn.Module, Model):
 
 
 def _own_name(name: str) -> str:
-    """Of a tensor of the checkpoint, where the text model is a part of a larger one."""
+    """Of a tensor of the checkpoint, where the text model is a part of a larger one, or was saved
+    without its head."""
+    if name.startswith(("layers.", "embed_tokens.", "norm.")):
+        return f"model.{name}"
     return name.removeprefix("language_model.").replace("model.language_model.", "model.")
 
 

@@ -56,6 +56,7 @@ def read_fields(
     """``own_fields`` where ``own`` has keys, else ``model_fields``; a config that is not of the
     shape that Hugging Face writes is a CheckpointError."""
     try:
+        config = with_head(config)
         if own is not None:
             return own_fields(config, generation, own)
         return model_fields(config, generation, native=native)
@@ -74,6 +75,14 @@ def read_fields(
             f"config.json holds what no config of {shorten(config.get('architectures'))} does: "
             f"{type(error).__name__}: {str(error)[:200]}"
         ) from error
+
+
+def with_head(config: Config) -> Config:
+    """``config`` with the name of the causal model, where it names one of ours that was saved
+    without its head, as embedding models are."""
+    names = config.get("architectures")
+    found = HEADLESS.get(names[0]) if isinstance(names, list) and names else None
+    return config if found is None else {**config, "architectures": [found]}
 
 
 def own_fields(config: Config, generation: Config | None, keys: Collection[str]) -> Fields:
@@ -393,3 +402,8 @@ FAMILIES: dict[str, Callable[[Config], Fields]] = {
     "MixtralForCausalLM": _mixtral,
     "Qwen3MoeForCausalLM": _qwen3_moe,
 }
+
+HEADLESS = {name.replace("ForCausalLM", "Model"): name for name in FAMILIES} | {
+    "Gemma3TextModel": "Gemma3ForCausalLM"
+}
+"""Names of the families' classes without a head."""

@@ -87,6 +87,7 @@ class TransformersModel(Model):
             )
         self.eos_token_ids = config.eos_token_ids or []
         self._head, self._weight_bytes = Head(), 0
+        self._gives_hidden = False
 
     def _make(self, hf: Any) -> Any:
         from transformers import AutoModelForCausalLM
@@ -184,7 +185,13 @@ class TransformersModel(Model):
         normed: Tensor = out.last_hidden_state[0]
         return normed
 
+    def give_hidden(self) -> int:
+        self._gives_hidden = True
+        return self.hidden_size
+
     def logits(self, hidden: Tensor) -> Tensor:
+        if self._gives_hidden:
+            return hidden.float()
         head = self._model.get_output_embeddings()
         if self._head.before != 1.0:
             hidden = hidden * self._head.before

@@ -126,6 +126,7 @@ class Model(msgspec.Struct):
     root: str
     parent: None
     max_model_len: int | None
+    pooling: Object | None
     permission: list[Object]
     default_sampling_params: dict[str, float]
 
@@ -133,6 +134,26 @@ class Model(msgspec.Struct):
 class ModelList(msgspec.Struct):
     object: Literal["list"]
     data: list[Model]
+
+
+class PoolingUsage(msgspec.Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(msgspec.Struct):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(msgspec.Struct):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Embedding]
+    usage: PoolingUsage
 
 
 class Tokens(msgspec.Struct):

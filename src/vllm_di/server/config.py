@@ -32,6 +32,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     allowed_hosts: list[str] = []
     cors_origins: list[str] = []
     max_queue: Count = 1024
+    max_inputs: Count = 2048
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024, le=2**30)] = 8 * 2**20
     max_json_depth: Annotated[int, msgspec.Meta(ge=4, le=500)] = 64
     unknown_fields: Literal["count", "refuse"] = "count"

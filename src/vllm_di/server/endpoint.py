@@ -36,6 +36,7 @@ class GenerateEndpoint(Generic[G]):
         service = self._service
         service.admission.check_open()
         request = await read_request(Request(scope, receive), service, self._kind)
+        service.check_generates()
         generations, answer = await self._start(service, request)
         await respond(service, generations, answer, bool(request.stream), receive, send)
 

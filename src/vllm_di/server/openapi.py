@@ -12,7 +12,7 @@ from vllm_di.components.messages import RANGES
 from vllm_di.server.answers import AnthropicError, Error
 from vllm_di.server.auth import OPEN_PATHS
 from vllm_di.server.operations import Operation
-from vllm_di.server.protocol import EXACT, REFUSED
+from vllm_di.server.protocol import EXACT, REFUSED, PoolingRequest
 from vllm_di.version import __version__
 
 _REF = "#/components/schemas/{name}"
@@ -37,8 +37,9 @@ def openapi(operations: Sequence[Operation]) -> dict[str, Any]:
     kinds = list(dict.fromkeys([*kinds, Error, AnthropicError]))
     references, schemas = msgspec.json.schema_components(kinds, ref_template=_REF)
     refs = dict(zip(kinds, references, strict=True))
-    for schema in schemas.values():
-        _refine(schema.get("properties", {}))
+    pooling = {kind.__name__ for kind in kinds if issubclass(kind, PoolingRequest)}
+    for name, schema in schemas.items():
+        _refine(schema.get("properties", {}), () if name in pooling else REFUSED)
     paths: dict[str, dict[str, Any]] = {}
     for one in operations:
         path = re.sub(r":\w+}", "}", one.path)
@@ -97,9 +98,9 @@ def _content(one: Operation, refs: dict[type, dict[str, Any]]) -> dict[str, Any]
     return content
 
 
-def _refine(properties: dict[str, Any]) -> None:
+def _refine(properties: dict[str, Any], refused: Sequence[str]) -> None:
     """Fields without those that are always refused, numbers with their ranges."""
-    for name in REFUSED:
+    for name in refused:
         properties.pop(name, None)
     for schema in properties.values():
         if EXACT in schema:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -156,6 +156,24 @@ class CompletionRequest(GenerateRequest, kw_only=True):
     echo: bool | None = None
     logprobs: Int | None = None
     suffix: Any = None
+
+
+class PoolingRequest(msgspec.Struct, kw_only=True):
+    """What requests for embeddings, scores and rankings have in common."""
+
+    model: str | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Int | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
+
+
+class EmbeddingRequest(PoolingRequest, kw_only=True):
+    """``POST /v1/embeddings``."""
+
+    input: str | Annotated[list[str | Int | Prompt], msgspec.Meta(max_length=2**20)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Int | None = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):

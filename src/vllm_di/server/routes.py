@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import msgspec
 import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -26,10 +27,12 @@ from vllm_di.server.endpoint import GenerateEndpoint
 from vllm_di.server.errors import error_body
 from vllm_di.server.openapi import openapi
 from vllm_di.server.operations import Operation
+from vllm_di.server.pooling.embeddings import Embeddings
 from vllm_di.server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     TokenizeRequest,
 )
 from vllm_di.server.responses.endpoints import Responses
@@ -161,6 +164,7 @@ class Endpoints:
             "root": self._service.config.model_name or self._service.config.name,
             "parent": None,
             "max_model_len": report.max_model_len if report else None,
+            "pooling": msgspec.to_builtins(report.pooling) if report else None,
             "permission": [],
             "default_sampling_params": self._service.config.sampling,
         }
@@ -211,6 +215,7 @@ def operations(service: Service) -> list[Operation]:
     text_types: dict[str, Any] = {"body": CompletionRequest, "answer": answers.TextCompletion}
     message_types: dict[str, Any] = {"body": MessagesRequest, "answer": answers.AnthropicMessage}
     count_types: dict[str, Any] = {"body": ConversationRequest, "answer": answers.InputTokens}
+    vector_types: dict[str, Any] = {"body": EmbeddingRequest, "answer": answers.Embeddings}
     response_types: dict[str, Any] = {"body": ResponsesRequest, "answer": answers.Response}
     tokens_types: dict[str, Any] = {"body": TokenizeRequest, "answer": answers.Tokens}
     prompt_types: dict[str, Any] = {"body": DetokenizeRequest, "answer": answers.Prompt}
@@ -238,6 +243,7 @@ def operations(service: Service) -> list[Operation]:
             statuses=(404,),
         ),
         post(f"{response}/cancel", responses.cancel, "End a response.", **of_response),
+        post("/v1/embeddings", Embeddings(service), "Vectors of texts.", **vector_types),
         get("/v1/models", other.models, "The model.", answer=answers.ModelList),
         get(
             "/v1/models/{model:path}",

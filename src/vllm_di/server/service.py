@@ -20,6 +20,7 @@ from vllm_di.components.interfaces import (
 )
 from vllm_di.components.messages import SamplingParams, WorkerReport
 from vllm_di.errors import RequestError
+from vllm_di.frontend.pooling import PoolingProcessor
 from vllm_di.frontend.processor import Generation, RequestProcessor
 from vllm_di.frontend.requests import Prepared
 from vllm_di.server.admission import Admission
@@ -90,6 +91,25 @@ class Service:
             for replica, each in enumerate(self.engine.reports()):
                 self.metrics.of(replica).info(each, labels)
         return self._processor
+
+    @property
+    def pooling(self) -> PoolingProcessor:
+        """Raises RequestError: 503 while the engine cannot answer, 400 of a model that
+        generates."""
+        _ = self.processor
+        assert self._report is not None
+        return PoolingProcessor(self.tokenizer, self._report, self.config.name)
+
+    def check_generates(self) -> None:
+        """Raise 400 for a model that pools."""
+        _ = self.processor
+        if self._report is not None and self._report.pooling is not None:
+            raise RequestError(
+                f"the model {self.config.name!r} makes {self._report.pooling.kind}s and generates "
+                "no text; pooler=none makes a model with a head for tokens generate",
+                param="model",
+                code="generation_off",
+            )
 
     def check_model(self, name: str | None) -> None:
         """Raise 404 for a model that is not the one served."""

@@ -209,6 +209,7 @@ def _joined(before: StepResult, result: StepResult) -> StepResult:
     return msgspec.structs.replace(
         result,
         tokens=[token for token in result.tokens if token.seq_id not in failed],
+        vectors=[vector for vector in result.vectors if vector.seq_id not in failed],
         failed=failed,
         num_compiles=before.num_compiles + result.num_compiles,
     )

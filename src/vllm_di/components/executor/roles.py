@@ -42,8 +42,14 @@ class Sides:
         """The scheduler's: whole blocks of either side."""
 
     def check(self) -> None:
-        """Raises ConfigError where the roles are not one model."""
+        """Raises ConfigError where the roles are not one model, or it pools."""
         prefill, decode = self.reports["prefill"], self.reports["decode"]
+        for role, report in self.reports.items():
+            if report.pooling is not None:
+                raise ConfigError(
+                    f"{self._launchers[role].place(0, 'pooler')}: a model that pools has no tokens "
+                    "for another role to run; take pooler=none, or a platform without roles"
+                )
         self._same("model.vocab_size", prefill.vocab_size, decode.vocab_size)
         self._same("model.max_model_len", prefill.max_model_len, decode.max_model_len)
         self._same("model", _shapes(prefill), _shapes(decode))

@@ -90,6 +90,7 @@ from vllm_di.components.interfaces.server import (
 from vllm_di.components.interfaces.transfer import KvTransfer
 from vllm_di.components.interfaces.worker import (
     ModelRunner,
+    Pooler,
     Sampler,
     SchedulerLimits,
     SequenceState,
@@ -140,6 +141,7 @@ __all__ = [
     "ParserState",
     "Placement",
     "PlanShape",
+    "Pooler",
     "Prefix",
     "Quantization",
     "ReasoningDelta",

@@ -178,6 +178,17 @@ class Model(ABC):
         """hidden [rows, hidden] -> [rows, vocab] fp32, whole on every rank. On the last stage
         alone."""
 
+    def give_hidden(self) -> int:
+        """Called once and before the weights come, where prompts are pooled: from here on
+        ``logits`` gives the rows of ``hidden`` that it is given, in fp32, and a head is neither
+        needed nor loaded -> the width of a row. Raises ConfigError of a model that cannot."""
+        from vllm_di.errors import ConfigError
+
+        raise ConfigError(
+            f"{type(self).__name__} has no give_hidden(), and gives nothing to pool; take "
+            "pooler=none"
+        )
+
     def named_weights(self) -> Iterator[NamedWeight]:
         """The loaded tensors that hold weights as the checkpoint has them, so that a compiler can
         shard them and keep them apart from the program. What was packed or rounded is left out."""

@@ -11,6 +11,7 @@ from vllm_di.components.messages import (
     CacheSize,
     KvGroup,
     LimitsReport,
+    Pooling,
     SampledTokens,
     SamplingParams,
     StepInput,
@@ -46,6 +47,8 @@ class SequenceState:
     bad_words_token_ids: list[list[int]]
     sampler_state: Any = None
     """Belongs to the sampler: generator, counts, masks."""
+    pooler_state: Any = None
+    """Belongs to the pooler: what it keeps of the chunks that ran."""
 
     @property
     def num_generated(self) -> int:
@@ -83,8 +86,42 @@ class Sampler(ABC):
         raise NotImplementedError
 
 
+class Pooler(ABC):
+    """Makes one vector of a prompt's hidden states. A model either generates or pools: ``none``
+    pools nothing."""
+
+    every_token: ClassVar[bool] = False
+    """Whether it reads all tokens of a prompt, so that none may come from the prefix cache."""
+
+    def pools(self) -> bool:
+        """Whether the model pools: then no request generates. Where not, nothing else is called."""
+        return True
+
+    @abstractmethod
+    def report(self, size: int) -> Pooling:
+        """What requests are told; ``size``: width of a row. Raises ConfigError for settings that do
+        not fit it."""
+
+    @abstractmethod
+    def wanted(self, start: int, count: int, prompt_len: int) -> range:
+        """The positions that it reads, of those in [start, start + count) of a prompt."""
+
+    @abstractmethod
+    def take(self, rows: Tensor, state: SequenceState) -> None:
+        """rows [wanted, width] fp32, good until the step ends. A prompt comes in chunks, each of
+        which is given once and in order; after a preemption from its beginning, with a new
+        ``state``."""
+
+    @abstractmethod
+    def finish(self, state: SequenceState) -> Tensor:
+        """[width] fp32, after the last ``take`` of a prompt."""
+
+
 class ModelRunner(ABC):
-    """Turns a StepPlan into a BatchPlan, runs it, samples."""
+    """Turns a StepPlan into a BatchPlan, runs it, samples or pools."""
+
+    pooling: Pooling | None = None
+    """What prompts are pooled to; None where it generates."""
 
     def prepare(self, groups: Sequence[KvGroup]) -> None:
         """Have the program compile for every shape that steps will have, before the cache is

@@ -21,6 +21,7 @@ from vllm_di.components.interfaces import (
     ModelRunner,
     Placement,
     PlanShape,
+    Pooler,
     Sampler,
     SequenceState,
     ShapePolicy,
@@ -36,6 +37,7 @@ from vllm_di.components.messages import (
 )
 from vllm_di.components.model_runner.batch import Batch
 from vllm_di.components.model_runner.hidden import HiddenBuffer, pack
+from vllm_di.components.model_runner.pooled import Pooled, pool
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -55,6 +57,8 @@ class _Wanted(NamedTuple):
     """Of each."""
     scored: list[tuple[ScheduledSequence, slice]]
     """Whose prompt log-probabilities to report, of which of ``rows``."""
+    pooled: list[Pooled]
+    """What the pooler reads."""
 
 
 class _Sampled(NamedTuple):
@@ -73,7 +77,8 @@ def _joined(before: SampledTokens | None, token: SampledTokens) -> SampledTokens
 
 
 class StandardModelRunner(ModelRunner):
-    """Runs StepPlans. Every rank runs the same forward; rank 0 samples, on the last stage.
+    """Runs StepPlans. Every rank runs the same forward; rank 0 samples, on the last stage. With a
+    pooler that pools, it takes rows of hidden states in place of logits, and samples nothing.
 
     With ``static_shapes`` the requests of a step that had to be compiled end with an error.
     """
@@ -88,6 +93,7 @@ class StandardModelRunner(ModelRunner):
         graph: GraphPolicy,
         sampler: Sampler,
         placement: Placement,
+        pooler: Pooler | None = None,
         *,
         max_num_seqs: Count,
         max_num_batched_tokens: Count,
@@ -100,6 +106,9 @@ class StandardModelRunner(ModelRunner):
         """For the program and the sampler alike. Kept, where a decorator makes one a step: 20 us,
         when a step has emptied the caches."""
         self._samples = placement.rank == 0
+        self._pooler = pooler if pooler is not None and pooler.pools() else None
+        if self._pooler is not None:
+            self.pooling = self._pooler.report(model.give_hidden())
         self._alone = placement.world_size == 1 and placement.num_stages == 1
         self._largest = PlanShape(
             tokens=max_num_batched_tokens,
@@ -149,7 +158,8 @@ class StandardModelRunner(ModelRunner):
             out = self._run(plan)
             if plan.max_query_len <= 1:
                 decodes.add(len(plan.token_ids))
-            if self._samples and self._model.last and len(out) and len(out) not in sampled:
+            wants_tokens = self._samples and self._model.last and self._pooler is None
+            if wants_tokens and len(out) and len(out) not in sampled:
                 sampled.add(len(out))
                 self._sampler.warm_up(out)
         self._graph.capture(sorted(decodes), self._blank_decodes)
@@ -203,6 +213,9 @@ class StandardModelRunner(ModelRunner):
             return StepResult(plan.step, [], failed=late, num_compiles=compiled)
         if out.shape[0] > len(wanted.rows):
             out = out[: len(wanted.rows)]
+        if self._pooler is not None:
+            vectors, failed = pool(self._pooler, wanted.pooled, out)
+            return StepResult(plan.step, [], vectors=vectors, failed=failed, num_compiles=compiled)
         prompts, failed = self._score(wanted.scored, out)
         try:
             tokens, others = self._sample(out, wanted)
@@ -237,10 +250,18 @@ class StandardModelRunner(ModelRunner):
         return compiled, {share.seq_id: reason for share in plan.scheduled}
 
     def _wanted(self, plan: StepPlan) -> _Wanted:
-        wanted = _Wanted([], [], [], [], [])
+        wanted = _Wanted([], [], [], [], [], [])
         rows, start = wanted.rows, 0
         for share, state in zip(plan.scheduled, self._batch.states, strict=True):
             end = start + share.num_tokens
+            if self._pooler is not None:
+                first, length = share.num_computed, state.prompt_len
+                read = self._pooler.wanted(first, share.num_tokens, length)
+                span = slice(len(rows), len(rows) + len(read))
+                wanted.pooled.append(Pooled(state, span, share.samples))
+                rows += [start + position - first for position in read]
+                start = end
+                continue
             if state.params.prompt_logprobs is not None:
                 # the row of position p tells of the prompt's token p + 1
                 inside = min(share.num_tokens, state.prompt_len - 1 - share.num_computed)

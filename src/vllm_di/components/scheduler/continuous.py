@@ -29,7 +29,7 @@ from vllm_di.components.messages import (
 )
 from vllm_di.components.scheduler.pace import StepPace
 from vllm_di.components.scheduler.queue import WaitingQueue
-from vllm_di.components.scheduler.results import misfits, wants_scores
+from vllm_di.components.scheduler.results import misfits, vector_misfits, wants_scores
 from vllm_di.components.scheduler.sequence import Sequence
 from vllm_di.components.scheduler.validate import validate
 from vllm_di.errors import ConfigError, QueueFullError, RequestError
@@ -73,11 +73,13 @@ class ContinuousScheduler(Scheduler):
         max_waiting: Annotated[int, msgspec.Meta(ge=1)] | None,
         max_step_ms: Annotated[float, msgspec.Meta(gt=0)] | None,
     ) -> None:
-        limits = worker_report.limits
-        if not limits.chunked_prefill and max_num_batched_tokens < worker_report.max_model_len:
+        limits, pooling = worker_report.limits, worker_report.pooling
+        self._chunks_prompts = limits.chunked_prefill and not (pooling and pooling.whole_prompts)
+        if not self._chunks_prompts and max_num_batched_tokens < worker_report.max_model_len:
             raise ConfigError(
                 f"max_num_batched_tokens ({max_num_batched_tokens}) must hold a whole prompt of "
-                f"{worker_report.max_model_len} tokens on a platform without chunked prefill"
+                f"{worker_report.max_model_len} tokens on a platform without chunked prefill, and "
+                "of a model whose tokens see those behind them"
             )
         if max_num_batched_tokens < max_num_seqs:
             raise ConfigError(
@@ -296,8 +298,10 @@ class ContinuousScheduler(Scheduler):
 
     def _admit(self, step: _Step, sequence: Sequence) -> tuple[int, int] | None:
         """Blocks for a waiting sequence: (tokens from the prefix cache, tokens to run now)."""
-        # every token of a prompt that is to be scored must run
-        sequence.prefix.lookup = not wants_scores(sequence)
+        # every token of a prompt that is to be scored must run, and all that a pooler reads
+        pooling = self._report.pooling
+        reads_all = pooling is not None and pooling.every_token
+        sequence.prefix.lookup = not reads_all and not wants_scores(sequence)
 
         def take(cached: int) -> int:
             return self._chunk(step, sequence, len(sequence.token_ids) - cached)
@@ -313,7 +317,7 @@ class ContinuousScheduler(Scheduler):
             if sequence.request.params.prompt_logprobs is not None:
                 count = min(count, PROMPT_LOGPROBS_CHUNK)
             count = min(count, self._prompt_share(step, sequence, remaining))
-            if count < remaining and not self._limits.chunked_prefill:
+            if count < remaining and not self._chunks_prompts:
                 return 0
         most = self._limits.max_batch_context
         if most is not None and step.scheduled:
@@ -327,7 +331,7 @@ class ContinuousScheduler(Scheduler):
         end with a block, where that is any."""
         if remaining <= step.prompt_budget:
             return remaining
-        if not self._limits.chunked_prefill:  # one at a time, however long it is
+        if not self._chunks_prompts:  # one at a time, however long it is
             return 0 if step.prefills else remaining
         start = len(sequence.token_ids) - remaining
         beyond = (start + step.prompt_budget) % self._report.block_size
@@ -445,7 +449,11 @@ class ContinuousScheduler(Scheduler):
             for share in plan.scheduled
             if share.seq_id in self._running
         }
-        failed = misfits(plan, result, live, self._report.vocab_size) | result.failed
+        if self._report.pooling is not None:
+            wrong = vector_misfits(plan, result, live, self._report.pooling.size)
+        else:
+            wrong = misfits(plan, result, live, self._report.vocab_size)
+        failed = wrong | result.failed
         outputs = []
         for share in plan.scheduled:
             sequence = live.get(share.seq_id)
@@ -462,6 +470,8 @@ class ContinuousScheduler(Scheduler):
             sequence = live.get(scored.seq_id)
             if sequence is not None and wants_scores(sequence):
                 sequence.prompt_logprobs += scored.positions
+        if self._report.pooling is not None:
+            return outputs + self._pooled(result, live)
         drafts = {s.seq_id: len(s.draft_tokens) for s in plan.scheduled if s.draft_tokens}
         for sampled in result.tokens:
             sequence = live.get(sampled.seq_id)
@@ -499,6 +509,16 @@ class ContinuousScheduler(Scheduler):
         if sampled.logprobs is not None:
             output.logprobs = sampled.logprobs[: len(output.token_ids)]
         return output
+
+    def _pooled(self, result: StepResult, live: dict[int, Sequence]) -> list[TokenOutput]:
+        outputs = []
+        for vector in result.vectors:
+            if (sequence := live.get(vector.seq_id)) is not None:
+                output = self._output(sequence, [])
+                output.vector, output.finish_reason = vector.data, "stop"
+                self._forget(sequence)
+                outputs.append(output)
+        return outputs
 
     def _output(self, sequence: Sequence, token_ids: list[int]) -> TokenOutput:
         output = TokenOutput(request_id=sequence.request.request_id, token_ids=token_ids)

@@ -71,6 +71,38 @@ def misfits(
     return found
 
 
+def vector_misfits(
+    plan: StepPlan, result: StepResult, live: Mapping[int, Sequence], size: int
+) -> dict[int, str]:
+    """As ``misfits``, of a model that pools: a prompt whose end ran gives a vector of ``size``
+    numbers, and nothing else does."""
+    if result.step != plan.step:
+        raise EngineDeadError(f"step {plan.step} was answered with the result of {result.step}")
+    lengths: dict[int, list[int]] = {}
+    for vector in result.vectors:
+        lengths.setdefault(vector.seq_id, []).append(len(vector.data) // 4)
+    found: dict[int, str] = {}
+    for share in plan.scheduled:
+        if share.seq_id not in live or share.seq_id in result.failed:
+            continue
+        wanted = [size] if share.samples else []
+        if (got := lengths.get(share.seq_id, [])) != wanted:
+            found[share.seq_id] = (
+                f"the step gave vectors of {got} numbers for sequence {share.seq_id}, not {wanted}"
+            )
+            name = _name(live[share.seq_id])
+            log.error("step %d: %s; its request %r ends", plan.step, found[share.seq_id], name)
+    planned = {share.seq_id for share in plan.scheduled}
+    extra = {token.seq_id for token in result.tokens} | (lengths.keys() - planned)
+    for seq_id in sorted(extra):
+        log.error(
+            "step %d: the result has a token, or a vector that no prompt waits for, of sequence %d",
+            plan.step,
+            seq_id,
+        )
+    return found
+
+
 def _is_plain(
     plan: StepPlan, result: StepResult, live: Mapping[int, Sequence], vocab_size: int
 ) -> bool:

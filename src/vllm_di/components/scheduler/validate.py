@@ -16,6 +16,8 @@ def validate(
     prompt, params = request.prompt_token_ids, request.params
     if not prompt:
         raise RequestError("the prompt is empty", param="prompt")
+    if request.pools or report.pooling is not None:
+        return _validate_pooled(request, report, num_usable_blocks, max_chunk)
     if len(prompt) >= report.max_model_len:
         raise RequestError(
             f"the prompt has {len(prompt)} tokens; the context is {report.max_model_len} tokens, "
@@ -48,6 +50,34 @@ def validate(
             code="context_length_exceeded",
         )
     return max_tokens
+
+
+def _validate_pooled(
+    request: EngineRequest, report: WorkerReport, num_usable_blocks: int, max_chunk: int
+) -> int:
+    """As ``validate``, where the request or the model pools; no token is generated: 0."""
+    prompt = request.prompt_token_ids
+    if report.pooling is None:
+        raise RequestError("the model generates text, and is not set up to pool", param="model")
+    if not request.pools:
+        raise RequestError("the model makes embeddings or scores, and no text", param="model")
+    if len(prompt) > report.max_model_len:
+        raise RequestError(
+            f"the text has {len(prompt)} tokens; the context is {report.max_model_len} tokens",
+            param="input",
+            code="context_length_exceeded",
+        )
+    _in_vocabulary("input", prompt, report.vocab_size)
+    groups, size = report.kv_groups, report.block_size
+    blocks = sum(group.most_blocks(len(prompt), max_chunk, size) for group in groups)
+    if blocks > num_usable_blocks:
+        raise RequestError(
+            f"{len(prompt)} tokens need {blocks} blocks of the KV cache, which has "
+            f"{num_usable_blocks}",
+            param="input",
+            code="context_length_exceeded",
+        )
+    return 0
 
 
 def _in_vocabulary(name: str, token_ids: Collection[int], vocab_size: int) -> None:

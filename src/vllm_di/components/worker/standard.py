@@ -118,6 +118,7 @@ class StandardWorker(Worker):
             device=str(self._device.torch_device),
             dtype=str(model.dtype).removeprefix("torch."),
             weight_bytes=model.weight_bytes(),
+            pooling=self._runner.pooling,
             details=details,
         )
 

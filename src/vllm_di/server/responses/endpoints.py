@@ -45,6 +45,7 @@ class Responses:
         service = self._service
         service.admission.check_open()
         request = await read_request(Request(scope, receive), service, ResponsesRequest)
+        service.check_generates()
         owner: bytes = scope[OWNER]
         if request.background and (request.stream or request.store is False):
             raise RequestError(

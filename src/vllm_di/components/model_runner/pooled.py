@@ -1,0 +1,57 @@
+"""From the rows of a step to the vectors of the prompts whose end it reached."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_di.components.interfaces import Pooler, SequenceState
+from vllm_di.components.messages import PooledVector
+
+log = logging.getLogger(__name__)
+
+
+class Pooled(NamedTuple):
+    """What a pooler reads of one sequence in one step."""
+
+    state: SequenceState
+    rows: slice
+    """Of the rows that the program gives."""
+    ends: bool
+    """Whether the step runs the prompt's last token."""
+
+
+def pool(
+    pooler: Pooler, shares: Sequence[Pooled], rows: Tensor
+) -> tuple[list[PooledVector], dict[int, str]]:
+    """rows [wanted, width] fp32 -> the vectors of the prompts that end, and seq_id -> reason for
+    those that cannot have one."""
+    vectors: list[PooledVector] = []
+    failed: dict[int, str] = {}
+    for share in shares:
+        seq_id = share.state.seq_id
+        try:
+            pooler.take(rows[share.rows], share.state)
+            if not share.ends:
+                continue
+            vector = pooler.finish(share.state).to("cpu", torch.float32)
+        except Exception as error:  # a pooler of somebody else's: the request ends, not the engine
+            log.exception("pooling failed")
+            failed[seq_id] = f"pooling failed: {type(error).__name__}: {error}"
+            continue
+        if bool(vector.isfinite().all()):
+            vectors.append(PooledVector(seq_id, little_endian(vector)))
+        else:
+            failed[seq_id] = "the model gave a vector that is not finite"
+    return vectors, failed
+
+
+def little_endian(vector: Tensor) -> bytes:
+    """fp32 on the host, as ``PooledVector.data``."""
+    array = vector.contiguous().numpy()
+    return (array if sys.byteorder == "little" else array.byteswap()).tobytes()
