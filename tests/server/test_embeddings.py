@@ -140,6 +140,7 @@ def test_another_model_and_other_endpoints(client: httpx.Client) -> None:
         assert "generates no text" in response.text
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["pooling"]["kind"], model["pooling"]["size"]) == ("embedding", 64)
+    vectors(client, "counted")
     metrics = client.get("/metrics").text
     assert re.search(r"vllm:prompt_tokens_total\{[^}]*\} [1-9]", metrics)
 
