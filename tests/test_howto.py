@@ -141,12 +141,12 @@ def forgotten() -> Iterator[None]:
 def test_a_port_adds_a_call_to_its_worker(
     executor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    provider, use = blocks("add-a-worker-call.md", "python")
+    worker, use = blocks("add-a-worker-call.md", "python")
     (option,) = blocks("add-a-worker-call.md", "yaml")
     for file, text in {
         "acme/__init__.py": "",
-        "acme/provider.py": provider,
-        "conf/worker/acme.yaml": option,
+        "acme/worker.py": worker,
+        "acme/conf/worker/acme.yaml": option,
     }.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(text)
@@ -156,7 +156,7 @@ def test_a_port_adds_a_call_to_its_worker(
     overrides = ["platform=cpu", "model=tiny", "worker=acme", "trust=[acme]"]
     overrides += [f"executor={executor}"]
     overrides += [f"executor.tensor_parallel_size={ranks}"] if ranks > 1 else []
-    assembly = assemble(overrides, [tmp_path / "conf"])
+    assembly = assemble(overrides, [tmp_path / "acme/conf"])
     launcher = Launcher(assembly)
     with opened(EngineContainer, assembly, only=["executor"], launcher=launcher) as container:
         running = container.executor()

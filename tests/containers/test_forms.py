@@ -148,7 +148,7 @@ class Short(HndLayout):
 
 
 TRIED: dict[type, str] = {
-    OldWrap: "OldWrap.wrap gives a function of (token_ids: 'Tensor', ",
+    OldWrap: "OldWrap.wrap gives a function of (token_ids, positions, caches, ",
     NoWrap: "NoWrap.wrap gives a NoneType; a step is called with one ModelStep",
     OldPlace: "place gives (BatchPlan, NoneType), and not a BatchPlan with a sequence",
     PlanAlone: "place gives ",

@@ -24,7 +24,10 @@ def wrapped(graph: GraphPolicy, forward: StepFunction) -> StepFunction:
             return function
     except TypeError:
         pass
-    what = f"a function of {form}" if form is not None else f"a {type(function).__name__}"
+    what = f"a {type(function).__name__}"
+    if form is not None:
+        plain = [p.replace(annotation=p.empty) for p in form.parameters.values()]
+        what = f"a function of {inspect.Signature(plain)}"
     raise ConfigError(
         f"{type(graph).__qualname__}.wrap gives {what}; a step is called with one ModelStep "
         "(docs/interface-versions.md has what changed)",
