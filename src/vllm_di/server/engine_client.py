@@ -72,11 +72,12 @@ class ProcessEngineClient(EngineClient):
         raise self._error
 
     async def replace(self) -> None:
-        """End the engine, which is ready, and start a new one: that counts as no death. Requests
-        that it still has get an EngineDeadError."""
+        """End the engine and start a new one: that counts as no death. Requests that it still has
+        get an EngineDeadError. An engine that is being replaced already is waited for."""
         assert self._engine is not None
-        self._replacing = True
-        self._engine.hang_up()
+        if self.state == "ready":
+            self._replacing = True
+            self._engine.hang_up()
         while self._replacing or self.state == "starting":
             await asyncio.sleep(_POLL_SECONDS)
 
@@ -197,6 +198,8 @@ class ProcessEngineClient(EngineClient):
         """Fail all requests in flight. Whether to restart: not if the engine was never ready."""
         was_ready, num_open = self.state == "ready", len(self._inboxes)
         replacing, self._replacing = self._replacing, False
+        if replacing:
+            error = EngineDeadError("the engine is being replaced")
         now = time.monotonic()
         self._deaths = [t for t in self._deaths if now - t < RESTART_SECONDS]
         will_restart = self.report is not None and len(self._deaths) < self.restarts

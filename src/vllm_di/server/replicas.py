@@ -103,6 +103,8 @@ class ReplicatedEngineClient(EngineClient):
         num_deaths = 0
         try:
             while True:
+                if not await self._one_takes_requests():
+                    raise self._error or EngineDeadError("no replica is left")
                 rest = _going_on(request, sent)
                 line = self._choose(rest, deaths)
                 held = len(rest.prompt_token_ids) + len(sent)
@@ -188,13 +190,11 @@ class ReplicatedEngineClient(EngineClient):
         self._changed()
 
     def _choose(self, request: EngineRequest, deaths: set[int]) -> _Line:
-        """Of the replicas that take requests, one in which the request saw no death, if there is
-        one, and one that shows signs of life."""
+        """Of the replicas that take requests, and one does: rather one that shows signs of life,
+        and in which the request saw no death."""
         usable = [line for line in self._lines if line.takes_requests]
         usable = [line for line in usable if not line.client.silent] or usable
         usable = [line for line in usable if line.number not in deaths] or usable
-        if not usable:
-            raise EngineDeadError("no replica of the engine takes requests")
         assert self.router is not None, "given before the first request"
         loads = [line.load() for line in usable]
         number = self.router.choose(request, loads)

@@ -65,6 +65,35 @@ def test_cores_are_shared_out_and_given_back() -> None:
         assert system.allowed_cores() == allowed
 
 
+def test_replicas_share_the_cores_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "usable_cores", lambda: 7)
+    placement = Placement(rank=1, world_size=2, replica=1, num_replicas=2)
+    assert (placement.host_rank, placement.host_world_size) == (3, 4)
+    device = host(placement, threads=None)
+    assert torch.get_num_threads() == 1
+    device.close()
+    crowd = Placement(replica=3, num_replicas=8)
+    with pytest.raises(ConfigError, match="data_parallel_size=8: 8 workers in all, and 7 cores"):
+        host(crowd, threads=None)
+    host(crowd, threads=1).close()
+    pinned: list[list[int]] = []
+    monkeypatch.setattr(system, "allowed_cores", lambda: [4, 5, 6, 7])
+
+    def pin(cores: list[int]) -> list[int]:
+        pinned.append(cores)
+        return [4, 5, 6, 7]
+
+    monkeypatch.setattr(system, "pin", pin)
+    HostDevice(
+        Placement(replica=1, num_replicas=2),
+        threads=None,
+        memory_budget=None,
+        default_dtype="auto",
+        cores=[4, 5, 6, 7],
+    ).close()
+    assert pinned == [[6, 7], [4, 5, 6, 7]]
+
+
 def test_cores_that_cannot_be_had_are_refused() -> None:
     allowed = system.allowed_cores()
 

@@ -93,6 +93,13 @@ def test_a_rank_takes_its_own_device(module: Accelerator) -> None:
     assert device(Placement(rank=1, world_size=2)).torch_device == torch.device("hpu", 1)
     assert module.calls[-1] == ("set_device", 1)
     assert device(index=1).torch_device == torch.device("hpu", 1)
+    second = Placement(replica=1, num_replicas=2)
+    assert device(second).torch_device == torch.device("hpu", 1)
+    with pytest.raises(ConfigError, match=r"index: 0 for executor\.data_parallel_size=2"):
+        device(second, index=0)
+    beyond = Placement(rank=1, world_size=2, replica=1, num_replicas=2)
+    with pytest.raises(ConfigError, match=r"rank 1 of replica 1 .*: there is no hpu:3"):
+        device(beyond)
     with pytest.raises(ConfigError, match=r"rank 2: there is no hpu:2; this machine has 2"):
         device(Placement(rank=2, world_size=4))
     with pytest.raises(ConfigError, match=r"index: there is no hpu:7"):
