@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import httpx
 import msgspec
 import pytest
-from tests.server.fakes import REPORT
+from tests.server.fakes import REPORT, client_of, make_server
 
 from vllm_di import SamplingParams
 from vllm_di.components.interfaces import ReplicaLoad, Router
@@ -276,6 +276,27 @@ def test_a_silent_replica_gets_no_request() -> None:
             assert [r.state for r in client.replicas()] == ["unresponsive", "ready"]
             lines[1]._on_silence(("engine",))
             assert list(client.silent) == ["engine", "engine"]
+
+    asyncio.run(play())
+
+
+def test_totals_of_replicas_are_counted_apart() -> None:
+    """The totals of two engines that tell theirs in turns: neither counts what the other has."""
+
+    async def play() -> None:
+        async with replicated() as (client, lines):
+            server = make_server(client)
+            for step in range(1, 6):
+                for line, hits in zip(lines, (10, 300), strict=True):
+                    assert line.on_stats is not None
+                    line.on_stats(EngineStats(num_running=step, prefix_cache_hits=hits * step))
+            async with client_of(server) as http:
+                found = (await http.get("/metrics")).text.splitlines()
+            for engine, total in (("0", "50.0"), ("1", "1500.0")):
+                line = f'vllm:prefix_cache_hits_total{{engine="{engine}",model_name="echo"}} '
+                assert line + total in found
+                running = f'vllm:num_requests_running{{engine="{engine}",model_name="echo"}} 5.0'
+                assert running in found
 
     asyncio.run(play())
 

@@ -56,7 +56,7 @@ class OpenAiServer(Server):
         logging.getLogger("vllm_di.server").setLevel(config.log_level.upper())
         self._config = config
         self._engine = engine_client
-        engine_client.on_stats = metrics.engine
+        engine_client.on_stats = lambda stats: metrics.of(stats.replica).engine(stats)
         engine_client.restarts = config.engine_restarts
         self._service = Service(
             tokenizer,
