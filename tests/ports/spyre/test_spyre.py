@@ -198,10 +198,10 @@ def test_an_op_that_falls_back_to_the_host_is_an_error(monkeypatch: pytest.Monke
     ("overrides", "message"),
     [
         ("kv_layout.block_size=32", r"block_size 32: .*set kv_layout.block_size=64"),
-        ("scheduler.max_num_seqs=64", r"decode_seqs: .* 64, .*largest size is 32; add 64"),
+        ("scheduler.max_num_seqs=64", r"decode_seqs: .* 64 sequences, .*ends at 32; add 64"),
         ("scheduler.max_num_batched_tokens=200", r"prefill_queries: .*200.*max_num_batched_tokens"),
         ("shapes.prefill_queries=[100]", r"100 is no multiple of 64; take 128"),
-        ("shapes.columns=[2]", r"columns: a step may have 4, .*lower model.max_model_len"),
+        ("shapes.columns=[2]", r"columns: a step may have 4 blocks .*lower model.max_model_len"),
         ("limits.mixed_steps=true", "set limits.mixed_steps=false"),
         ("limits.max_prefill_rows=2", "set limits.max_prefill_rows=1"),
         ("limits.null_block=false", "limits.null_block=true"),

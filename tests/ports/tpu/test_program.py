@@ -187,7 +187,7 @@ def test_the_vendor_s_kernel_is_called_by_its_signature(monkeypatch: pytest.Monk
         ("kv_layout.block_size=17", "block_size 17: .* a multiple of 2"),
         ("model.dtype=float16", "float16"),
         ("device.chips=4096", "device.chips 4096: JAX has 1 devices of cpu.*lower it"),
-        ("shapes.sizes=[16]", "can have 128, and the largest size is 16"),
+        ("shapes.sizes=[16]", "may have 128 tokens, but this list ends at 16"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(overrides: str, message: str) -> None:
