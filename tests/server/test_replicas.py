@@ -293,10 +293,9 @@ def test_totals_of_replicas_are_counted_apart() -> None:
             async with client_of(server) as http:
                 found = (await http.get("/metrics")).text.splitlines()
             for engine, total in (("0", "50.0"), ("1", "1500.0")):
-                line = f'vllm:prefix_cache_hits_total{{engine="{engine}",model_name="echo"}} '
-                assert line + total in found
-                running = f'vllm:num_requests_running{{engine="{engine}",model_name="echo"}} 5.0'
-                assert running in found
+                labels = f'{{engine="{engine}",model_name="echo"}}'
+                assert f"vllm:prefix_cache_hits_total{labels} {total}" in found
+                assert f"vllm:num_requests_running{labels} 5.0" in found
 
     asyncio.run(play())
 
