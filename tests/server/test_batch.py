@@ -119,6 +119,12 @@ def test_so_many_run_at_once(concurrency: int) -> None:
     assert most == concurrency
 
 
+def test_what_a_full_queue_refuses_asks_again() -> None:
+    lines = [line(str(i), body=completion("ab", max_tokens=2, n=3)) for i in range(5)]
+    found = results("\n".join(lines), concurrency=5, max_queue=3, engine={"delay": 0.001})
+    assert [one["status_code"] for one in found.values()] == [200] * 5
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Keys and addresses are of no interest: nothing listens."""
     body = {"prompt": "x", "max_tokens": 3, "ignore_eos": True}
@@ -152,6 +158,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ("words", "told"),
     [
         ([], "one FILE of requests"),
+        ([__file__, "-o", __file__], "would take the place of the requests"),
         (["nothing.jsonl"], "nothing.jsonl: the requests cannot be read"),
         (["nothing.jsonl", "--concurrency", "0"], "--concurrency: expected a number of 1"),
     ],

@@ -13,10 +13,11 @@ from typing import BinaryIO
 import msgspec
 
 from vllm_di.commands.arguments import Arguments, UsageError
+from vllm_di.commands.engines import start_engine
 from vllm_di.commands.say import say, warn
 from vllm_di.containers.assembly import Assembly, assemble
 from vllm_di.errors import ConfigError, EngineDeadError
-from vllm_di.server.engine_client import ProcessEngineClient
+from vllm_di.server.replicas import ReplicatedEngineClient
 
 CONCURRENCY = 256
 """Requests at once, where --concurrency does not say: the scheduler takes what fits."""
@@ -35,7 +36,7 @@ def run(arguments: Arguments) -> int:
         source = _opened(arguments.words[0], files)
         assembly = assemble(arguments.overrides, arguments.config_dirs)
         warn(assembly.warnings)
-        target = _created(arguments.options.get("-o", "-"), files)
+        target = _created(arguments.options.get("-o", "-"), arguments.words[0], files)
         num_lines, num_good = asyncio.run(_answer(assembly, source, target, concurrency))
     say(f"{num_lines} requests, {num_lines - num_good} of them failed")
     return 0
@@ -47,8 +48,7 @@ async def _answer(
     """-> lines, and those answered with 200. Raises EngineDeadError."""
     node = assembly.server["server"]
     node |= {key: value for key, value in _OF_LISTENING.items() if key in node}
-    client = ProcessEngineClient()
-    await client.start(assembly.encode())
+    client = await start_engine(assembly)
     try:
         # imported while the engine process starts
         from vllm_di.containers.fill import opened
@@ -57,6 +57,8 @@ async def _answer(
         from vllm_di.server.batch import Batch
 
         with opened(ServerContainer, assembly, engine_client=client) as container:
+            if isinstance(client, ReplicatedEngineClient):
+                client.router = container.router()
             server = container.server()
             if not isinstance(server, OpenAiServer):
                 raise ConfigError(
@@ -86,9 +88,11 @@ def _opened(name: str, files: ExitStack) -> BinaryIO:
         raise UsageError(f"{name}: the requests cannot be read: {error.strerror}") from None
 
 
-def _created(name: str, files: ExitStack) -> BinaryIO:
+def _created(name: str, source: str, files: ExitStack) -> BinaryIO:
     if name == "-":
         return sys.stdout.buffer
+    if source != "-" and Path(name).exists() and Path(name).samefile(source):
+        raise UsageError(f"-o {name}: the results would take the place of the requests")
     try:
         return files.enter_context(Path(name).open("wb"))
     except OSError as error:

@@ -10,12 +10,12 @@ from collections.abc import Coroutine
 from typing import Any
 
 from vllm_di.commands.arguments import Arguments, no_words
+from vllm_di.commands.engines import start_engine
 from vllm_di.commands.say import say, warn
 from vllm_di.components.interfaces import EngineClient
 from vllm_di.components.messages import WorkerReport
 from vllm_di.components.warm_ups import shown
 from vllm_di.containers.assembly import Assembly, assemble
-from vllm_di.server.engine_client import ProcessEngineClient
 from vllm_di.server.replicas import ReplicatedEngineClient
 from vllm_di.server.sockets import check_address
 
@@ -34,7 +34,7 @@ def run(arguments: Arguments) -> int:
 
 async def _serve(assembly: Assembly) -> None:
     _check_address(assembly.server["server"])
-    client = await _start(assembly)
+    client = await start_engine(assembly)
     try:
         # imported while the engine process starts
         from vllm_di.containers.fill import opened
@@ -52,17 +52,6 @@ async def _serve(assembly: Assembly) -> None:
                 await _quietly(watching)
     finally:
         await client.close()
-
-
-async def _start(assembly: Assembly) -> ProcessEngineClient | ReplicatedEngineClient:
-    if assembly.num_replicas == 1:
-        client = ProcessEngineClient()
-        await client.start(assembly.encode())
-        return client
-    replicas = ReplicatedEngineClient(assembly.num_replicas)
-    numbers = range(assembly.num_replicas)
-    await replicas.start([assembly.of_replica(number).encode() for number in numbers])
-    return replicas
 
 
 def _replace_on_signal(client: ReplicatedEngineClient, server: dict[str, Any]) -> None:

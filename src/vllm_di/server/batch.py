@@ -93,6 +93,9 @@ class Batch:
         if (wrong_line := self._refused(line, number)) is not None:
             return BatchResult(id=name, custom_id=line.custom_id, error=wrong_line)
         status, headers, body = await ask(self._app, line.url, bytes(line.body))
+        while (seconds := headers.get(b"retry-after")) is not None:  # a full queue, a new engine
+            await asyncio.sleep(int(seconds))
+            status, headers, body = await ask(self._app, line.url, bytes(line.body))
         request_id = headers.get(b"x-request-id", b"").decode()
         reply = Reply(status, request_id, orjson.loads(body))
         return BatchResult(id=name, custom_id=line.custom_id, response=reply)
