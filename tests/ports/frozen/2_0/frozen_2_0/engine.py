@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from vllm_di.components.interfaces import (
     Engine,
     Executor,
     KvCacheManager,
+    KvTransfer,
     Placement,
     Prefix,
     Scheduler,
@@ -131,6 +132,27 @@ class FrozenKvCacheManager(KvCacheManager):
 
     def stats(self) -> tuple[int, int]:
         return 0, 0
+
+
+class FrozenKvTransfer(KvTransfer):
+    """Between workers of one process."""
+
+    def __init__(self) -> None:
+        self._offers: dict[str, bytearray] = {}
+
+    def open(self, session: bytes) -> None: ...
+
+    def offer(self, size: int) -> tuple[str, memoryview]:
+        memory = bytearray(size)
+        ticket = str(id(memory))
+        self._offers[ticket] = memory
+        return ticket, memoryview(memory)
+
+    def take(self, ticket: str) -> AbstractContextManager[memoryview]:
+        return nullcontext(memoryview(self._offers[ticket]))
+
+    def withdraw(self, ticket: str) -> None:
+        self._offers.pop(ticket, None)
 
 
 class FrozenDrafter(Drafter):

@@ -17,7 +17,9 @@ from vllm_di.components.interfaces import (
     Metrics,
     ParserRequest,
     ReasoningParser,
+    ReplicaLoad,
     RequestTimes,
+    Router,
     Server,
     Tokenizer,
     ToolParser,
@@ -107,6 +109,15 @@ class FrozenReasoningParser(ReasoningParser):
 
     def start(self, request: ParserRequest) -> None:
         """All text is content."""
+
+
+class FrozenRouter(Router):
+    """The replica with the fewest requests."""
+
+    def __init__(self) -> None: ...
+
+    def choose(self, request: EngineRequest, loads: Sequence[ReplicaLoad]) -> int:
+        return min(loads, key=lambda load: load.num_requests).replica
 
 
 class FrozenMetrics(Metrics):
