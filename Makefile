@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu test-compile xpu-env test-xpu test-families vllm-env test-vllm clients test-clients record-vllm test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
+.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu test-compile xpu-env test-xpu test-opencl test-families vllm-env test-vllm clients test-clients record-vllm test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -48,6 +48,9 @@ xpu-env:  ## Intel's Triton, compiler and OpenCL runtime in .xpu, without a GPU 
 
 test-xpu: xpu-env  ## every Triton kernel for Intel's GPUs, by Intel's own compilers
 	.xpu/bin/vllm-di conform platform=xpu --only compile $(ARGS)
+
+test-opencl: xpu-env  ## the Triton kernels executed on the CPU by Intel's OpenCL runtime (ten minutes)
+	.xpu/bin/python -m pytest --timeout=900 tests/ports/xpu/executed.py $(ARGS)
 
 test-mutants: venv  ## every mutant against every check that needs no process of its own
 	$(BIN)/python -m pytest -m mutants tests/conformance $(ARGS)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_di import LLM, SamplingParams
 from vllm_di.components.ops.torch import TorchOps
-from vllm_di.components.ops.triton import TritonOps
+from vllm_di.components.ops.triton import Launch, TritonOps
 
 # the interpreter computes with numpy, which warns where a GPU gives infinity
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -28,16 +28,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 class There:
     """Runs the ops of a library where its kernels run, on host tensors: they go there with their
-    strides, and what was changed in place comes back."""
+    strides, and what was changed in place comes back. ``launch`` is another launcher, of host
+    tensors."""
 
-    def __init__(self, programs: int, architecture: str | None = None) -> None:
+    def __init__(
+        self, programs: int, architecture: str | None = None, launch: Launch | None = None
+    ) -> None:
         self._ops = TritonOps(programs=programs, num_stages=2)
+        self._on_host = INTERPRETED or launch is not None
         if architecture is not None:
             self._ops.architecture = architecture
+        if launch is not None:
+            self._ops.launch = launch
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         op: Callable[..., Any] = getattr(self._ops, name)
-        if INTERPRETED:
+        if self._on_host:
             return op
 
         def run(*arguments: Any) -> Any:
