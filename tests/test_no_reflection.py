@@ -15,6 +15,7 @@ ALLOWED = {
     "components/attention/paged.py": "which methods a class declares, read where it is declared",
     "components/interfaces/ops.py": "which methods a class declares, read where it is declared",
     "components/remote.py": "which methods a class declares as calls",
+    "containers/forms.py": "compares signatures, to refuse the form of older interfaces",
     "containers/schema.py": "signatures are the schema of YAML; names for messages",
     "conformance/bad_values.py": "values of plain types that a signature refuses",
     "conformance/hygiene.py": "compares a process before and after an import",
