@@ -18,7 +18,14 @@ from vllm_di.containers.overrides import model_overrides
 from vllm_di.containers.slots import EngineContainer, ServerContainer, WorkerContainer
 from vllm_di.errors import RequestError, nearest
 from vllm_di.frontend.outputs import RequestOutput
-from vllm_di.frontend.pooling import EmbeddingOutput, EmbeddingRequestOutput, PoolingProcessor
+from vllm_di.frontend.pooling import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    PoolingProcessor,
+    ScoringOutput,
+    ScoringRequestOutput,
+    cosine,
+)
 from vllm_di.frontend.processor import Generation, RequestProcessor
 from vllm_di.progress import print_line, shown
 
@@ -129,6 +136,37 @@ class LLM:
                 EmbeddingOutput(list(processor.vector(output, dimensions))),
             )
             for request, output in zip(requests, self._pool(requests), strict=True)
+        ]
+
+    def score(
+        self,
+        one: Prompt | Sequence[Prompt],
+        other: Prompt | Sequence[Prompt],
+        *,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """The cosine of each pair of texts; a single ``one`` goes with each of ``other``. Raises
+        RequestError."""
+        processor, limit = self._pooling(), truncate_prompt_tokens
+        processor.check_embeds()
+        ones, others = _listed(one), _listed(other)
+        if len(ones) not in (1, len(others)):
+            raise RequestError(
+                f"{len(ones)} texts and {len(others)} others: expected as many, or one"
+            )
+        names = (f"llm-{next(self._numbers)}" for _ in itertools.count())
+        requests = [
+            processor.request(next(names), text, max_tokens=limit) for text in [*ones, *others]
+        ]
+        vectors = [processor.vector(output) for output in self._pool(requests)]
+        firsts = vectors[: len(ones)] * (len(others) if len(ones) == 1 else 1)
+        return [
+            ScoringRequestOutput(
+                request.request_id, request.prompt_token_ids, ScoringOutput(cosine(a, b))
+            )
+            for request, a, b in zip(
+                requests[len(ones) :], firsts, vectors[len(ones) :], strict=True
+            )
         ]
 
     def stream(

@@ -27,6 +27,7 @@ STAND_INS = {"tokenizer": "bytes", "chat_template": "plain"}
 
 SHIPPED_MODEL = "vllm_di.models.decoder.Decoder"
 """The only class that transformers' code may replace."""
+ENCODER_MODEL = "vllm_di.models.encoder.Encoder"
 TRANSFORMERS_MODEL = "vllm_di.models.transformers_fallback.TransformersModel"
 
 
@@ -89,6 +90,7 @@ def resolve_checkpoint(tree: ConfigTree, composition: Composition, incomplete: b
             )
     _choose_parsers(tree, composition)
     _choose_pooler(tree, composition, config)
+    _take_encoder(tree, composition)
     _fall_back(composition)
     _keep_quantized(tree, composition, config)
 
@@ -198,7 +200,34 @@ def _pop_architectures(composition: Composition) -> list[str]:
 
 def _is_own_class(composition: Composition) -> bool:
     """Whether the model's class is not ours."""
-    return composition.values.model.get("_target_") not in (SHIPPED_MODEL, TRANSFORMERS_MODEL)
+    return composition.values.model.get("_target_") not in (
+        SHIPPED_MODEL,
+        ENCODER_MODEL,
+        TRANSFORMERS_MODEL,
+    )
+
+
+def _take_encoder(tree: ConfigTree, composition: Composition) -> None:
+    """Replace the shipped decoder by the encoder, where the checkpoint is one; and an attention
+    that cannot look both ways by one that can, unless the user chose it."""
+    from vllm_di.models.encoder_config import ENCODERS
+
+    model, origins = composition.values.model, composition.origins
+    architecture = model.get("architecture")
+    if architecture not in ENCODERS or model.get("_target_") != SHIPPED_MODEL:
+        return
+    if model.get("implementation") == "transformers":
+        raise ConfigError(
+            f"{place_of(origins, 'model.implementation')}: model.implementation=transformers: "
+            f"{architecture} is an encoder, and transformers' code runs causal models alone; leave "
+            "it out"
+        )
+    model._target_ = ENCODER_MODEL
+    origins["model._target_"] = Origin("checkpoint", text=f"{architecture} is an encoder")
+    option, origin = composition.choices["attention"]
+    if option != "sdpa" and not origin.by_user:
+        why = f"config.json: {architecture} looks both ways, and attention={option} does not"
+        replace_option(tree, composition, "attention", "sdpa", why)
 
 
 def _fall_back(composition: Composition) -> None:
@@ -210,6 +239,8 @@ def _fall_back(composition: Composition) -> None:
     wanted, architecture = model.get("implementation"), model.get("architecture")
     origin = origins.get("model._target_")
     typed = origin is not None and origin.by_user
+    if model.get("_target_") == ENCODER_MODEL:
+        return
     if typed or _is_own_class(composition):
         if wanted == "transformers" and model.get("_target_") != TRANSFORMERS_MODEL:
             place = place_of(origins, "model.implementation")

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_di.components.loader.scheme import read_scheme
 from vllm_di.errors import CheckpointError, UnsupportedModelError, VllmDiError
+from vllm_di.models.encoder_config import ENCODERS, encoder_fields
 from vllm_di.models.hf_settings import (
     Config,
     refuse,
@@ -59,6 +60,9 @@ def read_fields(
         config = with_head(config)
         if own is not None:
             return own_fields(config, generation, own)
+        if native and architecture_of(config) in ENCODERS:
+            read_scheme(config)
+            return encoder_fields(config)
         return model_fields(config, generation, native=native)
     except VllmDiError:
         raise

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_di.errors import CheckpointError, UnsupportedModelError
+from vllm_di.models.encoder_config import ENCODERS
 from vllm_di.models.hf_config import HEADLESS
 
 MODES = {
@@ -46,6 +47,9 @@ def pooling_of(folder: str, config: Config, chosen: str | None = None) -> Poolin
     if architecture in HEADLESS:
         why = f"config.json: {architecture} has no head, and its last token has seen the text"
         return PoolingChoice("last", why, dimensions=dimensions)
+    if architecture in ENCODERS:
+        why = f"config.json: {architecture} is an encoder, and no modules.json says how to pool"
+        return PoolingChoice("cls", why, dimensions=dimensions)
     return PoolingChoice("none", f"config.json: {architecture or 'no architecture'} generates")
 
 

@@ -156,6 +156,38 @@ class Embeddings(msgspec.Struct):
     usage: PoolingUsage
 
 
+class Score(msgspec.Struct):
+    object: Literal["score"]
+    index: int
+    score: float
+
+
+class Scores(msgspec.Struct):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: PoolingUsage
+
+
+class DocumentText(msgspec.Struct):
+    text: str
+
+
+class Rank(msgspec.Struct):
+    index: int
+    relevance_score: float
+    document: DocumentText | None = None
+
+
+class Ranking(msgspec.Struct):
+    id: str
+    model: str
+    usage: PoolingUsage
+    results: list[Rank]
+
+
 class Tokens(msgspec.Struct):
     count: int
     max_model_len: int

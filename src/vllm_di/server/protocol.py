@@ -176,6 +176,30 @@ class EmbeddingRequest(PoolingRequest, kw_only=True):
     dimensions: Int | None = None
 
 
+Texts = Annotated[list[str | Int | Prompt], msgspec.Meta(max_length=2**20)]
+
+
+class ScoreRequest(PoolingRequest, kw_only=True):
+    """``POST /v1/score``: pairs of texts."""
+
+    text_1: str | Texts
+    text_2: str | Texts
+
+
+class Document(msgspec.Struct, kw_only=True):
+    text: str
+
+
+class RerankRequest(PoolingRequest, kw_only=True):
+    """``POST /v1/rerank``, of Jina and Cohere."""
+
+    query: str
+    documents: Annotated[list[str | Document], msgspec.Meta(max_length=2**20)]
+    top_n: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None = None
+    return_documents: bool | None = None
+    max_tokens_per_doc: Int | None = None
+
+
 class TokenizeRequest(msgspec.Struct, kw_only=True):
     """``POST /tokenize``: a prompt, or messages."""
 

@@ -28,11 +28,14 @@ from vllm_di.server.errors import error_body
 from vllm_di.server.openapi import openapi
 from vllm_di.server.operations import Operation
 from vllm_di.server.pooling.embeddings import Embeddings
+from vllm_di.server.pooling.scores import Ranking, Scores
 from vllm_di.server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
     TokenizeRequest,
 )
 from vllm_di.server.responses.endpoints import Responses
@@ -215,6 +218,9 @@ def operations(service: Service) -> list[Operation]:
     text_types: dict[str, Any] = {"body": CompletionRequest, "answer": answers.TextCompletion}
     message_types: dict[str, Any] = {"body": MessagesRequest, "answer": answers.AnthropicMessage}
     count_types: dict[str, Any] = {"body": ConversationRequest, "answer": answers.InputTokens}
+    scores, ranking = Scores(service), Ranking(service)
+    score_types: dict[str, Any] = {"body": ScoreRequest, "answer": answers.Scores}
+    ranking_types: dict[str, Any] = {"body": RerankRequest, "answer": answers.Ranking}
     vector_types: dict[str, Any] = {"body": EmbeddingRequest, "answer": answers.Embeddings}
     response_types: dict[str, Any] = {"body": ResponsesRequest, "answer": answers.Response}
     tokens_types: dict[str, Any] = {"body": TokenizeRequest, "answer": answers.Tokens}
@@ -244,6 +250,11 @@ def operations(service: Service) -> list[Operation]:
         ),
         post(f"{response}/cancel", responses.cancel, "End a response.", **of_response),
         post("/v1/embeddings", Embeddings(service), "Vectors of texts.", **vector_types),
+        post("/v1/score", scores, "How alike pairs of texts are.", **score_types),
+        post("/score", scores, "The same as /v1/score.", **score_types),
+        post("/v1/rerank", ranking, "Documents in the order of a query.", **ranking_types),
+        post("/rerank", ranking, "The same as /v1/rerank.", **ranking_types),
+        post("/v2/rerank", ranking, "The same as /v1/rerank.", **ranking_types),
         get("/v1/models", other.models, "The model.", answer=answers.ModelList),
         get(
             "/v1/models/{model:path}",

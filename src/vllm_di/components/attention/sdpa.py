@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ class SdpaAttention(AttentionBackend):
     layouts = ("*",)
     """Any layout."""
     takes_sinks = True
+    takes_bidirectional = True
 
     def __init__(self, kv_layout: KvLayout) -> None:
         self._layout = kv_layout
@@ -61,6 +62,8 @@ class SdpaAttention(AttentionBackend):
             cache.new = (k, v)
             return _attend_padded(q, k, v, cache, metadata, spec, self._layout)
         plan: BatchPlan = metadata
+        if not spec.causal:
+            return _attend_both_ways(q, k, v, plan.query_lens_host, spec)
         self._layout.write(cache, k, v, plan.slot_mapping)
         out = torch.zeros_like(q)
         start = 0
@@ -108,6 +111,22 @@ class SdpaAttention(AttentionBackend):
             seq_lens=lengths,
             blocks=plan.block_table.long(),
         )
+
+
+def _attend_both_ways(
+    q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int], spec: AttentionSpec
+) -> Tensor:
+    """Each sequence on itself, whole; ``queries``: tokens of each."""
+    out, start = torch.zeros_like(q), 0
+    for count in filter(None, queries):
+        # [1, heads, count, head_size]
+        one, keys, values = (x[start : start + count].transpose(0, 1)[None] for x in (q, k, v))
+        seen = torch.ones(count, count, dtype=torch.bool, device=q.device)
+        grouped = spec.num_heads > spec.num_kv_heads
+        mixed = products.attention(one, keys, values, seen, spec.scale, grouped=grouped)
+        out[start : start + count] = mixed[0].transpose(0, 1)
+        start += count
+    return out
 
 
 def _attend_padded(

@@ -123,6 +123,9 @@ class AttentionSpec:
     sinks: Tensor | None = field(default=None, compare=False)  # [num_heads], any float dtype
     """A learnt score of each head that joins its softmax and adds no value. Only for a backend with
     ``takes_sinks``."""
+    causal: bool = True
+    """False, in encoders: a token sees all of its sequence, which runs whole; nothing is cached.
+    Only for a backend with ``takes_bidirectional``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +260,10 @@ class AttentionBackend(ABC):
 
     takes_sinks: ClassVar[bool] = False
     """Whether it heeds ``AttentionSpec.sinks``; models that have them are refused elsewhere."""
+
+    takes_bidirectional: ClassVar[bool] = False
+    """Whether ``forward`` heeds ``AttentionSpec.causal``; encoders are refused elsewhere. Its cache
+    has no tensors then."""
 
     def reuses_step(self, metadata: Any) -> frozenset[Reuse]:
         """As ``reuses``, of the step of ``metadata``: one may be less than steps in general."""

@@ -140,6 +140,8 @@ class Model(ABC):
     """Whether it starts from token ids; else from the hidden states of the stage before."""
     last: bool = True
     """Whether it ends in logits; else in hidden states for the next stage."""
+    causal: bool = True
+    """False: an encoder, which keeps no cache and gives no tokens; prompts run whole."""
     reuses: frozenset[Reuse] = frozenset()
     """``record`` and ``capture``: all that ``forward`` computes are ops of the table, attention and
     collectives."""

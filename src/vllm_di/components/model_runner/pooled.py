@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
-from vllm_di.components.interfaces import Pooler, SequenceState
-from vllm_di.components.messages import PooledVector
+from vllm_di.components.interfaces import Model, Pooler, SequenceState
+from vllm_di.components.messages import PooledVector, Pooling
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,14 @@ class Pooled(NamedTuple):
     """Of the rows that the program gives."""
     ends: bool
     """Whether the step runs the prompt's last token."""
+
+
+def pooling_of(model: Model, pooler: Pooler) -> Pooling:
+    """What prompts become; from here on the model gives hidden states. Raises ConfigError."""
+    pooling = pooler.report(model.give_hidden())
+    if model.causal:
+        return pooling
+    return msgspec.structs.replace(pooling, every_token=True, whole_prompts=True)
 
 
 def pool(

@@ -37,7 +37,8 @@ from vllm_di.components.messages import (
 )
 from vllm_di.components.model_runner.batch import Batch
 from vllm_di.components.model_runner.hidden import HiddenBuffer, pack
-from vllm_di.components.model_runner.pooled import Pooled, pool
+from vllm_di.components.model_runner.pooled import Pooled, pool, pooling_of
+from vllm_di.errors import ConfigError
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -108,7 +109,13 @@ class StandardModelRunner(ModelRunner):
         self._samples = placement.rank == 0
         self._pooler = pooler if pooler is not None and pooler.pools() else None
         if self._pooler is not None:
-            self.pooling = self._pooler.report(model.give_hidden())
+            self.pooling = pooling_of(model, self._pooler)
+        elif not model.causal:
+            raise ConfigError(
+                f"{type(model).__name__} is an encoder and generates no text; take pooler=mean, "
+                "cls or last, as it was trained to be used",
+                key="pooler",
+            )
         self._alone = placement.world_size == 1 and placement.num_stages == 1
         self._largest = PlanShape(
             tokens=max_num_batched_tokens,

@@ -118,6 +118,12 @@ def trace_step(
 
     Raises ConfigError for a model, op or attention that cannot be traced.
     """
+    if not model.causal:
+        raise ConfigError(
+            f"{type(model).__name__} is an encoder, which this compiled step cannot run: it has no "
+            "cache; take program=eager where the platform has it, such as platform=cpu",
+            key="program",
+        )
     taken: set[int] = set()
     for _ in range(2):  # once to learn the sizes that metadata fixes, then without them
         sizes = _free_sizes(caches(1), model, taken)

@@ -1,0 +1,61 @@
+"""From the ``config.json`` of an encoder to the fields of ``EncoderConfig``. No torch here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_di.errors import CheckpointError, UnsupportedModelError
+from vllm_di.models.hf_settings import Config, refuse
+
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+}
+"""What transformers leaves out of a config of any of ENCODERS."""
+ENCODERS = {"BertModel": False, "RobertaModel": True, "XLMRobertaModel": True}
+"""Architectures that ``models/encoder.py`` runs -> whether positions count from behind the padding
+token's id."""
+MOST_LAYERS = 10_000
+"""Of a config that is believed."""
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+}
+
+
+def encoder_fields(config: Config) -> dict[str, Any]:
+    """Raises UnsupportedModelError for a setting that the encoder lacks."""
+    name = config["architectures"][0]
+    refuse(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    values = {key: config.get(key, default) for key, default in DEFAULTS.items()}
+    if name == "XLMRobertaModel" and "layer_norm_eps" not in config:
+        values["layer_norm_eps"] = 1e-12
+    layers = values["num_hidden_layers"]
+    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+        raise CheckpointError(f"config.json sets num_hidden_layers={str(layers)[:80]}")
+    if values["hidden_act"] not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"hidden_act {values['hidden_act']!r} is not known; known are {', '.join(ACTIVATIONS)}"
+        )
+    first = 0
+    if ENCODERS[name]:
+        padding = config.get("pad_token_id", 1)
+        first = (1 if padding is None else int(padding)) + 1
+    values["max_position_embeddings"] -= first
+    return {
+        **values,
+        "architecture": name,
+        "hidden_act": ACTIVATIONS[values["hidden_act"]],
+        "first_position": first,
+        "eos_token_ids": [],
+    }
