@@ -142,6 +142,50 @@ def test_blocks_that_decoding_wrote_cross_to_a_prompt() -> None:
     assert split.tokens["next"] == alone(whole, max_tokens=3)["next"]
 
 
+@pytest.mark.parametrize("window", [20, 48])
+def test_groups_of_layers_cross_apart(window: int) -> None:
+    """A group of a window and one without; the window leaves blocks while the prompt still runs."""
+    model = [
+        f"model.sliding_window={window}",
+        "model.layer_types=[sliding_attention,full_attention]",
+    ]
+    asked = prompts(8, seed=3)
+    alone_too = alone(asked, *model, max_tokens=40)
+    with served(*SPLIT, *UNLIKE, *CHUNKS, *model) as split:
+        assert len(split.engine.report.kv_groups) == 2
+        for name, prompt in asked.items():
+            split.add(name, prompt, max_tokens=40)
+        assert split.finish() == alone_too
+        assert split.is_empty
+
+
+def test_a_dtype_that_loses_bits_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with served(*SPLIT, *UNLIKE, "decode.kv_layout.dtype=bfloat16") as split:
+        split.add("one", [1] * 40)
+        assert len(split.finish()["one"]) == 8
+    words = "loses bits where it crosses from prefill (float32) to decode (bfloat16)"
+    assert [words in message for message in caplog.messages].count(True) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_heads_are_joined_and_split(
+    role: str, want: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks on one side, one on the other."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    ranks = [
+        f"executor.{role}_tensor_parallel_size=2",
+        f"{role}.communicator=torch_distributed",
+    ]
+    with served(*SPLIT, *UNLIKE, *CHUNKS, *ranks) as split:
+        for name, prompt in prompts(16).items():
+            split.add(name, prompt)
+        found = split.finish()
+        assert found == {name: want[name] for name in found}
+        assert split.is_empty
+
+
 def test_sampling_and_scores_do_not_change() -> None:
     params: list[dict[str, Any]] = [
         {"temperature": 1.0, "seed": 7},

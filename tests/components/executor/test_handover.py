@@ -1,0 +1,155 @@
+"""What crosses between two workers, block by block, and the way of the bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_di.components.executor.side_blocks import BlockLedger, SideBlocks
+from vllm_di.components.interfaces import KvTransfer
+from vllm_di.components.kv_transfer.shared_memory import SharedMemoryTransfer
+from vllm_di.components.kv_transfer.tcp import TcpTransfer
+from vllm_di.components.messages import KvSpan
+from vllm_di.errors import ConfigError, EngineDeadError, PortError
+
+
+def test_a_ledger_counts_what_each_side_holds() -> None:
+    ledger = BlockLedger(4, 3)
+    ledger.run(1, 2, 0, 20)
+    old = ledger.held(0, 2, 20)
+    ledger.receive(0, old)
+    assert [ledger.tokens(side, 2) for side in range(3)] == [20, 20, 0]
+    ledger.run(0, 2, 20, 24)
+    ledger.run(0, 2, 21, 22)  # the guesses behind the first were wrong
+    assert [ledger.tokens(side, 2) for side in range(3)] == [22, 20, 0]
+    ledger.run(0, 2, 18, 19)
+    assert ledger.tokens(1, 2) == 18
+    ledger.renew(2)
+    assert not ledger.is_current(old) and ledger.is_current(ledger.held(0, 2, 1))
+    assert [ledger.tokens(side, 2) for side in range(3)] == [0, 0, 0]
+
+
+def test_blocks_of_two_sizes_cross_in_one_order() -> None:
+    ledger = BlockLedger(9, 2)
+    held = [ledger.held(1, 7, 32), ledger.held(0, 5, 20), ledger.held(0, 3, 32)]
+    small, large = SideBlocks(32, 16, 100), SideBlocks(32, 32, 100)
+    assert small.spans(held) == [
+        KvSpan(0, [6, 7], 32),
+        KvSpan(0, [10, 11], 20),
+        KvSpan(1, [14, 15], 32),
+    ]
+    assert large.spans(held, skipped=held[:1]) == [
+        KvSpan(0, [3], 32),
+        KvSpan(0, [5], 20),
+        KvSpan(1, [-1], 32),
+    ]
+    assert small.table([2, -1]) == [4, 5, -1, -1]
+    assert small.table([0, 1, 2, 3]) == [0, 1, 2, 3, 4, 5, 6]  # 100 tokens need no more
+    assert small.table([3], first=6) == [6] and not small.table([3], first=7)
+
+
+def transfers(kind: str) -> tuple[KvTransfer, KvTransfer]:
+    if kind == "tcp":
+        one, other = (TcpTransfer(bind="127.0.0.1", secret_file=None, timeout=5) for _ in "12")
+        return one, other
+    return SharedMemoryTransfer(), SharedMemoryTransfer()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "shared_memory"])
+def test_bytes_arrive(kind: str) -> None:
+    sender, receiver = transfers(kind)
+    for one in (sender, receiver):
+        one.open(b"s" * 32)
+    try:
+        for size in (1, 5000, 3_000_000):
+            ticket, memory = sender.offer(size)
+            memory[:] = bytes(index % 251 for index in range(size))
+            for _ in range(2):  # several may take it
+                with receiver.take(ticket) as data:
+                    assert data == memory
+            memory.release()
+            sender.withdraw(ticket)
+            sender.withdraw(ticket)
+        with pytest.raises(PortError, match=f"is no ticket of kv_transfer={kind}"):
+            receiver.take("of another kind").__enter__()
+    finally:
+        receiver.close()
+        sender.close()
+    with pytest.raises(EngineDeadError), receiver.take(ticket):
+        pass
+
+
+def listening() -> set[str]:
+    """Addresses on which this machine listens, in the kernel's hexadecimal."""
+    rows = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        if (table := Path(f"/proc/net/{name}")).exists()
+        for line in table.read_text().splitlines()[1:]
+    ]
+    return {row[1] for row in rows if row[3] == "0A"}
+
+
+def test_tcp_listens_on_loopback_alone_and_only_with_an_offer() -> None:
+    sender, _ = transfers("tcp")
+    sender.open(b"s" * 32)
+    ticket, _ = sender.offer(8)
+    try:
+        port = f"{int(ticket.split(' ')[1]):04X}"
+        assert {a for a in listening() if a.endswith(f":{port}")} == {f"0100007F:{port}"}
+    finally:
+        sender.close()
+    assert not {a for a in listening() if a.endswith(f":{port}")}
+
+
+def test_tcp_gives_nothing_to_whoever_does_not_know_the_session() -> None:
+    sender, stranger = transfers("tcp")
+    sender.open(b"s" * 32)
+    stranger.open(b"x" * 32)
+    ticket, memory = sender.offer(64)
+    memory[:] = b"secretly" * 8
+    try:
+        with pytest.raises(EngineDeadError, match="does not know this engine's key"):
+            stranger.take(ticket).__enter__()
+        _, port, number, _ = ticket.split(" ")
+        with socket.create_connection(("127.0.0.1", int(port)), 5) as sock:
+            sock.sendall(b"\0" * 64 + int(number).to_bytes(8, "little"))  # no proof, and a ticket
+            said = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := sock.recv(4096):
+                    said += part
+        assert b"secretly" not in said and len(said) <= 64
+    finally:
+        stranger.close()
+        sender.close()
+
+
+def test_a_secret_file_must_be_the_owners_own(tmp_path: Path) -> None:
+    def made(**values: Any) -> TcpTransfer:
+        return TcpTransfer(**{"bind": "127.0.0.1", "timeout": 5, **values})
+
+    file = tmp_path / "secret"
+    file.write_bytes(os.urandom(32))
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match=f"is open to others; chmod 600 {file}"):
+        made(secret_file=str(file))
+    file.chmod(0o600)
+    one, other = made(secret_file=str(file)), made(secret_file=None)
+    for each in (one, other):
+        each.open(b"s" * 32)
+    ticket, _ = one.offer(4)
+    try:
+        with pytest.raises(EngineDeadError, match="does not know"):
+            other.take(ticket).__enter__()
+    finally:
+        other.close()
+        one.close()
+    file.write_bytes(b"short")
+    with pytest.raises(ConfigError, match="has 5 bytes, and needs 32"):
+        made(secret_file=str(file))
+    made(secret_file=None, bind="::1").close()
