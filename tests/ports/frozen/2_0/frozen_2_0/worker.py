@@ -22,6 +22,7 @@ from vllm_di.components.interfaces import (
     OpTable,
     Placement,
     PlanShape,
+    Pooler,
     Sampler,
     SchedulerLimits,
     SequenceState,
@@ -32,6 +33,7 @@ from vllm_di.components.messages import (
     CacheSize,
     KvGroup,
     LimitsReport,
+    Pooling,
     SampledTokens,
     ScheduledSequence,
     StepInput,
@@ -177,6 +179,27 @@ def uniform(seed: int, position: int) -> float:
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
     return float((z ^ (z >> 31)) >> 40) * 2.0**-24
+
+
+class FrozenPooler(Pooler):
+    """Pools nothing, so that nothing but ``pools`` is called."""
+
+    def __init__(self) -> None: ...
+
+    def pools(self) -> bool:
+        return False
+
+    def report(self, size: int) -> Pooling:
+        raise NotImplementedError("the model generates")
+
+    def wanted(self, start: int, count: int, prompt_len: int) -> range:
+        return range(0)
+
+    def take(self, rows: Tensor, state: SequenceState) -> None:
+        raise NotImplementedError("the model generates")
+
+    def finish(self, state: SequenceState) -> Tensor:
+        raise NotImplementedError("the model generates")
 
 
 class FrozenRunner(ModelRunner):
