@@ -30,6 +30,8 @@ class Tiling:
     """Loads in flight; each takes shared memory, or registers on RDNA."""
     key_bytes: int = 16384
     """Keys of one pass, all elements of a head: 64 of 128 in bfloat16."""
+    most_columns: int = 64
+    """The same in keys, for small heads."""
     middle_warps: int = 4
     """Of tiles of more rows than a decode's, up to 64."""
     large_warps: int = 8
@@ -43,7 +45,7 @@ class Tiling:
         """``rows`` is what an average sequence of the batch has: queries times heads of a group;
         ``itemsize`` is in bytes."""
         row_bytes = _power_of_2(head_size) * itemsize
-        columns = min(64, max(16, self.key_bytes // row_bytes))
+        columns = min(self.most_columns, max(16, self.key_bytes // row_bytes))
         least = max(16, _power_of_2(group))
         most = 32 if itemsize > 2 else 128 if row_bytes <= 256 else 64
         if least > most:  # a large group: the queries alone take half of the shared memory
@@ -55,10 +57,19 @@ class Tiling:
         return Tile(128, columns, self.large_warps)
 
 
-XE = Tiling(num_stages=1, middle_warps=8, large_warps=16, token_warps=8, experts_warps=8)
+XE = Tiling(
+    num_stages=1,
+    key_bytes=8192,
+    most_columns=32,
+    middle_warps=8,
+    large_warps=16,
+    token_warps=8,
+    experts_warps=8,
+)
 """PVC and Xe2. Each of its threads is a whole warp of 16 lanes, and a matrix product has 8 rows: a
 warp of a tile of 128 rows holds 8 of them where there are 16 warps. With 8 warps a prefill spills
-228 registers, with 4 the products of experts 102, the merge of splits 112, rotary embedding 19."""
+228 registers, with 4 the products of experts 102, the merge of splits 112, rotary embedding 19.
+With 64 keys a pass heads of 64 spill 143 in a decode and 135 in a prefill, heads of 256 464."""
 
 TILINGS = {
     "sm_80": Tiling(
