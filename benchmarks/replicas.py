@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.burst import option
 from vllm_di.commands.arguments import Arguments
@@ -31,7 +32,7 @@ from vllm_di.components.interfaces import ReplicaLoad
 from vllm_di.components.messages import EngineRequest, SamplingParams
 from vllm_di.components.router.prefix import PrefixRouter
 
-CONCURRENCY, PROMPT, ANSWER = 16, 64, 64
+CONCURRENCY, PROMPT, ANSWER = 32, 64, 64
 """Of the throughput: requests at a time, tokens of each prompt and answer."""
 BEGINNINGS, SHARED, OWN, REQUESTS = 24, 256, 32, 240
 """Of the trace: different beginnings, their tokens, the tokens behind, requests in random order."""
@@ -87,27 +88,31 @@ def router_cost() -> None:
 
 
 def throughput(words: Sequence[str], rounds: int, count: int) -> None:
-    """Generated tokens a second of one replica and of two."""
+    """Generated tokens a second of one replica and of two, and the processor time for each: on a
+    busy machine that says more than the clock does."""
     rates: dict[int, list[float]] = {1: [], 2: []}
+    costs: dict[int, list[float]] = {1: [], 2: []}
     with contextlib.ExitStack() as stack:
-        addresses = {
-            number: stack.enter_context(server(Arguments(overrides=_replicas(words, number))))
-            for number in rates
-        }
+        servers = {}
+        for number in rates:
+            before = _children(os.getpid())
+            address = stack.enter_context(server(Arguments(overrides=_replicas(words, number))))
+            servers[number] = address, _children(os.getpid()) - before
         for turn in range(-1, rounds):  # the first round does not count
-            for number, address in addresses.items():
+            for number, (address, processes) in servers.items():
                 asked = prompts(count, PROMPT, VOCABULARY, seed=turn + 1)
+                begin = sum(map(_processor_seconds, processes))
                 seconds = asyncio.run(_ask(address, asked, ANSWER))
+                cost = sum(map(_processor_seconds, processes)) - begin
                 if turn >= 0:
                     rates[number].append(count * ANSWER / seconds)
-    print(f"\n{count} requests of {PROMPT} + {ANSWER} tokens, {CONCURRENCY} at a time; tokens/s")
-    print_table(
-        ["replicas", "median", "min", "max"],
-        [
-            [str(n), *(f"{f(r):.0f}" for f in (statistics.median, min, max))]
-            for n, r in rates.items()
-        ],
-    )
+                    costs[number].append(1e3 * cost / (count * ANSWER))
+    print(f"\n{count} requests of {PROMPT} + {ANSWER} tokens, {CONCURRENCY} at a time")
+    rows = []
+    for number, found in rates.items():
+        shown = [f"{f(found):.0f}" for f in (statistics.median, min, max)]
+        rows.append([str(number), *shown, f"{statistics.median(costs[number]):.2f}"])
+    print_table(["replicas", "tokens/s", "min", "max", "processor ms a token"], rows)
     ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
     print(f"two to one, by round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
 
@@ -128,6 +133,20 @@ def hits(words: Sequence[str]) -> None:
 
 def _replicas(words: Sequence[str], number: int) -> list[str]:
     return ["device.threads=1", *words, f"executor.data_parallel_size={number}"]
+
+
+def _children(pid: int) -> set[int]:
+    found: set[int] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        found |= {int(word) for word in path.read_text().split()}
+    return found
+
+
+def _processor_seconds(pid: int) -> float:
+    """Of a process and of those that it started."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    own = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    return own + sum(map(_processor_seconds, _children(pid)))
 
 
 def _blocks(count: int) -> list[str]:
