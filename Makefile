@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu test-compile xpu-env test-xpu test-opencl test-families vllm-env test-vllm clients test-clients record-vllm test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
+.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu tpu-env test-tpu-compile test-compile xpu-env test-xpu test-opencl test-families vllm-env test-vllm clients test-clients record-vllm test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -38,6 +38,13 @@ test-families: venv  ## every causal class of transformers: equal, or refused by
 
 test-tpu: venv  ## platform=tpu and neuron on the host's CPU; part of make test too, where jax is installed
 	$(BIN)/python -c "import jax, flatbuffers" && $(BIN)/python -m pytest tests/ports/tpu tests/ports/neuron -rs $(ARGS)
+
+tpu-env: venv  ## libtpu and the kernels of tpu-inference in .tpu, to compile for TPUs without one (500 MB)
+	test -e .tpu/.done || $(BIN)/python -m pip install --quiet --no-deps --target .tpu libtpu==0.0.42.1 tpu-inference==0.32.0
+	touch .tpu/.done
+
+test-tpu-compile: tpu-env  ## the whole step of platform=tpu for v5e, v6e and v7x: memory, code, caches in place
+	PYTHONPATH=.tpu $(BIN)/vllm-di conform platform=tpu --only compile $(ARGS)
 
 test-compile: venv  ## every Triton kernel for every GPU that we name: registers, spills, memory
 	$(BIN)/vllm-di conform platform=cuda --only compile $(ARGS)
@@ -139,4 +146,4 @@ venv: .venv/.done  ## set up .venv alone
 	touch $@
 
 clean:  ## remove .venv and caches
-	rm -rf .venv .vendor .peers .xpu gpu-bundle gpu-logs gpu.json .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf .venv .vendor .peers .xpu .tpu gpu-bundle gpu-logs gpu.json .mypy_cache .ruff_cache .pytest_cache build dist

@@ -136,6 +136,7 @@ def test_prefixes_are_shared_and_tokens_are_those_of_the_cpu() -> None:
 
 def test_the_vendor_s_kernel_is_called_by_its_signature(monkeypatch: pytest.MonkeyPatch) -> None:
     """As tpu-inference 0.32.0 publishes it; its numbers are jnp's here."""
+    import jax
     import jax.numpy as jnp
 
     from vllm_di.ports.tpu import ragged
@@ -144,7 +145,10 @@ def test_the_vendor_s_kernel_is_called_by_its_signature(monkeypatch: pytest.Monk
 
     def kernel(q: Any, k: Any, v: Any, cache: Any, *index: Any, **options: Any) -> Any:
         lens, pages, starts, counts = index
-        calls.append(SimpleNamespace(q=q, k=k, v=v, cache=cache, index=index, options=options))
+        exact = jax.config.jax_default_matmul_precision
+        calls.append(
+            SimpleNamespace(q=q, k=k, v=v, cache=cache, index=index, options=options, exact=exact)
+        )
         table = pages.reshape(len(lens), -1)
         position = lens[:, None] - 1 + jnp.zeros((1, 1), jnp.int32)
         slots = table[jnp.arange(2), position[:, 0] // 32] * 32 + position[:, 0] % 32
@@ -174,6 +178,11 @@ def test_the_vendor_s_kernel_is_called_by_its_signature(monkeypatch: pytest.Monk
     assert bool((out == v).all()), "one token sees itself"
     ragged.by_kernel(*given[:-2], 7, 5.0)
     assert calls[1].options == {"sm_scale": 0.25, "sliding_window": 7, "soft_cap": 5.0}
+    with jax.default_matmul_precision("highest"):  # as in a program; the kernel's products in
+        ragged.by_kernel(*given)  # bfloat16 have no such thing: it does not compile
+        exact: list[Any] = [x.astype(jnp.float32) for x in given[:4]]
+        ragged.by_kernel(*[*exact, *given[4:]])
+    assert [call.exact for call in calls[2:]] == ["default", "highest"]
 
 
 @pytest.mark.parametrize(
@@ -225,10 +234,12 @@ def test_without_a_tpu_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
     assert "no TPU is here; XLA compiles for the host's CPU" in caplog.text
 
 
-def test_the_kernel_s_package_is_named() -> None:
+def test_the_kernel_s_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_di.ports.tpu import ragged
 
-    with pytest.raises(PortError, match=r"tpu-inference .*pip install tpu-inference"):
+    monkeypatch.setattr(ragged, "util", SimpleNamespace(find_spec=lambda _name: None))
+    ragged.load_kernel.cache_clear()
+    with pytest.raises(PortError, match=r"tpu-inference .*pip install --no-deps tpu-inference"):
         ragged.load_kernel()
 
 

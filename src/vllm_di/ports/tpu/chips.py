@@ -19,7 +19,7 @@ class Chips:
 
     def __init__(self, jax: Any, chips: Sequence[Any], layout: KvLayout) -> None:
         self._jax, self._count = jax, len(chips)
-        self._mesh = jax.sharding.Mesh(chips, (AXIS,))
+        self.mesh = jax.sharding.Mesh(chips, (AXIS,))
         self._heads_dim = 1 if layout.name == "hnd" else 2
         self.caches = self._cut(self._heads_dim)
 
@@ -37,8 +37,12 @@ class Chips:
 
         On one rank the traced step does not say how tensor parallelism would cut a weight. XLA
         makes any cut right; this one costs it more collectives between chips than the best."""
+        return self._jax.device_put(array, self.place(array, is_weight))
+
+    def place(self, array: Any, is_weight: bool) -> Any:
+        """The sharding of a constant."""
         cut = is_weight and array.ndim > 1 and array.shape[0] % self._count == 0
-        return self._jax.device_put(array, self._cut(0 if cut else None))
+        return self._cut(0 if cut else None)
 
     def by_heads(self, attend: Callable[..., Any]) -> Callable[..., Any]:
         """``attend`` of ``ragged.py`` on each chip's heads."""
@@ -52,7 +56,7 @@ class Chips:
             part = functools.partial(_with, attend, options)
             cut = self._jax.shard_map(
                 part,
-                mesh=self._mesh,
+                mesh=self.mesh,
                 in_specs=(heads, heads, heads, cache, *[P()] * 5),
                 out_specs=(heads, cache),
                 check_vma=False,
@@ -72,7 +76,7 @@ class Chips:
     def _cut(self, dim: int | None) -> Any:
         spec = () if dim is None else (*[None] * dim, AXIS)
         sharding = self._jax.sharding
-        return sharding.NamedSharding(self._mesh, sharding.PartitionSpec(*spec))
+        return sharding.NamedSharding(self.mesh, sharding.PartitionSpec(*spec))
 
 
 def _with(attend: Callable[..., Any], options: Sequence[Any], *arrays: Any) -> Any:

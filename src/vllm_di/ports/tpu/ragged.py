@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
+from importlib import util
 from typing import Any
 
 import jax
@@ -17,7 +19,8 @@ QUERIES = 64
 """Tokens of a sequence that are attended for at once."""
 KEYS = 256
 """Tokens of a context that are read at once."""
-KERNEL = "tpu_inference.kernels.ragged_paged_attention.v3.kernel"
+PACKAGE = "tpu_inference"
+KERNEL = f"{PACKAGE}.kernels.ragged_paged_attention.v3.kernel"
 UNSEEN = -1e30
 """A score that no query sees: finite, so that two of them have a difference."""
 
@@ -127,29 +130,42 @@ def by_kernel(
     to the blocks of the table, whatever the slots say."""
     attend = load_kernel().ragged_paged_attention
     dtype = cache.dtype
-    out, cache = attend(
-        q.astype(dtype),
-        k.astype(dtype),
-        v.astype(dtype),
-        cache,
-        seq_lens,
-        table.reshape(-1),
-        query_start,
-        counts,
-        sm_scale=scale,
-        sliding_window=window or None,
-        soft_cap=soft_cap or None,
-    )
+    # the program's own precision is for float32 alone: no matrix unit takes bfloat16 with it
+    exact = "highest" if dtype == jnp.float32 else "default"
+    with jax.default_matmul_precision(exact):
+        out, cache = attend(
+            q.astype(dtype),
+            k.astype(dtype),
+            v.astype(dtype),
+            cache,
+            seq_lens,
+            table.reshape(-1),
+            query_start,
+            counts,
+            sm_scale=scale,
+            sliding_window=window or None,
+            soft_cap=soft_cap or None,
+        )
     return out.astype(q.dtype), cache
 
 
 @functools.cache
 def load_kernel() -> Any:
-    """The vendor's module. Raises PortError."""
+    """The vendor's module, without the package's own ``__init__``: that one imports vLLM, of which
+    the kernel needs nothing. Raises PortError."""
     try:
-        return importlib.import_module(KERNEL)
+        if (found := util.find_spec(PACKAGE)) is None:
+            raise ImportError(f"no package {PACKAGE}")
+        if PACKAGE in sys.modules:
+            return importlib.import_module(KERNEL)
+        sys.modules[PACKAGE] = util.module_from_spec(found)  # in name alone: it is not executed
+        try:
+            return importlib.import_module(KERNEL)
+        finally:
+            del sys.modules[PACKAGE]  # whoever imports it gets the whole
     except ImportError as error:
         raise PortError(
             f"attention=tpu runs the kernel of the Python package tpu-inference ({error}); install "
-            "it with: pip install tpu-inference==0.32.0, or take attention=sdpa kv_layout=hnd"
+            "it with: pip install --no-deps tpu-inference==0.32.0, or take attention=sdpa "
+            "kv_layout=hnd"
         ) from None
