@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,50 @@ def test_every_missing_tensor_is_named(kind: str, tmp_path: Path) -> None:
         words = rf"model\.safetensors: tensor {name} is missing beside {MODULE}\..* supported are"
         with pytest.raises(CheckpointError, match=words):
             load(tmp_path, dequantize=True)
+
+
+@pytest.mark.parametrize("kind", ["awq_32", "gptq_4_act_order", "w4a16_asym", "w8a8_asym"])
+def test_every_missing_tensor_of_an_expert_is_named(kind: str, tmp_path: Path) -> None:
+    quantize("mixtral", kind, tmp_path, num_hidden_layers=1)
+    file = tmp_path / "model.safetensors"
+    whole, expert = load_file(file), "model.layers.0.block_sparse_moe.experts.2.w2"
+    parts = [name for name in whole if name.startswith(f"{expert}.")]
+    for name in (part for part in parts if not part.endswith(MAY_BE_ABSENT)):
+        save_file({k: v for k, v in whole.items() if k != name}, file)
+        words = rf"model\.safetensors: tensor {name} is missing beside {expert}\..* supported are"
+        with pytest.raises(CheckpointError, match=words):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [*ONE_OF_EACH, "gptq_4_act_order", "w4a16_order"])
+@pytest.mark.parametrize("case", ["llama_gqa_tied", "mixtral"])
+def test_every_tensor_that_is_cut_is_named(case: str, kind: str, tmp_path: Path) -> None:
+    """By its last row or column, or to nothing."""
+    quantize(case, kind, tmp_path, num_hidden_layers=1)
+    file = tmp_path / "model.safetensors"
+    whole, keep = load_file(file), not kind.startswith(("fp8", "ct_fp8"))
+    down = "mlp.down_proj" if case == "llama_gqa_tied" else "block_sparse_moe.experts.2.w2"
+    parts = [n for n in whole if f"{down}." in n and not n.endswith("input_scale")]
+    for name in parts:
+        tensor = whole[name]
+        cuts = [tensor[:-1], tensor[:0]] if tensor.dim() else []
+        cuts += [tensor[:, :-1]] if tensor.dim() == 2 and tensor.shape[1] > 1 else []
+        for cut in cuts:
+            save_file(whole | {name: cut.contiguous()}, file)
+            with pytest.raises(CheckpointError) as error:
+                load(tmp_path, keep=keep, dequantize=not keep)
+            assert down in str(error.value)
+            assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.99])
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_truncated_file_is_named(share: float, keep: bool, tmp_path: Path) -> None:
+    quantize("llama_gqa_tied", "gptq_4_sym", tmp_path, num_hidden_layers=1)
+    file = tmp_path / "model.safetensors"
+    os.truncate(file, int(share * file.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged or truncated"):
+        load(tmp_path, keep=keep, dequantize=True)
 
 
 WRONG: dict[str, tuple[str, Any, str]] = {

@@ -136,4 +136,11 @@ class QuantizedFiles:
                 f"missing beside {module}.{present[0]}: quantization_config of config.json says "
                 f"{self._scheme}, which has {', '.join(self._parts)}; supported are {SUPPORTED}"
             )
-        return {part: tensors.get(f"{module}.{part}") for part in present}
+        parts = {part: tensors.get(f"{module}.{part}") for part in present}
+        for part, tensor in parts.items():
+            if tensor.numel() == 0:
+                raise CheckpointError(
+                    f"{tensors.place(f'{module}.{part}')}: tensor {module}.{part} is empty, of "
+                    f"shape {list(tensor.shape)}"
+                )
+        return parts
