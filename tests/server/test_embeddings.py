@@ -96,7 +96,7 @@ def test_truncation(client: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({}, None, "input"),
+        ({}, "input", "needed"),
         ({"input": []}, "input", "empty"),
         ({"input": [[]]}, "input", "empty"),
         ({"input": [[97], []]}, "input", "empty"),
