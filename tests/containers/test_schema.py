@@ -13,8 +13,9 @@ from tests.containers.fakes import assembly, node
 from typing_extensions import deprecated
 
 from vllm_di.components.interfaces import ShapePolicy
+from vllm_di.containers.assembly import assemble
 from vllm_di.containers.schema import Plan, check
-from vllm_di.containers.slots import WorkerContainer, slots
+from vllm_di.containers.slots import GIVEN, EngineContainer, WorkerContainer, slots
 from vllm_di.errors import ConfigError
 
 
@@ -155,3 +156,14 @@ def test_a_deprecated_method_is_named_with_what_takes_its_place(
     checked(shapes=node(fakes.WarmShapes))
     message = "conf/shapes/fake.yaml:2: shapes: WarmShapes.warm_up_plans is deprecated: use plans"
     assert message in caplog.text
+
+
+def test_a_slot_that_nothing_takes_is_refused_where_a_person_chose_it() -> None:
+    """By default it is there, and nobody asks for it."""
+    tiny = ["platform=cpu", "model=tiny"]
+    check(EngineContainer, assemble(tiny), replaced=GIVEN[EngineContainer])
+    chosen = assemble([*tiny, "kv_transfer=tcp"])
+    with pytest.raises(ConfigError, match=r"^command line: kv_transfer=tcp: kv_transfer: nothing"):
+        check(EngineContainer, chosen, replaced=GIVEN[EngineContainer])
+    split = assemble(["platform=split_cpu_cpu", "model=tiny", "kv_transfer=tcp"])
+    check(EngineContainer, split, replaced=GIVEN[EngineContainer])

@@ -28,7 +28,14 @@ from vllm_di.components.interfaces import Executor
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.forms import misfit
 from vllm_di.containers.manifest import literals
-from vllm_di.containers.slots import DERIVED, GIVEN, SHARED, SLOTS, slots
+from vllm_di.containers.slots import (
+    DERIVED,
+    GIVEN,
+    SHARED,
+    SLOTS,
+    EngineContainer,
+    slots,
+)
 from vllm_di.errors import ConfigError, PortError, VllmDiError, nearest, one_line
 
 log = logging.getLogger(__name__)
@@ -97,6 +104,8 @@ def check(
         todo.extend(sorted(needs[slot]))  # which error comes first must not depend on hashes
     if issubclass(getattr(parts.get("executor"), "cls", object), Executor):
         _check_roles(parts["executor"].cls, assembly)
+    if container is EngineContainer and not only and {*kinds} <= {*parts}:
+        _check_taken(parts, assembly)
     try:
         order = [s for s in graphlib.TopologicalSorter(needs).static_order() if s in needs]
     except graphlib.CycleError as error:
@@ -109,6 +118,25 @@ def check(
             f"the components need each other in a circle: {' -> '.join(cycle)} ({places})"
         ) from None
     return Plan(parts, order)
+
+
+def taken(parts: typing.Mapping[str, Part]) -> set[str]:
+    """The names that parts of a container take from it."""
+    return set().union(*(part.needs() for part in parts.values()))
+
+
+def _check_taken(parts: typing.Mapping[str, Part], assembly: Assembly) -> None:
+    """Raise ConfigError for a slot of the engine that a person chose and no component takes."""
+    by_user = {key.split(".")[0] for key, origin in assembly.origins.items() if origin.by_user}
+    by_user |= {slot for slot, choice in assembly.choices.items() if choice.origin.by_user}
+    for slot in sorted(by_user & {*parts} - taken(parts) - {"engine"}):
+        choice = assembly.choices.get(slot)
+        place = choice.origin if choice and choice.origin.by_user else assembly.place(slot)
+        names = ", ".join(part.cls.__qualname__ for name, part in parts.items() if name != slot)
+        raise ConfigError(
+            f"{place}: {slot}: nothing here takes it, of {names}; leave it out, or "
+            "choose a component that does"
+        )
 
 
 def _check_roles(executor: type[Executor], assembly: Assembly) -> None:

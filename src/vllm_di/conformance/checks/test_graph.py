@@ -7,10 +7,10 @@ import pytest
 from vllm_di.conformance import probes
 from vllm_di.conformance.driving import ask, run, tokens
 from vllm_di.conformance.golden import goldens, prompts
-from vllm_di.conformance.outcomes import Record
+from vllm_di.conformance.outcomes import NotDeclared, Record
 from vllm_di.conformance.subject import Subject
 from vllm_di.containers.fill import opened
-from vllm_di.containers.schema import check
+from vllm_di.containers.schema import check, taken
 from vllm_di.containers.slots import (
     GIVEN,
     EngineContainer,
@@ -47,6 +47,9 @@ def keys(subject: Subject, slot: str) -> list[str]:
 @pytest.mark.parametrize("slot", [*slots(EngineContainer), *slots(WorkerContainer)])
 def test_an_override_runs(subject: Subject, slot: str, record: Record) -> None:
     """The part is called, in a step or while a program is traced: in each stage."""
+    plan = check(EngineContainer, subject.assembly(), replaced=GIVEN[EngineContainer])
+    if slot in plan.parts and slot not in {"engine", *taken(plan.parts)}:
+        raise NotDeclared("no component of its engine takes one")
     counts = {}
     for stage, key in enumerate(keys(subject, slot)):
         if slot == "sampler" and stage < len(subject.stages) - 1:
