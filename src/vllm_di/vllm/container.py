@@ -85,6 +85,9 @@ SHUT: dict[str, str] = {
     "kv_cache_manager": "vLLM's scheduler builds its KV-cache manager itself; scheduler._target_ "
     "names a whole scheduler",
     "kv_layout": "vLLM's blocks have one layout; the attention's adapter reads it as hnd",
+    "kv_transfer": "vLLM's flag --kv-transfer-config chooses among its own",
+    "router": "vLLM shares requests out over the engines of --data-parallel-size itself",
+    "pooler": "vLLM's flag --pooler-config does",
     "structured_output": "vLLM's flag --structured-outputs-config chooses among its own",
     "drafter": "vLLM's flag --speculative-config chooses among its own",
     "device": "vLLM's platform owns the device",
