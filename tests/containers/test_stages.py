@@ -79,7 +79,7 @@ def test_errors_of_a_part_name_its_stage(tmp_path: Path) -> None:
     folder = [config_dir(tmp_path)]
     found = assemble([*BASE, "+stages.1.attention.blok=3"], folder)
     with (
-        pytest.raises(ConfigError, match=r"stages\.1\.attention\.blok: SdpaAttention has no such"),
+        pytest.raises(ConfigError, match=r"stages\.1\.attention\.blok: SdpaAttention takes no"),
         opened(WorkerContainer, found, stage=1, placement=Placement()),
     ):
         pass
