@@ -161,7 +161,7 @@ def test_a_layer_that_attention_refuses_is_the_fault_of_attention() -> None:
 
 def test_where_a_node_of_keys_is_expected() -> None:
     cuda = ["platform=cuda", "model=tiny", "device.simulated=true"]
-    words = "expected a node of keys with a _target_, a Simulation, or null, got 3"
+    words = "expected a node of keys with the _target_ of a component .Simulation., or null, got 3"
     with pytest.raises(ConfigError, match=f"^command line: device.simulation=3: .*{words}"):
         check(WorkerContainer, assemble([*cuda, "device.simulation=3"]))
 

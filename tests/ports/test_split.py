@@ -13,12 +13,14 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from tests.own_process import OwnProcess
 from tests.server.served import served
 
 from vllm_di import LLM, SamplingParams
 from vllm_di.containers.assembly import assemble
 from vllm_di.containers.explain import explain
 
+CHECKS = OwnProcess("tests.ports.split_checks")
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 PROMPTS = ["a", "hello world", "x" * 70, "x" * 70 + "y" * 80]
 SMALL = ("worker.num_blocks=128", "scheduler.max_num_batched_tokens=64", "model.max_model_len=512")
@@ -47,11 +49,9 @@ def test_a_cache_of_bytes_is_handed_over_as_floats(want: list[list[int]]) -> Non
     assert [len(one) for one in found] == [len(one) for one in want]
 
 
-def test_prompts_on_a_simulated_npu() -> None:
-    """Blocks of 128 tokens there and of 32 here, in bf16."""
-    simulated = "prefill.device.simulated=true"
-    found = tokens("platform=split_ascend_cpu", simulated)
-    assert found == tokens("platform=cpu", "model.dtype=bfloat16")
+@pytest.mark.parametrize("name", CHECKS.names)
+def test_prompts_on_a_simulated_npu(name: str) -> None:
+    CHECKS.result(name)
 
 
 @pytest.mark.parametrize(

@@ -376,7 +376,7 @@ def _node_of(hint: Any) -> str:
         return ""
     others = ["null"] if type(None) in kinds else []
     others += literals(hint)
-    return f"a node of keys with a _target_, a {' or '.join(parts)}" + "".join(
+    return f"a node of keys with the _target_ of a component ({' or '.join(parts)})" + "".join(
         f", or {other}" for other in others
     )
 

@@ -7,7 +7,7 @@ with ``server.unknown_fields=refuse``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -287,13 +287,14 @@ _MISSING = re.compile(r"Object missing required field `(\w+)`")
 def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]:
     """The request, and the names of its unknown fields. Raises RequestError."""
     _check_depth(body, max_depth)
+    fields: dict[str, msgspec.Raw] = {}
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         request = _decode(body, kind)
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at ")
         if not place and (missing := _MISSING.fullmatch(message)):
-            raise _missing(missing[1], body, kind) from None
+            raise _missing(missing[1], fields, kind) from None
         field = re.search(r"\$\.(\w+)", place)
         raise RequestError(
             f"{field[1]}: {message}" if field else message,
@@ -306,10 +307,10 @@ def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]
     return request, [name for name in fields if name not in known]
 
 
-def _missing(name: str, body: bytes, kind: type[msgspec.Struct]) -> RequestError:
+def _missing(name: str, fields: Iterable[str], kind: type[msgspec.Struct]) -> RequestError:
     """For a body without a field that is needed; it may be there under a misspelt name."""
     known = IGNORED.union(kind.__struct_fields__)
-    others = [other[:80] for other in msgspec.json.decode(body) if other not in known]
+    others = [other[:80] for other in fields if other not in known]
     typed = next((other for other in others if nearest(other, [name])), None)
     hint = f", and {typed!r} is no field; did you mean {name!r}?" if typed else ""
     return RequestError(f"{name}: this field is needed{hint}", param=name, code="invalid_type")

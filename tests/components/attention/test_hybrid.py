@@ -107,7 +107,7 @@ def test_halves_must_read_the_layout_that_they_share() -> None:
     other = layout()
     other.name = "nhd"
     HybridAttention(other, prefill=sdpa, decode=sdpa)
-    with pytest.raises(ConfigError, match=r"attention\.decode: PagedAttention reads .* hnd, .*nhd"):
+    with pytest.raises(ConfigError, match=r"decode: PagedAttention reads .* hnd, .*nhd"):
         HybridAttention(other, prefill=sdpa, decode=paged)
     with pytest.raises(ConfigError, match="no export"):
         HybridAttention(on, prefill=sdpa, decode=paged).export()
@@ -159,7 +159,10 @@ def test_halves_are_named_or_written_out(tmp_path: Path) -> None:
     ("override", "words"),
     [
         ("attention.prefill=pagd", r"attention\.prefill: no option 'pagd'.*did you mean 'paged'"),
-        ("attention.decode=3", r"attention\.decode: Expected"),
+        (
+            "attention.decode=3",
+            r"command line: attention\.decode=3: attention\.decode: expected a node of keys",
+        ),
     ],
 )
 def test_halves_that_are_no_backends(override: str, words: str) -> None:

@@ -228,4 +228,4 @@ def test_time_grows_no_faster_than_the_input(shape: str) -> None:
 
         return min(once() for _ in range(5))
 
-    assert cost(400_000) <= 6 * cost(100_000)
+    assert cost(400_000) <= 10 * cost(100_000)  # four times is linear, sixteen quadratic

@@ -61,7 +61,7 @@ def test_a_gguf_is_multiplied_as_it_is(case: str, kind: str, tmp_path: Path) -> 
     assert float((exact - want).abs().max()) < 1e-4 * size
     kernels = logits(file, tmp_path, KeptWeights, SelectedOps(library(ISAS[0])))
     error = (kernels - want).square().mean().sqrt() / want.square().mean().sqrt()
-    assert 0 < float(error) < 0.15  # activations in 8 bits, through a random model
+    assert 0 < float(error) < 0.2  # activations in 8 bits, of experts too, in a random model
 
 
 @pytest.mark.parametrize("kind", [KeptWeights, NoQuantization])
