@@ -121,13 +121,13 @@ def test_a_simulated_device_is_contract_tested_at_most() -> None:
 
 def test_a_level_without_a_report_is_a_claim() -> None:
     """What start, ``explain`` and ``/version`` say of a manifest that claims more."""
-    asked = ["platform=neuron", "model=tiny", "platform.level=hardware-tested"]
+    asked = ["platform=split_cpu_cpu", "model=tiny", "platform.level=hardware-tested"]
     found = assemble(asked)
     assert (found.platform.level, found.settings["claimed_level"]) == (
         "declared",
         "hardware-tested",
     )
-    assert found.announcement.startswith("platform neuron: declared (hardware-tested is claimed;")
+    assert found.announcement.startswith("platform split_cpu_cpu: declared (hardware-tested is claimed;")
     assert found.server["server"]["level"] == "declared"
     assert found.server["server"]["claimed_level"] == "hardware-tested"
     assert "command line: platform.level=hardware-tested" in found.place("claimed_level")
