@@ -127,7 +127,8 @@ def test_a_level_without_a_report_is_a_claim() -> None:
         "declared",
         "hardware-tested",
     )
-    assert found.announcement.startswith("platform split_cpu_cpu: declared (hardware-tested is claimed;")
+    said = "platform split_cpu_cpu: declared (hardware-tested is claimed;"
+    assert found.announcement.startswith(said)
     assert found.server["server"]["level"] == "declared"
     assert found.server["server"]["claimed_level"] == "hardware-tested"
     assert "command line: platform.level=hardware-tested" in found.place("claimed_level")
