@@ -1,11 +1,46 @@
-"""Refuses a request that can never run, before it takes a place in the queue."""
+"""Refuses settings that do not fit a platform, and a request that can never run, before it takes a
+place in the queue."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+from vllm_di.components.interfaces import Drafter
 from vllm_di.components.messages import EngineRequest, WorkerReport
-from vllm_di.errors import RequestError
+from vllm_di.components.scheduler.step import StepLimits
+from vllm_di.errors import ConfigError, RequestError
+
+
+def check_settings(
+    report: WorkerReport,
+    drafter: Drafter,
+    limits: StepLimits,
+    max_num_seqs: int,
+    max_step_ms: float | None,
+) -> None:
+    """Raises ConfigError."""
+    if not limits.chunks_prompts and limits.max_tokens < report.max_model_len:
+        raise ConfigError(
+            f"max_num_batched_tokens ({limits.max_tokens}) must hold a whole prompt of "
+            f"{report.max_model_len} tokens on a platform without chunked prefill, and "
+            "of a model whose tokens see those behind them"
+        )
+    if limits.max_tokens < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens ({limits.max_tokens}) must be at least "
+            f"max_num_seqs ({max_num_seqs}): each decoding sequence takes one token"
+        )
+    if drafter.max_drafts and not report.limits.drafts:
+        raise ConfigError(
+            f"{type(drafter).__name__} needs a platform that checks several tokens of a "
+            "sequence in a step, and this one has limits.drafts=false; take drafter=none",
+            key="drafter",
+        )
+    if report.prefill_depth and max_step_ms is not None:
+        raise ConfigError(
+            f"max_step_ms ({max_step_ms:g}) bounds steps that prompts share with decodes, and "
+            "here they run on workers of their own; set it to null"
+        )
 
 
 def validate(
