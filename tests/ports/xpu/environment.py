@@ -30,7 +30,7 @@ PACKAGES = (
 )
 TORCH = "torch==2.13.0"
 
-SUITE = "deb http://deb.debian.org/debian sid main"
+SUITE = "sid"
 """The one suite of Debian that has a compiler which knows Xe2. Its versions move: the report names
 the one that ran."""
 DEBIAN = ("intel-ocloc", "libigc2", "libigdfcl2", "libc6", "libstdc++6", "libgcc-s1", "zlib1g")
@@ -74,17 +74,18 @@ def make() -> None:
 
 
 def compiler() -> None:
-    """Debian's ocloc, unpacked beside the environment, unless the machine has one. Where apt is not
-    there, says so: kernels are then compiled to SPIR-V and no further."""
+    """Debian's ocloc, unpacked beside the environment, unless the machine has one. Where there is
+    no Debian to take it from, says so: kernels are then compiled to SPIR-V and no further."""
     if shutil.which("ocloc"):
         return
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        sys.stderr.write("no apt-get here: put ocloc on the PATH (Intel's package intel-ocloc)\n")
+    mirror = _mirror()
+    if mirror is None:
+        sys.stderr.write("no Debian here: put ocloc on the PATH (Intel's package intel-ocloc)\n")
         return
     apt, debian = HOME / "apt", HOME / "debian"
     for folder in (apt / "lists/partial", apt / "cache/archives/partial", apt / "debs", debian):
         folder.mkdir(parents=True, exist_ok=True)
-    (apt / "sources.list").write_text(SUITE + "\n")
+    (apt / "sources.list").write_text(f"deb {mirror} {SUITE} main\n")
     options = {
         "Dir::Etc::sourcelist": apt / "sources.list",
         "Dir::Etc::sourceparts": "/dev/null",
@@ -101,6 +102,15 @@ def compiler() -> None:
     script = HOME / "bin/ocloc"
     script.write_text(OCLOC)
     script.chmod(0o755)
+
+
+def _mirror() -> str | None:
+    """Debian's archive as this machine's apt knows it."""
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        return None
+    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Origin: Debian"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return next((uri for uri in found if "security" not in uri), None)
 
 
 def _edit(file: Path, old: str, new: str) -> None:
