@@ -83,7 +83,7 @@ class Sampler(ABC):
     def prompt_logprobs(self, logits: Tensor, token_ids: Sequence[int], count: int) -> list[Any]:
         """logits [rows, vocab] and the token that follows each row -> TokenLogprobs with ``count``
         alternatives."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__qualname__} scores no prompts")
 
 
 class Pooler(ABC):
