@@ -121,6 +121,19 @@ def test_every_op_of_the_library_is_compiled() -> None:
     assert parts == TritonOps.implements - {"linear"}, "products are the vendor's"
 
 
+def test_the_shapes_are_those_of_llama3() -> None:
+    node = assemble(["platform=cuda", "model=llama3", "loader=dummy"]).stages[0]["model"]
+    sizes = ["hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
+    assert [node[key] for key in [*sizes, "intermediate_size", "vocab_size"]] == [
+        triton_compile.HIDDEN,
+        triton_compile.HEADS,
+        triton_compile.KV_HEADS,
+        triton_compile.HEAD_SIZE,
+        triton_compile.MLP,
+        triton_compile.VOCAB,
+    ]
+
+
 def test_tiles_follow_the_architecture() -> None:
     assert set(TILINGS) == set(TARGETS)
     rows = {

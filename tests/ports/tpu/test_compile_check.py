@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import asdict, replace
 
 from vllm_di.cli import main
 from vllm_di.containers.assembly import assemble
@@ -18,7 +19,6 @@ from vllm_di.errors import ConfigError, PortError
 
 jax = pytest.importorskip("jax")
 
-from vllm_di.models.config import DecoderConfig  # noqa: E402
 from vllm_di.ports.tpu import compile_check, ragged  # noqa: E402
 from vllm_di.ports.tpu.compile_check import (  # noqa: E402
     MODELS,
@@ -27,20 +27,15 @@ from vllm_di.ports.tpu.compile_check import (  # noqa: E402
     TpuCompile,
 )
 
-TINY = DecoderConfig(
-    architecture="LlamaForCausalLM",
+TINY = replace(
+    MODELS["smollm2"],
     vocab_size=70,
     hidden_size=32,
     intermediate_size=48,
-    num_hidden_layers=5,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
     max_position_embeddings=128,
-    rms_norm_eps=1e-5,
-    hidden_act="silu",
-    tie_word_embeddings=False,
-    rope_theta=10000.0,
 )
 
 
@@ -146,6 +141,11 @@ def test_without_the_kernel_s_package_nothing_is_compiled(
         ("ops=torch", "compiles TracedOps, and ops.library is"),
         ("ops.rms_norm=torch", r"leave ops\.rms_norm out"),
         ("graph=tape", "compiles EagerGraph, and graph is"),
+        ("shapes=dynamic", "compiles TokenBuckets, and shapes is"),
+        (
+            "shapes.sizes=[16] scheduler.max_num_batched_tokens=30",
+            r"shapes\.sizes: a step may have 30 tokens, but this list ends at 16; add 30 to it, or",
+        ),
     ],
 )
 def test_another_choice_is_refused(host: None, overrides: str, message: str) -> None:
@@ -164,6 +164,14 @@ def test_a_machine_without_libtpu_runs_nothing_and_says_what_is_missing(
     assert not ended.value.code
     out = capsys.readouterr().out
     assert "not-run" in out and "pip install 'jax[tpu]==0.10.2'" in out
+
+
+@pytest.mark.parametrize(("name", "option"), [("smollm2", "smollm2"), ("llama3 8B", "llama3")])
+def test_the_models_are_those_of_the_options(name: str, option: str) -> None:
+    node = assemble(["platform=tpu", f"model={option}", "loader=dummy"]).stages[0]["model"]
+    said = {key: value for key, value in asdict(MODELS[name]).items() if value is not None}
+    assert said.pop("num_hidden_layers") == compile_check.LAYERS
+    assert {key: node[key] for key in said} == pytest.approx(said)  # a GGUF has 32-bit floats
 
 
 def test_the_manifest_names_every_target() -> None:

@@ -15,7 +15,7 @@ from vllm_di.components.ops.triton import TritonOps
 from vllm_di.errors import ConfigError, PortError
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, MLP, VOCAB = 4096, 32, 8, 128, 14336, 128256
-"""Of Llama-3-8B (its config.json)."""
+"""Of Llama-3-8B (conf/model/llama3.yaml)."""
 PAGE = 32
 PROGRAMS = 528
 """Programs that keep an H100 busy: four for each of its 132 multiprocessors."""

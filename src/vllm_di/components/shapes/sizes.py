@@ -31,9 +31,10 @@ class Sizes:
     def __init__(self, key: str, sizes: Sequence[int], needed: int, remedy: str) -> None:
         self.sizes = sorted(set(sizes))
         self._key = key
+        counted = _COUNTED.get(key.rpartition(".")[2], "of them")
         if not self.sizes or self.sizes[-1] < needed:
             raise ConfigError(
-                f"{key}: a step may have {needed} {_COUNTED.get(key, 'of them')}, but "
+                f"{key}: a step may have {needed} {counted}, but "
                 f"{f'this list ends at {self.sizes[-1]}' if self.sizes else 'this list is empty'}; "
                 f"add {needed} to it, or {remedy}"
             )

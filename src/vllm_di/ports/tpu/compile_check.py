@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from importlib import import_module, metadata, util
 from typing import Any
 
-import msgspec
 import torch
+from msgspec.structs import replace
 
 from vllm_di.components.communicator.single import SingleCommunicator
 from vllm_di.components.compile_check import CompileCheck, Compiled
@@ -21,6 +21,8 @@ from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.traced import TracedOps
 from vllm_di.components.program.traced import step_inputs
 from vllm_di.components.quantization.none import NoQuantization
+from vllm_di.components.shapes.sizes import Sizes
+from vllm_di.components.shapes.token_buckets import TokenBuckets
 from vllm_di.errors import ConfigError, PortError
 from vllm_di.models.config import DecoderConfig
 from vllm_di.models.decoder import Decoder
@@ -56,42 +58,41 @@ CODE_SHARE = 100
 CACHE = 1 * GIB
 """Of a layer: small beside every chip's memory, and more than any step needs beside it."""
 
+LAYERS = 2
+"""Of each model: a layer is compiled as often as it stands there, and all are alike."""
+LLAMA = DecoderConfig(
+    architecture="LlamaForCausalLM",
+    num_hidden_layers=LAYERS,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+    hidden_act="silu",
+)
 MODELS = {
-    "smollm2": DecoderConfig(  # the config.json of SmolLM2-135M-Instruct
-        architecture="LlamaForCausalLM",
+    "smollm2": replace(  # the options model=smollm2 and model=llama3 but for their layers
+        LLAMA,
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=30,
         num_attention_heads=9,
         num_key_value_heads=3,
         head_dim=64,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        hidden_act="silu",
         tie_word_embeddings=True,
         rope_theta=100000.0,
     ),
-    "llama3 8B": DecoderConfig(  # that of Meta-Llama-3-8B
-        architecture="LlamaForCausalLM",
+    "llama3 8B": replace(
+        LLAMA,
         vocab_size=128256,
         hidden_size=4096,
         intermediate_size=14336,
-        num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=8,
         head_dim=128,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        hidden_act="silu",
         tie_word_embeddings=False,
         rope_theta=500000.0,
     ),
 }
 KERNEL_CALL = 'custom_call_target="tpu_custom_call"'
 """A kernel of the vendor's in XLA's program."""
-LAYERS = 2
-"""Of each model: a layer is compiled as often as it stands there, and all are alike."""
 PHASES = ("decode", "prefill")
 COMPILED = {
     "program": TpuProgram,
@@ -99,6 +100,7 @@ COMPILED = {
     "kv_layout": TpuLayout,
     "quantization": NoQuantization,
     "graph": EagerGraph,
+    "shapes": TokenBuckets,
 }
 """The choices that are compiled, by slot."""
 
@@ -126,12 +128,9 @@ class TpuCompile(CompileCheck):
                 raise ConfigError(f"platform.compile compiles ops=traced; leave ops.{op} out")
         shapes = worker["shapes"]
         self._seqs, self._block_size = shapes["max_num_seqs"], worker["kv_layout"]["block_size"]
-        most = shapes["max_num_batched_tokens"]
-        sizes = sorted(shapes["sizes"])
-        self._tokens = {
-            "decode": next(size for size in sizes if size >= self._seqs),
-            "prefill": next(size for size in sizes if size >= most),
-        }
+        most, remedy = shapes["max_num_batched_tokens"], "lower scheduler.max_num_batched_tokens"
+        sizes = Sizes("shapes.sizes", shapes["sizes"], most, remedy)
+        self._tokens = {"decode": sizes.over(min(self._seqs, most)), "prefill": sizes.over(most)}
         if util.find_spec("libtpu") is None:
             raise PortError(
                 "libtpu compiles for TPUs and is not installed; pip install 'jax[tpu]==0.10.2'"
@@ -163,14 +162,14 @@ class TpuCompile(CompileCheck):
             layout = TpuLayout(device, block_size=self._block_size)
             attention = TpuAttention(device, layout)
             ops, one = SelectedOps(TracedOps(compiler="XLA")), SingleCommunicator(Placement())
-            config = _cut(MODELS[name])
-            model = Decoder(device, ops, attention, one, NoQuantization(ops), config=config)
+            quantization = NoQuantization(ops)
+            model = Decoder(device, ops, attention, one, quantization, config=MODELS[name])
             model.finalize()  # weights that nobody reads: no page of them is touched
             program = ShapesAlone(device, ops, attention, layout, one, EagerGraph(), model)
             try:
                 program.prepare([KvGroup([spec.layer for spec in model.kv_specs()])])
                 blocks = CACHE // layout.bytes_per_block(model.kv_specs()[:1], model.dtype)
-                plan = self._plan(self._tokens[phase], config)
+                plan = self._plan(self._tokens[phase], model.max_model_len)
                 with self._jax.sharding.use_abstract_mesh(program.mesh):
                     made = program.compile_shapes(plan, blocks)
             finally:
@@ -181,10 +180,9 @@ class TpuCompile(CompileCheck):
             raise RuntimeError(f"{part} for {target}: XLA's program calls no kernel of the vendor")
         return found
 
-    def _plan(self, tokens: int, config: DecoderConfig) -> BatchPlan:
-        """Of that many tokens, as the shape policy pads it."""
-        seqs = self._seqs
-        columns = -(-(config.max_position_embeddings or 0) // self._block_size)
+    def _plan(self, tokens: int, longest: int) -> BatchPlan:
+        """Of that many tokens, as TokenBuckets pads it for contexts up to ``longest``."""
+        seqs, columns = self._seqs, -(-longest // self._block_size)
         return BatchPlan(
             token_ids=torch.zeros(tokens, dtype=torch.int64),
             positions=torch.zeros(tokens, dtype=torch.int64),
@@ -306,11 +304,6 @@ def _asked(kernel: Any, version: int) -> Iterator[None]:
         yield
     finally:
         kernel.get_tpu_version = asked
-
-
-def _cut(config: DecoderConfig) -> DecoderConfig:
-    """With so many layers as are compiled."""
-    return msgspec.structs.replace(config, num_hidden_layers=LAYERS)
 
 
 def _figures(name: str, compiled: Any, caches: Sequence[int], chip: Target) -> Compiled:

@@ -98,8 +98,10 @@ class TpuProgram(ModelProgram):
 
     def prepare(self, groups: Sequence[KvGroup]) -> None:
         from vllm_di.ports.tpu.arrays import to_numpy
+        from vllm_di.ports.tpu.ragged import load_kernel
 
-        self._attend = self.attend()
+        if self._device.backend == "tpu" and isinstance(self._attention, TpuAttention):
+            load_kernel()
         self._groups = layers = Groups(self._model.kv_specs(), groups)
 
         def caches(num_blocks: int) -> list[LayerCache]:
@@ -119,22 +121,11 @@ class TpuProgram(ModelProgram):
         self._model.release()
         gc.collect()
 
-    def attend(self) -> Any:
-        """What stands for attention's mark. Raises PortError where the vendor's kernel is wanted
-        and absent."""
-        from vllm_di.ports.tpu.ragged import by_kernel, in_jnp, load_kernel
-
-        if self._device.backend != "tpu":
-            return in_jnp
-        if isinstance(self._attention, TpuAttention):
-            load_kernel()
-        return by_kernel
-
     def lower(self, step: TracedStep) -> tuple[Any, Any]:
         """-> two functions to compile: the step to hidden states, which has a shape for each number
         of tokens, and from these to logits, which has one for each number of rows too."""
         from vllm_di.ports.tpu.lowering import check_lowerings, lower
-        from vllm_di.ports.tpu.ragged import written
+        from vllm_di.ports.tpu.ragged import by_kernel, in_jnp, written
 
         graph, unwritten, layers, jax = step.graph, step.unwritten, self._groups, self._jax
         op = mark._opoverload
@@ -146,7 +137,7 @@ class TpuProgram(ModelProgram):
         rows = by_name.pop("rows", None)
         self._names = [name for name, node in by_name.items() if node not in caches]
         inputs = [by_name[name] for name in self._names]
-        attend = self._mesh.by_heads(self._attend)
+        attend = self._mesh.by_heads(by_kernel if self._device.backend == "tpu" else in_jnp)
         mesh, width = self._mesh, len(caches) // max(1, len(layers.pool))
         heads_first = self._layout.name == "hnd"
         sizes = [spec.head_size for spec in layers.pool for _ in range(width)]
