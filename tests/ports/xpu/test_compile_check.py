@@ -57,6 +57,13 @@ def test_registers_and_spills_are_those_of_a_lane() -> None:
     assert code_bytes(zebin(code=1000)) == 1000
 
 
+def test_code_that_does_not_say_what_it_takes_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"no section \.ze_info"):
+        code_objects._intel(zebin().replace(b".ze_info", b".ze_none"), 0)
+    with pytest.raises(ValueError, match="has no grf_count"):
+        code_objects._intel(zebin().replace(b"grf_count", b"grf_other"), 0)
+
+
 @pytest.mark.parametrize(
     ("spill", "registers", "spilled"),
     [

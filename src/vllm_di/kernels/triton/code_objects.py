@@ -103,23 +103,33 @@ def _nvidia(ptx: str, binary: bytes, arch: int, shared_bytes: int) -> Usage:
 def _intel(binary: bytes, shared_bytes: int) -> Usage:
     """By the section ``.ze_info``. A register there is one of a whole warp (64 bytes), and so are
     the bytes that spill; they are divided among its lanes."""
-    info = next(text for name, text in sections(binary) if name == ".ze_info").decode()
-
-    def entry(name: str, otherwise: int | None = None) -> int:
-        pattern = rf"^\s*{name}:\s+(\d+)"
-        if otherwise is not None and re.search(pattern, info, re.MULTILINE) is None:
-            return otherwise
-        return _number(pattern, info, f".ze_info has no {name}")
-
-    lane_bytes = entry("simd_size") * REGISTER_BYTES
+    info = _ze_info(binary)
+    lanes = _entry(info, "simd_size")
+    lane_bytes = lanes * REGISTER_BYTES
     buffers = re.findall(r"type:\s+scratch\n\s+usage:\s+\w+\n\s+size:\s+(\d+)", info)
     return Usage(
-        registers=entry("grf_count") * GRF_BYTES // lane_bytes,
-        spilled=-(-entry("spill_size", 0) // lane_bytes),
-        stack_bytes=sum(map(int, buffers)) // entry("simd_size"),
-        shared_bytes=max(shared_bytes, entry("slm_size", 0)),
+        registers=_entry(info, "grf_count") * GRF_BYTES // lane_bytes,
+        spilled=-(-_entry(info, "spill_size", absent=0) // lane_bytes),
+        stack_bytes=sum(map(int, buffers)) // lanes,
+        shared_bytes=max(shared_bytes, _entry(info, "slm_size", absent=0)),
         code_bytes=code_bytes(binary),
     )
+
+
+def _ze_info(binary: bytes) -> str:
+    for name, text in sections(binary):
+        if name == ".ze_info":
+            return text.decode()
+    raise ValueError("the code has no section .ze_info")
+
+
+def _entry(info: str, name: str, absent: int | None = None) -> int:
+    found = re.search(rf"^\s*{name}:\s+(\d+)", info, re.MULTILINE)
+    if found:
+        return int(found[1])
+    if absent is None:
+        raise ValueError(f".ze_info has no {name}")
+    return absent
 
 
 def ocloc() -> str:
@@ -160,9 +170,7 @@ def _native(spirv: bytes, device: str) -> bytes:
             if done.returncode or not binary.is_file():
                 raise ValueError(f"ocloc failed: {(done.stdout + done.stderr).strip()}")
             code = binary.read_bytes()
-            info = next(text for name, text in sections(code) if name == ".ze_info")
-            spilled = re.search(rb"spill_size:\s+(\d+)", info)
-            if spilled is None or int(spilled[1]) <= SPILL_BYTES:
+            if _entry(_ze_info(code), "spill_size", absent=0) <= SPILL_BYTES:
                 break
     return code
 
