@@ -166,7 +166,8 @@ def folder_w8a8() -> Path:
         from vllm_di.components.quantized import ZERO, by_channel
 
         plain = folder_bf16()
-        shutil.copytree(plain, folder, ignore=lambda *_: {"model.safetensors", "config.json"})
+        rest = shutil.ignore_patterns("model.safetensors", "config.json")
+        shutil.copytree(plain, folder, ignore=rest, dirs_exist_ok=True)
         tensors = load_file(plain / "model.safetensors")
         for name in [n for n in tensors if n.endswith("_proj.weight")]:
             weight = by_channel(tensors[name])
