@@ -52,8 +52,9 @@ class SharedMemoryTransfer(KvTransfer):
         try:
             yield view
         finally:
-            view.release()
-            memory.close()
+            with suppress(BufferError):  # an error holds a view of it: unmapped with that one
+                view.release()
+                memory.close()
 
     def withdraw(self, ticket: str) -> None:
         piece = self._offers.pop(ticket, None)
