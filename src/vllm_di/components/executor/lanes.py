@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 from vllm_di.components.executor.side_blocks import Held, SideBlocks
@@ -66,32 +67,26 @@ class Lane:
     def drain(self) -> list[Task]:
         """Take back what has not begun."""
         tasks: list[Task] = []
-        while True:
-            try:
+        is_closing = False
+        with suppress(queue.Empty):
+            while True:
                 task = self._tasks.get_nowait()
-            except queue.Empty:
-                return tasks
-            if task is None:  # closing
-                self._tasks.put(None)
-                return tasks
-            tasks.append(task)
+                if task is None:
+                    is_closing = True
+                else:
+                    tasks.append(task)
+        if is_closing:
+            self._tasks.put(None)  # the thread has yet to end
+        return tasks
 
     def close(self) -> None:
         if self._thread is not None:
             self._tasks.put(None)
             self._thread.join(CLOSE_SECONDS)
             self._thread = None
-        for task in self.drain_all():
+        for task in self.drain():
             task.lost(EngineDeadError("the workers are closed"))
         self.executor.close()
-
-    def drain_all(self) -> list[Task]:
-        """As ``drain``, when the thread has ended."""
-        tasks: list[Task] = []
-        while not self._tasks.empty():
-            if (task := self._tasks.get()) is not None:
-                tasks.append(task)
-        return tasks
 
     # -- on its thread ------------------------------------------------------------------------
 
@@ -160,9 +155,8 @@ class Joined:
         with self._lock:
             self._missing -= 1
             self._results.append(result)
-            done = self._missing == 0
-        if done and not self._future.done():
-            self._future.set_result(self._together())
+            if not self._missing and not self._future.done():
+                self._future.set_result(self._together())
 
     def fail(self, error: Exception) -> None:
         with self._lock:
@@ -178,9 +172,9 @@ class Joined:
             failed |= result.failed
         return StepResult(
             self.step,
-            [token for r in results for token in r.tokens],
-            [scores for r in results for scores in r.prompt_logprobs],
-            failed,
-            [seq_id for r in results for seq_id in r.refused],
+            tokens=[token for r in results for token in r.tokens],
+            prompt_logprobs=[scores for r in results for scores in r.prompt_logprobs],
+            failed=failed,
+            refused=[seq_id for r in results for seq_id in r.refused],
             num_compiles=sum(r.num_compiles for r in results),
         )
