@@ -6,15 +6,25 @@ import contextlib
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
+from vllm_di.components.executor.lanes import Lane
+from vllm_di.components.executor.sequence_book import SequenceBook
 from vllm_di.components.executor.side_blocks import BlockLedger, SideBlocks
-from vllm_di.components.interfaces import KvTransfer
+from vllm_di.components.interfaces import Executor, KvTransfer
 from vllm_di.components.kv_transfer.shared_memory import SharedMemoryTransfer
 from vllm_di.components.kv_transfer.tcp import TcpTransfer
-from vllm_di.components.messages import KvSpan
+from vllm_di.components.messages import (
+    KvGroup,
+    KvSpan,
+    NewSequence,
+    SamplingParams,
+    ScheduledSequence,
+    StepPlan,
+)
 from vllm_di.errors import ConfigError, EngineDeadError, PortError
 
 
@@ -53,6 +63,20 @@ def test_blocks_of_two_sizes_cross_in_one_order() -> None:
     assert small.table([3], first=6) == [6] and not small.table([3], first=7)
 
 
+def test_a_lane_that_has_a_sequence_looks_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of decoding costs the same behind a long context as behind a short one."""
+    book = SequenceBook([KvGroup([0])], 16, 10, 2)
+    one, other = (Lane(str(index), index, cast(Executor, None)) for index in range(2))
+    one.blocks = other.blocks = SideBlocks(16, 16, 160)
+    new = NewSequence(seq_id=1, token_ids=[7] * 100, prompt_len=100, params=SamplingParams())
+    prompt = ScheduledSequence(1, 0, 100, [list(range(7))], [], True, True)
+    book.begin(StepPlan(1, [new], [prompt], []))
+    book.hand_on(one, prompt, again=False)
+    assert len(book.lacking(other, 1, 100)) == 7
+    monkeypatch.setattr(book, "ledger", None)
+    assert book.lacking(one, 1, 100) == []
+
+
 def transfers(kind: str) -> tuple[KvTransfer, KvTransfer]:
     if kind == "tcp":
         one, other = (TcpTransfer(bind="127.0.0.1", secret_file=None, timeout=5) for _ in "12")
@@ -82,6 +106,29 @@ def test_bytes_arrive(kind: str) -> None:
         sender.close()
     with pytest.raises(EngineDeadError), receiver.take(ticket):
         pass
+
+
+@pytest.mark.parametrize("kind", ["tcp", "shared_memory"])
+def test_an_error_of_the_taker_is_its_own(kind: str) -> None:
+    """Also while it holds views of the bytes, as a tensor over them does."""
+
+    def fail(data: memoryview) -> None:
+        values = torch.frombuffer(data[4:], dtype=torch.uint8)
+        raise PortError(f"no parcel holds head {values.numel()}")
+
+    sender, receiver = transfers(kind)
+    for one in (sender, receiver):
+        one.open(b"s" * 32)
+    try:
+        ticket, _ = sender.offer(64)
+        with (
+            pytest.raises(PortError, match="no parcel holds head 60"),
+            receiver.take(ticket) as data,
+        ):
+            fail(data)
+    finally:
+        receiver.close()
+        sender.close()
 
 
 def listening() -> set[str]:

@@ -61,8 +61,11 @@ class SequenceBook:
                 row += blocks
 
     def lacking(self, lane: Lane, seq_id: int, end: int) -> list[Held]:
-        """What a query at position ``end`` sees of a sequence and a lane does not hold."""
+        """What a query at position ``end`` sees of a sequence and a lane does not hold: nothing
+        where the lane has it already, since it was given all before it ran the first share."""
         live, size, found = self.live[seq_id], self._size, []
+        if live.lane is lane:
+            return []
         for group, (row, kind) in enumerate(zip(live.blocks, self._groups, strict=True)):
             for index in range(kind.first_block(end, size), -(-end // size)):
                 tokens = min(size, end - index * size)
@@ -104,17 +107,7 @@ class SequenceBook:
             told.append(lane.blocks.table(row, live.num_told[group]))
             live.num_told[group] += len(told[group])
         self._run(lane, live, share.num_computed, end)
-        handed = ScheduledSequence(
-            seq_id=share.seq_id,
-            num_computed=share.num_computed,
-            num_tokens=share.num_tokens,
-            new_blocks=told,
-            new_tokens=new_tokens,
-            samples=share.samples,
-            is_prefill=share.is_prefill,
-            draft_tokens=share.draft_tokens,
-        )
-        return new, handed
+        return new, msgspec.structs.replace(share, new_blocks=told, new_tokens=new_tokens)
 
     def _seen(self, row: list[int], kind: KvGroup, start: int, end: int | None) -> list[int]:
         """A row of the block table, without what the window has left: those blocks may be others'
