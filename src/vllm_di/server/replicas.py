@@ -46,6 +46,7 @@ class ReplicatedEngineClient(EngineClient):
         self._lines = [_Line(i, make(f"replica {i}", last_words=lost)) for i in range(count)]
         self._open: set[str] = set()
         self._error: VllmDiError | None = None
+        self._last_death: str | None = None
         self._settled, self._dead = asyncio.Event(), asyncio.Event()
         self._change = asyncio.Event()
         self._starting: asyncio.Task[None] | None = None
@@ -220,6 +221,7 @@ class ReplicatedEngineClient(EngineClient):
             self.on_stats(stats)
 
     def _on_death(self, line: _Line) -> None:
+        self._last_death = line.client.failure
         if self.router is not None:
             self.router.forget(line.number)
         self._on_stats(line, EngineStats())  # it runs nothing, and its totals begin anew
@@ -246,7 +248,7 @@ class ReplicatedEngineClient(EngineClient):
             return
         self.silent = ()
         starting = [client for client in clients if client.state == "starting"]
-        self.failure = (starting or clients)[0].failure
+        self.failure = self._last_death
         if starting:
             self.state, self.stage = "starting", starting[0].stage
             return
