@@ -25,6 +25,7 @@ from vllm_di.errors import EngineDeadError
 from vllm_di.server import wire
 from vllm_di.server.app import OpenAiServer
 from vllm_di.server.engine_client import ProcessEngineClient
+from vllm_di.server.engine_watch import EngineProcess
 
 ROOT = str(Path(__file__).parents[2])
 SCRIPT = (
@@ -229,6 +230,21 @@ def test_a_server_whose_engine_is_dead_for_good_ends(caplog: pytest.LogCaptureFi
 
     asyncio.run(play())
     assert "the engine died: the engine process was killed by signal 9" in caplog.text
+
+
+def test_a_process_that_cannot_be_started_again_is_a_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_spawn(*_: object) -> EngineProcess:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    async def play() -> None:
+        async with started(engine_restarts=2) as (client, _, web):
+            monkeypatch.setattr(EngineProcess, "spawn", no_spawn)
+            os.kill(client.pid, signal.SIGKILL)
+            with pytest.raises(EngineDeadError, match="no new engine process can be started"):
+                await client.wait_dead()
+            assert (await web.get("/livez")).status_code == 503
+
+    asyncio.run(play())
 
 
 def test_a_draining_server_replaces_no_engine() -> None:

@@ -130,14 +130,17 @@ class ProcessEngineClient(EngineClient):
 
     async def _run(self, command: Sequence[str], assembly: bytes) -> None:
         """Run the engine, and a new one after each death, until no restart is left."""
-        while True:
-            assert self._engine is not None
-            error = await self._serve(self._engine)
-            will_restart = self._may_restart(error)
+        assert self._engine is not None
+        error = await self._serve(self._engine)
+        while self._may_restart(error):
             await self._engine.close()
-            if not will_restart:
-                return
-            self._engine = await EngineProcess.spawn(command, assembly)
+            try:
+                self._engine = await EngineProcess.spawn(command, assembly)
+            except OSError as failure:
+                error = EngineDeadError(f"no new engine process can be started: {failure}")
+            else:
+                error = await self._serve(self._engine)
+        await self._engine.close()
 
     async def _serve(self, engine: EngineProcess) -> VllmDiError:
         """Handle messages until the process ends; return why it did."""
