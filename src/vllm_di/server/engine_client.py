@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from vllm_di.components.interfaces import EngineClient
-from vllm_di.components.messages import EngineRequest, TokenOutput, WorkerReport
+from vllm_di.components.messages import EngineRequest, TokenOutput
 from vllm_di.components.transport import Codec, Failure
 from vllm_di.errors import EngineDeadError, RequestError, VllmDiError
 from vllm_di.server import wire
+from vllm_di.server.client_state import StatefulClient
 from vllm_di.server.engine_watch import EngineProcess
 from vllm_di.server.sharing import Lender
 
@@ -24,7 +24,7 @@ ENGINE = (sys.executable, "-m", "vllm_di.containers.engine_process")
 log = logging.getLogger(__name__)
 
 
-class ProcessEngineClient(EngineClient):
+class ProcessEngineClient(StatefulClient):
     """Starts the engine process and shares one socket among all requests.
 
     ``start`` returns at once; ``wait_ready`` waits for the weights. When the process dies, every
@@ -35,6 +35,7 @@ class ProcessEngineClient(EngineClient):
 
     def __init__(self, name: str = "", *, last_words: str = "the server ends") -> None:
         """``name`` stands before its log lines, ``last_words`` behind that of its last death."""
+        super().__init__()
         self._name, self._last_words = f"{name}: " if name else "", last_words
         self.on_change: Callable[[], None] | None = None
         """Called after each change of state, stage or silence."""
@@ -42,15 +43,9 @@ class ProcessEngineClient(EngineClient):
         """Called when an engine has ended, before its requests learn of it."""
         self.is_started = False
         self._replacing = False
-        self.state = "starting"
-        self.failure: str | None = None
-        self.stage = "start"
-        self.report: WorkerReport | None = None
-        self._error: VllmDiError | None = None
         self._codec: Codec[wire.ToClient] = Codec(wire.ToClient)
         self._lender = Lender()
         self._inboxes: dict[str, asyncio.Queue[TokenOutput | VllmDiError]] = {}
-        self._settled, self._dead = asyncio.Event(), asyncio.Event()
         self._engine: EngineProcess | None = None
         self._deaths: list[float] = []
         self._task: asyncio.Task[None] | None = None
@@ -60,16 +55,6 @@ class ProcessEngineClient(EngineClient):
         self.is_started = True
         self._engine = await EngineProcess.spawn(command, assembly)
         self._task = asyncio.create_task(self._run(command, assembly))
-
-    async def wait_ready(self) -> None:
-        await self._settled.wait()
-        if self._error is not None:
-            raise self._error
-
-    async def wait_dead(self) -> None:
-        await self._dead.wait()
-        assert self._error is not None
-        raise self._error
 
     async def replace(self) -> None:
         """End the engine and start a new one: that counts as no death. Requests that it still has
@@ -88,8 +73,7 @@ class ProcessEngineClient(EngineClient):
         return self._engine.pid
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenOutput]:
-        if self.state != "ready":
-            raise self._error or EngineDeadError(f"the engine is not ready: {self.stage}")
+        self._check_ready()
         request_id = request.request_id
         if request_id in self._inboxes:
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")

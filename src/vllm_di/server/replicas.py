@@ -11,9 +11,10 @@ from typing import Any
 
 import msgspec
 
-from vllm_di.components.interfaces import EngineClient, Replica, ReplicaLoad, Router
+from vllm_di.components.interfaces import Replica, ReplicaLoad, Router
 from vllm_di.components.messages import EngineRequest, EngineStats, TokenOutput, WorkerReport
 from vllm_di.errors import EngineDeadError, PortError, RequestError, VllmDiError
+from vllm_di.server.client_state import StatefulClient
 from vllm_di.server.engine_client import ENGINE, ProcessEngineClient
 
 MOST_DEATHS = 2
@@ -23,7 +24,7 @@ them."""
 log = logging.getLogger(__name__)
 
 
-class ReplicatedEngineClient(EngineClient):
+class ReplicatedEngineClient(StatefulClient):
     """N engines, each with its own line, and a router that chooses one for each request.
 
     An engine that dies is replaced as that of ``ProcessEngineClient`` is, up to ``restarts`` times
@@ -37,17 +38,13 @@ class ReplicatedEngineClient(EngineClient):
     def __init__(
         self, count: int, make: Callable[..., ProcessEngineClient] = ProcessEngineClient
     ) -> None:
-        self.state = "starting"
-        self.stage, self.failure = "start", None
-        self.report: WorkerReport | None = None
+        super().__init__()
         self.router: Router | None = None
         """To be set before the first request."""
         lost = "this replica is lost, the others go on"
         self._lines = [_Line(i, make(f"replica {i}", last_words=lost)) for i in range(count)]
         self._open: set[str] = set()
-        self._error: VllmDiError | None = None
         self._last_death: str | None = None
-        self._settled, self._dead = asyncio.Event(), asyncio.Event()
         self._change = asyncio.Event()
         self._starting: asyncio.Task[None] | None = None
         for line in self._lines:
@@ -60,16 +57,6 @@ class ReplicatedEngineClient(EngineClient):
         first, *others = zip(self._lines, assemblies, strict=True)
         await first[0].client.start(first[1], command)
         self._starting = asyncio.create_task(self._start_others(first[0], others, command))
-
-    async def wait_ready(self) -> None:
-        await self._settled.wait()
-        if self._error is not None:
-            raise self._error
-
-    async def wait_dead(self) -> None:
-        await self._dead.wait()
-        assert self._error is not None
-        raise self._error
 
     @property
     def restarts(self) -> int:
@@ -94,8 +81,7 @@ class ReplicatedEngineClient(EngineClient):
         return [report for report in found if report is not None]
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenOutput]:
-        if self.state != "ready":
-            raise self._error or EngineDeadError(f"the engine is not ready: {self.stage}")
+        self._check_ready()
         if request.request_id in self._open:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         self._open.add(request.request_id)
