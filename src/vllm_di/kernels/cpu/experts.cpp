@@ -78,28 +78,12 @@ static __attribute__((noinline)) void add_product(float* sums, const S* x, int64
 // that nobody reads.
 static void add_product_tiled(float* sums, const uint32_t* x, int64_t x_stride, int64_t rows, const uint32_t* weights,
                               int64_t steps) {
-  const int64_t bytes = kPair * 4, x_bytes = x_stride * 4;
   for (int64_t row = 0; row < rows; row += kBlockRows) {
-    float *upper = sums + row * kPair, *lower = upper + kTileHeight * kPair;
-    const uint32_t *a = x + row * x_stride, *b = weights;
-    tile_load(0, upper, bytes);
-    tile_load(1, upper + kLanes, bytes);
-    tile_load(2, lower, bytes);
-    tile_load(3, lower + kLanes, bytes);
-    for (int64_t k = 0; k < steps; k += kTileWidth, a += kTileWidth, b += kTileHeight * kPair) {
-      tile_load(4, a, x_bytes);
-      tile_load(6, b, bytes);
-      tile_dot_bf16(0, 4, 6);
-      tile_load(7, b + kLanes, bytes);
-      tile_dot_bf16(1, 4, 7);
-      tile_load(5, a + kTileHeight * x_stride, x_bytes);
-      tile_dot_bf16(2, 5, 6);
-      tile_dot_bf16(3, 5, 7);
-    }
-    tile_store(0, upper, bytes);
-    tile_store(1, upper + kLanes, bytes);
-    tile_store(2, lower, bytes);
-    tile_store(3, lower + kLanes, bytes);
+    const uint32_t *upper = x + row * x_stride, *lower = upper + kTileHeight * x_stride;
+    block_load(sums + row * kPair, 4 * kPair);
+    for (int64_t k = 0; k < steps; k += kTileWidth)
+      block_add<DotBf16>(upper + k, lower + k, true, 4 * x_stride, weights + k * kPair);
+    block_store(sums + row * kPair, 4 * kPair);
   }
 }
 #else

@@ -34,7 +34,7 @@ struct ByRegisters {
 // By tile registers, from pairs of bf16. `count` rows of them there are: the others are left out by sixteens.
 struct ByTiles {
   typedef uint32_t S;
-  static const int kRows = 2 * kTileHeight;
+  static const int kRows = kBlockRows;
   static const int64_t kStep = kTileWidth;
 
   static void begin() { tile_config(); }
@@ -42,40 +42,20 @@ struct ByTiles {
   static void add(float* to, int64_t to_stride, const float* shrink, const S* rows, int64_t stride, const S* panels,
                   int64_t steps, int64_t count) {
     const bool both = count > kTileHeight;
-    const int64_t to_step = 4 * to_stride, row_step = 4 * stride, panel_step = 4 * kPair;
-    float* const below = to + kTileHeight * to_stride;
     if (shrink) {
       for (int64_t r = 0; r < (both ? kRows : kTileHeight); r++)
         for (int c = 0; c < 2; c++) {
           float* at = to + r * to_stride + c * kLanes;
           store16(at, load16(at) * shrink[r]);
         }
-      tile_load(0, to, to_step);
-      tile_load(1, to + kLanes, to_step);
-      tile_load(2, below, to_step);
-      tile_load(3, below + kLanes, to_step);
+      block_load(to, 4 * to_stride);
     } else {
-      tile_zero(0);
-      tile_zero(1);
-      tile_zero(2);
-      tile_zero(3);
+      block_zero();
     }
-    for (int64_t k = 0; k < steps; k += kTileWidth) {
-      tile_load(6, panels + k * kPair, panel_step);
-      tile_load(4, rows + k, row_step);
-      tile_dot_bf16(0, 4, 6);
-      tile_load(7, panels + k * kPair + kLanes, panel_step);
-      tile_dot_bf16(1, 4, 7);
-      if (both) {
-        tile_load(5, rows + kTileHeight * stride + k, row_step);
-        tile_dot_bf16(2, 5, 6);
-        tile_dot_bf16(3, 5, 7);
-      }
-    }
-    tile_store(0, to, to_step);
-    tile_store(1, to + kLanes, to_step);
-    tile_store(2, below, to_step);
-    tile_store(3, below + kLanes, to_step);
+    const S* lower = rows + kTileHeight * stride;
+    for (int64_t k = 0; k < steps; k += kTileWidth)
+      block_add<DotBf16>(rows + k, lower + k, both, 4 * stride, panels + k * kPair);
+    block_store(to, 4 * to_stride);
   }
 };
 #endif

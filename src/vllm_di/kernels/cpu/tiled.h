@@ -6,7 +6,6 @@
 
 #if defined(__AMX_TILE__) || defined(EMULATE_TILES)
 
-static const int64_t kBlockRows = 2 * kTileHeight;
 static const int64_t kBlockWords = kTileHeight * kTileWidth;  // of a register
 
 // The first 16 words of a row: pairs of bf16, or fours of bytes. Of `count` elements that there are; the rest is 0.
@@ -58,50 +57,21 @@ struct TileRows {
   }
 };
 
-struct DotBf16 {
-  typedef float Sum;
-};
-struct DotInt8 {
-  typedef int32_t Sum;
-};
-// c += a times b, for the kind of operand; a macro, as registers are literals.
-#define TILE_DOT(Dot, c, a, b)              \
-  if (std::is_same<Dot, DotBf16>::value)    \
-    tile_dot_bf16(c, a, b);                 \
-  else                                      \
-    tile_dot_int8(c, a, b)
-
 // One block: `rows` 16 or 32 rows of x from `x`, times a pair of panels -> sums [32][32]. `tail`: the last steps of the pair,
 // [16][32], where `steps` are no multiple of 16. ahead: what is asked for meanwhile, two lines of each 16 steps.
 template <typename Dot>
 static inline void multiply_block(typename Dot::Sum* sums, const TileRows& in, int64_t row, bool both,
                                   const uint32_t* weights, const uint32_t* tail, int64_t steps, const char* ahead,
                                   int64_t ahead_step) {
-  const int64_t in_step = kTileWidth * 4, b_step = kPair * 4, whole = steps / kTileHeight;
+  const int64_t whole = steps / kTileHeight;
   const uint32_t *x = in.row(row), *other = in.row(row + kTileHeight);
-  tile_zero(0);
-  tile_zero(1);
-  tile_zero(2);
-  tile_zero(3);
+  block_zero();
   for (int64_t k = 0; k < in.columns; k++) {
-    const uint32_t* b = k < whole ? weights + k * kTileHeight * kPair : tail;
     for (int64_t i = 0; i < ahead_step; i += kLine) __builtin_prefetch(ahead + k * ahead_step + i, 0, 2);
-    tile_load(6, b, b_step);
-    tile_load(4, x + k * kBlockWords, in_step);
-    TILE_DOT(Dot, 0, 4, 6);
-    tile_load(7, b + kLanes, b_step);
-    TILE_DOT(Dot, 1, 4, 7);
-    if (both) {
-      tile_load(5, other + k * kBlockWords, in_step);
-      TILE_DOT(Dot, 2, 5, 6);
-      TILE_DOT(Dot, 3, 5, 7);
-    }
+    block_add<Dot>(x + k * kBlockWords, other + k * kBlockWords, both, 4 * kTileWidth,
+                   k < whole ? weights + k * kTileHeight * kPair : tail);
   }
-  const int64_t out_step = kPair * 4;
-  tile_store(0, sums, out_step);
-  tile_store(1, sums + kLanes, out_step);
-  tile_store(2, sums + kTileHeight * kPair, out_step);
-  tile_store(3, sums + kTileHeight * kPair + kLanes, out_step);
+  block_store(sums, 4 * kPair);
 }
 
 // Calls put(sums of a row [32], row, pair) for all rows of x times `pairs` of panels, [steps][2][16] words at panels(pair), of

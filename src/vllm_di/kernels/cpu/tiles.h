@@ -11,7 +11,9 @@
 //
 // Registers are numbered by literals: the compiler cannot move them. The layout of b is that of a panel (tile.h).
 #pragma once
-#include "common.h"
+#include <type_traits>
+
+#include "tile.h"
 
 static const int64_t kTileHeight = 16, kTileWidth = 16;  // rows, and words of a row
 
@@ -122,5 +124,60 @@ static inline void tile_dot_int8(int c, int a, int b) {
 #else
 
 static const bool kTiles = false;
+
+#endif
+
+#if defined(__AMX_TILE__) || defined(EMULATE_TILES)
+
+struct DotBf16 {
+  typedef float Sum;
+};
+struct DotInt8 {
+  typedef int32_t Sum;
+};
+// c += a times b, for the kind of operand; a macro, as registers are literals.
+#define TILE_DOT(Dot, c, a, b)              \
+  if (std::is_same<Dot, DotBf16>::value)    \
+    tile_dot_bf16(c, a, b);                 \
+  else                                      \
+    tile_dot_int8(c, a, b)
+
+// A block of sums: 32 rows of 32, registers 0 and 1 the upper sixteen, 2 and 3 the lower. Strides count bytes.
+static const int64_t kBlockRows = 2 * kTileHeight;
+
+static inline void block_zero() {
+  tile_zero(0);
+  tile_zero(1);
+  tile_zero(2);
+  tile_zero(3);
+}
+static inline void block_load(const void* sums, int64_t stride) {
+  const char *upper = (const char*)sums, *lower = upper + kTileHeight * stride;
+  tile_load(0, upper, stride);
+  tile_load(1, upper + 64, stride);
+  tile_load(2, lower, stride);
+  tile_load(3, lower + 64, stride);
+}
+static inline void block_store(void* sums, int64_t stride) {
+  char *upper = (char*)sums, *lower = upper + kTileHeight * stride;
+  tile_store(0, upper, stride);
+  tile_store(1, upper + 64, stride);
+  tile_store(2, lower, stride);
+  tile_store(3, lower + 64, stride);
+}
+// The block += sixteen rows of 16 words at x, and with `both` those at `lower`, times 16 steps of a pair of panels.
+template <typename Dot>
+static inline void block_add(const uint32_t* x, const uint32_t* lower, bool both, int64_t stride, const uint32_t* pair) {
+  tile_load(6, pair, 4 * kPair);
+  tile_load(4, x, stride);
+  TILE_DOT(Dot, 0, 4, 6);
+  tile_load(7, pair + kLanes, 4 * kPair);
+  TILE_DOT(Dot, 1, 4, 7);
+  if (both) {
+    tile_load(5, lower, stride);
+    TILE_DOT(Dot, 2, 5, 6);
+    TILE_DOT(Dot, 3, 5, 7);
+  }
+}
 
 #endif
