@@ -146,4 +146,4 @@ venv: .venv/.done  ## set up .venv alone
 	touch $@
 
 clean:  ## remove .venv and caches
-	rm -rf .venv .vendor .peers .xpu .tpu gpu-bundle gpu-logs gpu.json .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf .venv .vendor .peers .xpu .tpu .clients gpu-bundle gpu-logs gpu.json .mypy_cache .ruff_cache .pytest_cache build dist
