@@ -20,7 +20,8 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
+
+import psutil
 
 from benchmarks.burst import option
 from vllm_di.commands.arguments import Arguments
@@ -95,9 +96,9 @@ def throughput(words: Sequence[str], rounds: int, count: int) -> None:
     with contextlib.ExitStack() as stack:
         servers = {}
         for number in rates:
-            before = _children(os.getpid())
+            before = set(psutil.Process().children())
             address = stack.enter_context(server(Arguments(overrides=_replicas(words, number))))
-            servers[number] = address, _children(os.getpid()) - before
+            servers[number] = address, set(psutil.Process().children()) - before
         for turn in range(-1, rounds):  # the first round does not count
             for number, (address, processes) in servers.items():
                 asked = prompts(count, PROMPT, VOCABULARY, seed=turn + 1)
@@ -135,18 +136,10 @@ def _replicas(words: Sequence[str], number: int) -> list[str]:
     return ["device.threads=1", *words, f"executor.data_parallel_size={number}"]
 
 
-def _children(pid: int) -> set[int]:
-    found: set[int] = set()
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        found |= {int(word) for word in path.read_text().split()}
-    return found
-
-
-def _processor_seconds(pid: int) -> float:
+def _processor_seconds(process: psutil.Process) -> float:
     """Of a process and of those that it started."""
-    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    own = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
-    return own + sum(map(_processor_seconds, _children(pid)))
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(time.user + time.system for time in times)
 
 
 def _blocks(count: int) -> list[str]:
