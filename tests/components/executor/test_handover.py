@@ -176,6 +176,22 @@ def test_tcp_gives_nothing_to_whoever_does_not_know_the_session() -> None:
         sender.close()
 
 
+def test_tcp_says_when_it_listens_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    class Full(socket.socket):
+        def accept(self) -> Any:
+            raise OSError(24, "Too many open files")
+
+    sender, _ = transfers("tcp")
+    assert isinstance(sender, TcpTransfer)
+    with Full() as listener:
+        sender._accept(listener)
+    assert "no further worker can take the KV cache" in caplog.text
+    caplog.clear()
+    sender.offer(1)
+    sender.close()
+    assert not caplog.messages
+
+
 def test_a_secret_file_must_be_the_owners_own(tmp_path: Path) -> None:
     def made(**values: Any) -> TcpTransfer:
         return TcpTransfer(**{"bind": "127.0.0.1", "timeout": 5, **values})

@@ -70,6 +70,7 @@ class TcpTransfer(KvTransfer):
         self._numbers = itertools.count(1)
         self._offers: dict[int, bytearray] = {}
         self._listener: socket.socket | None = None
+        self._is_closed = False
         self._connections: dict[tuple[str, int], socket.socket] = {}
         self._served: set[socket.socket] = set()
 
@@ -106,6 +107,7 @@ class TcpTransfer(KvTransfer):
         self._offers.pop(_read(ticket)[2], None)
 
     def close(self) -> None:
+        self._is_closed = True
         served = list(self._served)  # their threads take themselves out
         for sock in filter(None, [self._listener, *self._connections.values(), *served]):
             with suppress(OSError):  # wakes the thread that waits for it
@@ -118,8 +120,10 @@ class TcpTransfer(KvTransfer):
         while True:
             try:
                 sock, _ = listener.accept()
-            except OSError:
-                return  # closed
+            except OSError as error:
+                if not self._is_closed:
+                    log.error("no further worker can take the KV cache from this one: %s", error)
+                return
             threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
