@@ -241,14 +241,16 @@ def _refuse_unknown_role(
     """Raise ConfigError for ``ROLE.SLOT...`` and ``ROLE.stages...`` of a role that is not there,
     and for a misspelt ``stages.N``."""
     role, *rest = read(text).key.split(".")
+    if not rest or not (rest[0].isdigit() or rest[0] in (*SLOTS, KEY)):
+        return
     top = tree.read(tree.roots[0] / "config.yaml").lines
-    if not rest or role in (*SLOTS, KEY, WORKERS, "hydra", *top, *listed, *tree.groups()):
+    if role in (*SLOTS, KEY, WORKERS, "hydra", *top, *listed, *tree.groups()):
         return
     if rest[0].isdigit():
         hint = nearest(role, [KEY])
         if hint:
             raise ConfigError(f"{_place(text, known)}: no key {role!r}{hint}")
-    elif rest[0] in (*SLOTS, KEY):
+    else:
         roles = [name for name in listed if name != DEFAULT_ROLE]
         there = f"it has {', '.join(roles)}" if roles else "it names no roles"
         raise ConfigError(
@@ -288,7 +290,7 @@ def _of_worker(
     count, stage = len(listed[role]), None
     if rest.split(".")[0] == KEY:
         _, number, rest = [*rest.split(".", 2), "", ""][:3]
-        form = prefix(role, 0, 2).replace("0", "N") + "KEY=VALUE"
+        form = prefix(role, 0, 2).removesuffix("0.") + "N.KEY=VALUE"
         if not number.isdigit() or int(number) >= count:
             numbers = ", ".join(prefix(role, n, 2).rstrip(".") for n in range(count))
             raise ConfigError(
