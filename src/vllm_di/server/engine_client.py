@@ -41,7 +41,6 @@ class ProcessEngineClient(StatefulClient):
         """Called after each change of state, stage or silence."""
         self.on_death: Callable[[], None] | None = None
         """Called when an engine has ended, before its requests learn of it."""
-        self.is_started = False
         self._replacing = False
         self._codec: Codec[wire.ToClient] = Codec(wire.ToClient)
         self._lender = Lender()
@@ -52,7 +51,6 @@ class ProcessEngineClient(StatefulClient):
 
     async def start(self, assembly: bytes, command: Sequence[str] = ENGINE) -> None:
         """Start the engine process and send it the assembly."""
-        self.is_started = True
         self._engine = await EngineProcess.spawn(command, assembly)
         self._task = asyncio.create_task(self._run(command, assembly))
 

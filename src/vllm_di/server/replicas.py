@@ -68,11 +68,6 @@ class ReplicatedEngineClient(StatefulClient):
         for line in self._lines:
             line.client.restarts = count
 
-    @property
-    def pids(self) -> list[int]:
-        """Of the engine processes that were started."""
-        return [line.client.pid for line in self._lines if line.client.is_started]
-
     def replicas(self) -> Sequence[Replica]:
         return [line.replica() for line in self._lines]
 
