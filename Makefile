@@ -68,7 +68,7 @@ vllm-env: venv  ## vLLM for the CPU in .vllm, an environment for each version (1
 clients: venv  ## real clients in .clients, an environment for each (1 GB)
 	$(BIN)/python -m tests.clients.environment $(ARGS)
 
-test-clients: clients  ## openai, anthropic, langchain, litellm, instructor, pydantic-ai, schemathesis against a server
+test-clients: venv  ## openai, anthropic, langchain, litellm, instructor, pydantic-ai, schemathesis against a server
 	$(BIN)/python -m pytest -m clients tests/clients $(ARGS)
 
 record-vllm: venv  ## what the last make test-vllm found becomes the recorded reports, and the matrix
