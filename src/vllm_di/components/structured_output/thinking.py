@@ -66,9 +66,11 @@ class State:
 
     phase: Literal["before", "opening", "inside", "behind"]
     held: bytes = b""
-    """Before a thought all text; inside what may begin a closing mark."""
+    """Before a thought all text, without the white space in front; inside what may begin a closing
+    mark."""
     lead: bytes | None = None
-    """The text of a thought that began in the prompt, for as long as it may open one again."""
+    """The text of a thought that began in the prompt, without the white space in front, for as long
+    as it may open one again."""
     left: tuple[int, ...] = ()
     """Tokens that complete an opening."""
     count: int = 0
@@ -158,7 +160,7 @@ class ThoughtPlace:
         if state.phase == "before" and self._grammar is not None:
             return self._opened(token)
         if state.phase == "before":
-            text = state.held + data
+            text = (state.held + data).lstrip()
             rest = self._behind_opening(text)
             if rest is None:
                 return State("before", text) if self._may_open(text) else BEHIND
@@ -178,7 +180,7 @@ class ThoughtPlace:
         is_forced = self._forced(state) == token
         count, lead = state.count + 1, state.lead
         if lead is not None:
-            lead += data
+            lead = (lead + data).lstrip()
             if self._behind_opening(lead) is not None:
                 count, lead = 0, None
             elif not self._may_open(lead):
@@ -187,11 +189,10 @@ class ThoughtPlace:
         return State("inside", held, lead, count=count, num_forced=state.num_forced + is_forced)
 
     def _behind_opening(self, text: bytes) -> bytes | None:
-        text = text.lstrip()
         return next((text[len(m) :] for m in self._opening if text.startswith(m)), None)
 
     def _may_open(self, text: bytes) -> bool:
-        return any(mark.startswith(text.lstrip()) for mark in self._opening)
+        return any(mark.startswith(text) for mark in self._opening)
 
     def _forced(self, state: State) -> int | None:
         budget = self._thought.budget
