@@ -71,7 +71,9 @@ class OpenAiServer(Server):
         self.batch_urls = [one.path for one in offered if one.is_batch]
         """Paths that a line of a batch file may ask for."""
         endpoints = routes(offered)
-        templates: dict[object, str] = {page.endpoint: page.path for page in endpoints}
+        templates: dict[object, str] = {}
+        for page in endpoints:  # an endpoint with several paths goes by the first
+            templates.setdefault(page.endpoint, page.path)
         self.app = Starlette(
             routes=endpoints,
             middleware=[

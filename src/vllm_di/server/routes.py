@@ -47,8 +47,9 @@ from vllm_di.version import __version__
 class Endpoints:
     """Those that generate nothing."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, offered: Sequence[Operation]) -> None:
+        """``offered``: all operations, described by ``openapi``."""
+        self._service, self._offered = service, offered
         self._openapi: bytes | None = None
 
     async def health(self, request: Request) -> Response:
@@ -96,7 +97,7 @@ class Endpoints:
 
     async def openapi(self, request: Request) -> Response:
         if self._openapi is None:
-            self._openapi = orjson.dumps(openapi(operations(self._service)))
+            self._openapi = orjson.dumps(openapi(self._offered))
         return Response(self._openapi, headers={"content-type": "application/json"})
 
     async def tokenize(self, request: Request) -> Response:
@@ -202,7 +203,8 @@ def _shown(replica: Replica) -> dict[str, str]:
 
 def operations(service: Service) -> list[Operation]:
     """All that the server offers."""
-    other = Endpoints(service)
+    offered: list[Operation] = []
+    other = Endpoints(service, offered)
     chat = GenerateEndpoint(service, ChatRequest, start_chat)
     completions = GenerateEndpoint(service, CompletionRequest, start_completion)
     responses = Responses(service)
@@ -233,7 +235,7 @@ def operations(service: Service) -> list[Operation]:
     }
     count = partial(count_tokens, service)
     response = "/v1/responses/{id}"
-    return [
+    offered += [
         post("/v1/chat/completions", chat, "An answer to a conversation.", **chat_types),
         post("/v1/completions", completions, "What follows a text.", **text_types),
         post("/v1/messages", messages, "An answer in Anthropic's form.", **message_types),
@@ -281,6 +283,7 @@ def operations(service: Service) -> list[Operation]:
         get("/metrics", other.metrics, "Prometheus metrics.", media_type="text/plain"),
         get("/openapi.json", other.openapi, "This description."),
     ]
+    return offered
 
 
 def routes(offered: Sequence[Operation]) -> list[Route]:
