@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,18 @@ import httpx
 import msgspec
 import openai
 import pytest
-from tests.server.fakes import CHAT, COMPLETIONS, with_client
+from tests.server.fakes import (
+    CHAT,
+    COMPLETIONS,
+    REPORT,
+    EchoEngine,
+    client_of,
+    make_server,
+    with_client,
+)
 from tests.server.served import served
 
+from vllm_di.components.messages import EngineRequest, Pooling, TokenOutput
 from vllm_di.server import answers
 
 PAGE = Path(__file__).parents[2] / "docs/embeddings.md"
@@ -143,6 +153,39 @@ def test_another_model_and_other_endpoints(client: httpx.Client) -> None:
     vectors(client, "counted")
     metrics = client.get("/metrics").text
     assert re.search(r"vllm:prompt_tokens_total\{[^}]*\} [1-9]", metrics)
+
+
+class SecondReplica(EchoEngine):
+    """Answers as the second of two replicas of a model that pools."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.report = msgspec.structs.replace(REPORT, pooling=Pooling(size=2))
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenOutput]:
+        yield TokenOutput(
+            request_id=request.request_id,
+            vector=struct.pack("<2f", 0.6, 0.8),
+            finish_reason="stop",
+            replica=1,
+        )
+
+
+def test_each_replica_counts_for_itself() -> None:
+    async def main() -> str:
+        async with client_of(make_server(SecondReplica())) as client:
+            assert (await client.post(PATH, json={"input": "abc"})).status_code == 200
+            assert (
+                await client.post("/v1/score", json={"text_1": "a", "text_2": "b"})
+            ).status_code == 200
+            return (await client.get("/metrics")).text
+
+    text = asyncio.run(main())
+    tokens = re.findall(r'vllm:prompt_tokens_total\{engine="(\d)",[^}]*\} (\S+)', text)
+    assert dict(tokens) == {"0": "0.0", "1": "8.0"}
+    ended = re.findall(r'vllm:request_success_total\{engine="(\d)",[^}]*\} ([1-9]\S*)', text)
+    assert ended == [("1", "3.0")]
+    assert 'http_requests_total{handler="/v1/score",status="2xx"} 1.0' in text
 
 
 def test_a_model_that_generates_says_so() -> None:

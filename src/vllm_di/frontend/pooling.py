@@ -19,7 +19,7 @@ from vllm_di.components.messages import (
     WorkerReport,
 )
 from vllm_di.errors import RequestError
-from vllm_di.frontend.requests import check_token_ids, encode_prompt
+from vllm_di.frontend.requests import check_token_ids, encode_prompt, failure
 
 Text = str | Sequence[int]
 """A text, or its token ids."""
@@ -169,13 +169,10 @@ class PoolingProcessor:
     def vector(self, output: TokenOutput, dimensions: int | None = None) -> array[float]:
         """A request's numbers, cut to ``dimensions`` and then again of length 1 where they were.
         Raises RequestError where the engine failed."""
-        if output.error is not None or output.vector is None:
-            raise RequestError(
-                output.error or "the engine gave no vector",
-                param=output.error_param,
-                code=output.error_code,
-                status=output.error_status,
-            )
+        if output.error is not None:
+            raise failure(output)
+        if output.vector is None:
+            raise RequestError("the engine gave no vector", status=500)
         numbers = array("f", output.vector)
         if sys.byteorder == "big":
             numbers.byteswap()

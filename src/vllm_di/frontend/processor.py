@@ -28,7 +28,6 @@ from vllm_di.components.messages import (
     TokenLogprobs,
     TokenOutput,
 )
-from vllm_di.errors import RequestError
 from vllm_di.frontend.detokenizer import Detokenizer, StopStrings
 from vllm_di.frontend.outputs import (
     CompletionOutput,
@@ -40,6 +39,7 @@ from vllm_di.frontend.requests import (
     Prepared,
     check_token_ids,
     encode_prompt,
+    failure,
     fan_out,
     fitted,
     prepared,
@@ -171,12 +171,7 @@ class Generation:
         if output.finish_reason == "error":
             self._num_open -= sequence.finish_reason is None
             sequence.finish_reason = "error"
-            raise RequestError(
-                output.error or "the engine failed on this request",
-                param=output.error_param,
-                code=output.error_code,
-                status=output.error_status,
-            )
+            raise failure(output)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)

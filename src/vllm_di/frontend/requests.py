@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from vllm_di.components.interfaces import Tokenizer
-from vllm_di.components.messages import EngineRequest, SamplingParams
+from vllm_di.components.messages import EngineRequest, SamplingParams, TokenOutput
 from vllm_di.errors import RequestError
 
 
@@ -26,6 +26,16 @@ def encode_prompt(
     if not ids:
         raise RequestError("the prompt must not be empty", param="prompt")
     return ids
+
+
+def failure(output: TokenOutput) -> RequestError:
+    """What the engine says in an output with an ``error``."""
+    return RequestError(
+        output.error or "the engine failed on this request",
+        param=output.error_param,
+        code=output.error_code,
+        status=output.error_status,
+    )
 
 
 def check_token_ids(ids: Collection[int], vocab_size: int, param: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 
 from starlette.types import Receive
@@ -13,7 +13,7 @@ from vllm_di.components.interfaces import EngineClient
 from vllm_di.components.messages import EngineRequest
 from vllm_di.errors import RequestError
 from vllm_di.frontend.processor import Generation, Update
-from vllm_di.server.errors import ClientGone
+from vllm_di.server.attended import attended
 from vllm_di.server.service import Service
 from vllm_di.server.updates import Updates
 
@@ -74,21 +74,9 @@ async def running(
         ]
         for choice in choices:
             choice.add_done_callback(ended)
-        watch = loop.create_task(_watch_connection(receive, interrupt))
-        timer = None
-        if (seconds := config.request_timeout_seconds) is not None:
-            late = RequestError(
-                f"the answer took more than {seconds:g} s", code="timeout", status=504
-            )
-            timer = loop.call_later(seconds, interrupt, late)
-        try:
+        timeout = config.request_timeout_seconds
+        async with attended(choices, receive, interrupt, timeout=timeout):
             yield updates
-        finally:
-            if timer is not None:
-                timer.cancel()
-            for task in (*choices, watch):
-                task.cancel()
-            await asyncio.gather(*choices, watch, return_exceptions=True)
 
 
 async def _generate(
@@ -115,11 +103,3 @@ async def _generate(
                     break
     finally:
         metrics.finished(generation.times(name))
-
-
-async def _watch_connection(receive: Receive, interrupt: Callable[[Exception], None]) -> None:
-    """The body has been read, so the only message still to come is the disconnect."""
-    with suppress(OSError):
-        while (await receive())["type"] != "http.disconnect":
-            pass
-    interrupt(ClientGone())

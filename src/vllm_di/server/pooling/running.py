@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
 from starlette.types import Receive
 
 from vllm_di.components.interfaces import RequestTimes
 from vllm_di.components.messages import EngineRequest, TokenOutput
 from vllm_di.errors import RequestError
-from vllm_di.server.errors import ClientGone
+from vllm_di.frontend.requests import failure
+from vllm_di.server.attended import attended
 from vllm_di.server.service import Service
 
 MOST_AT_ONCE = 256
@@ -48,58 +49,37 @@ async def run_all(
         elif all(worker.done() for worker in workers):
             end(None)
 
-    async def watch() -> None:
-        with suppress(OSError):
-            while (await receive())["type"] != "http.disconnect":
-                pass
-        end(ClientGone())
-
     count = min(len(requests), MOST_AT_ONCE, service.config.max_queue)
     with service.admission.enter(count, end):
         workers = [loop.create_task(work()) for _ in range(count)]
         for worker in workers:
             worker.add_done_callback(worked)
-        watcher, timer = loop.create_task(watch()), None
-        if (seconds := service.config.request_timeout_seconds) is not None:
-            late = RequestError(
-                f"the answer took more than {seconds:g} s", code="timeout", status=504
-            )
-            timer = loop.call_later(seconds, end, late)
-        try:
+        timeout = service.config.request_timeout_seconds
+        async with attended(workers, receive, end, timeout=timeout):
             await ended
-        finally:
-            if timer is not None:
-                timer.cancel()
-            for task in (*workers, watcher):
-                task.cancel()
-            await asyncio.gather(*workers, watcher, return_exceptions=True)
     return [output for output in outputs if output is not None]
 
 
 async def _run(service: Service, request: EngineRequest) -> TokenOutput:
     """Raises RequestError where the engine refuses the request or fails on it."""
     begin, num_prompt = time.monotonic(), len(request.prompt_token_ids)
-    reason, queued = "abort", 0.0
+    reason, queued, metrics = "abort", 0.0, service.metrics.of(0)
     try:
         stream = service.engine.generate(request)
         async with aclosing(stream) as outputs:  # type: ignore[type-var]
             async for output in outputs:
+                metrics = service.metrics.of(output.replica)
                 if output.error is not None:
                     reason = "error"
-                    raise RequestError(
-                        output.error,
-                        param=output.error_param,
-                        code=output.error_code,
-                        status=output.error_status,
-                    )
+                    raise failure(output)
                 if output.finish_reason is not None:
                     reason, queued = output.finish_reason, output.queue_time
-                    service.metrics.tokens(num_prompt, 0, None, None)
+                    metrics.tokens(num_prompt, 0, None, None)
                     return output
         raise RequestError("the engine gave no vector", status=500)
     finally:
         seconds = time.monotonic() - begin
-        service.metrics.finished(
+        metrics.finished(
             RequestTimes(
                 finish_reason=reason,
                 num_prompt_tokens=num_prompt,
