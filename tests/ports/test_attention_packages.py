@@ -18,10 +18,17 @@ from torch import Tensor
 
 from vllm_di.components.attention.paged import PagedAttention
 from vllm_di.components.device.host import HostDevice
-from vllm_di.components.interfaces import AttentionBackend, AttentionSpec, BatchPlan, LayerCache
+from vllm_di.components.interfaces import (
+    AttentionBackend,
+    AttentionSpec,
+    BatchPlan,
+    LayerCache,
+    Placement,
+)
 from vllm_di.components.kv_layout.hnd import HndLayout
 from vllm_di.components.ops.torch import TorchOps, attend
 from vllm_di.containers.assembly import assemble
+from vllm_di.containers.fill import opened
 from vllm_di.containers.schema import check
 from vllm_di.containers.slots import WorkerContainer
 from vllm_di.errors import ConfigError, PortError
@@ -214,7 +221,7 @@ def test_steps_are_not_captured() -> None:
 
 
 def test_limits_name_the_way_out() -> None:
-    with pytest.raises(ConfigError, match=r"multiple of 256 tokens, not 32; .*block_size=256"):
+    with pytest.raises(ConfigError, match=r"reads blocks of 256, 512, 768, 1024 tokens, not 32"):
         FlashAttention(TorchOps(), parts(32)[1])
     odd: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 1, "scale": 1.0}
     with pytest.raises(ConfigError, match=r"up to 256, not 320; choose attention=triton"):
@@ -236,6 +243,29 @@ def test_an_absent_package_is_named(
     monkeypatch.setitem(sys.modules, package, None)  # what import then says: no such module
     with pytest.raises(PortError, match=rf"attention={name}: the package {package} .*; {install}"):
         backend(name)
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "flashinfer"])
+def test_auto_blocks_are_those_that_it_reads(name: str) -> None:
+    """flash-attn's pages, where ``auto`` stands; another number is an error with its key."""
+    choices = ["platform=cpu", "model=tiny", "ops=torch", "graph=eager", f"attention={name}"]
+    slots = ("attention", "kv_layout")
+    with opened(WorkerContainer, assemble(choices), placement=Placement(), only=slots) as container:
+        assert container.kv_layout().block_size == (256 if name == "flash_attn" else 32)
+    with opened(
+        WorkerContainer, assemble(choices), placement=Placement(), only=("kv_layout",)
+    ) as container:
+        assert container.kv_layout().block_size == (256 if name == "flash_attn" else 32)
+    with (
+        pytest.raises(ConfigError, match=r"command line: kv_layout.block_size=16: kv_layout\."),
+        opened(
+            WorkerContainer,
+            assemble([*choices, "attention=flash_attn", "kv_layout.block_size=16"]),
+            placement=Placement(),
+            only=slots,
+        ),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("name", ["flash_attn", "flashinfer"])

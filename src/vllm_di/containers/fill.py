@@ -19,6 +19,7 @@ from dependency_injector.providers import Object, Provider, Singleton
 
 from vllm_di.components.interfaces import Engine, OpLibrary, Placement, Worker, WorkerLauncher
 from vllm_di.containers.assembly import Assembly
+from vllm_di.containers.block_size import settle_block_size
 from vllm_di.containers.faults import placed
 from vllm_di.containers.replicas import PATH, refuse_alone
 from vllm_di.containers.schema import Part, check, class_of
@@ -51,6 +52,7 @@ def opened(
     filled = container()
     _check_objects(container, objects)
     plan = check(container, assembly, stage=stage, replaced=objects.keys(), only=only)
+    settle_block_size(plan, assembly, stage, objects)
     with ExitStack() as stack:
         providers: dict[str, Provider[Any]] = {n: Object(o) for n, o in objects.items()}
         for slot, part in plan.parts.items():

@@ -155,8 +155,15 @@ def class_of(
     container: type[DeclarativeContainer], assembly: Assembly, slot: str, stage: int = 0
 ) -> type:
     """The class that fills a slot, checked against the slot's interface. Raises ConfigError."""
+    return part_of(container, assembly, slot, stage).cls
+
+
+def part_of(
+    container: type[DeclarativeContainer], assembly: Assembly, slot: str, stage: int = 0
+) -> Part:
+    """What fills a slot, checked. Raises ConfigError."""
     path, node = assembly.path(container, slot, stage), assembly.nodes(container, stage)[slot]
-    return _Inspector(container, assembly).part(path, node, slots(container)[slot]).cls
+    return _Inspector(container, assembly).part(path, node, slots(container)[slot])
 
 
 def check_trusted(target: str, packages: list[str], place: str, slot: str) -> None:

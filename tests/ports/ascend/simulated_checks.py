@@ -165,7 +165,10 @@ def check_what_the_kernels_lack_is_refused() -> None:
 def check_bad_config_is_refused() -> None:
     for overrides, words in (
         (["kv_layout=hnd"], ("kv_layout=nhd", "attention")),
-        (["kv_layout.block_size=64"], ("multiples of 128",)),
+        (
+            ["kv_layout.block_size=64"],
+            ("kv_layout.block_size", "384, 512 tokens, not 64"),
+        ),
         (["model.dtype=float32"], ("float32", "bfloat16, float16")),
         (["graph=ascend"], ("limits.null_block=true",)),
         (["graph=ascend", "limits.null_block=true"], ("NPUGraph", "graph=eager")),

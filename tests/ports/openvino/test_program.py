@@ -241,7 +241,7 @@ def test_prefixes_are_shared_and_tokens_are_those_of_the_cpu() -> None:
         ("ops.rms_norm=cpu", "ops.rms_norm: CpuOps is no torch code.*choose traced or torch"),
         ("graph=tape", "nothing for TapeGraph to record; take graph=eager"),
         ("device=host", "device=openvino, not HostDevice"),
-        ("kv_layout=hnd kv_layout.block_size=16", "block_size 16: .* blocks of 32"),
+        ("kv_layout=hnd kv_layout.block_size=16", "block_size: .* blocks of 32 tokens, not 16"),
         ("kv_layout.dtype=uint8 attention=sdpa", "gathers_blocks, and 'openvino_u8' does not"),
         ("model.dtype=float16", "float16"),
         ("model.dtype=float32 kv_layout.dtype=bfloat16", "takes a KV cache of f32, u8"),

@@ -7,12 +7,24 @@ from vllm_di.errors import ConfigError
 
 
 def check_layout(backend: AttentionBackend, kv_layout: KvLayout) -> None:
-    """Raise ConfigError for a layout that ``backend`` does not read."""
+    """Raise ConfigError for a layout, or a block size, that ``backend`` does not read."""
     if not {"*", kv_layout.name} & {*backend.layouts}:
         raise ConfigError(
             f"{type(backend).__name__} reads the layouts {', '.join(backend.layouts)}, not "
             f"{kv_layout.name!r}; take kv_layout={backend.layouts[0]}, or sdpa here, which reads "
             "any"
+        )
+    check_block_size(backend, kv_layout)
+
+
+def check_block_size(backend: AttentionBackend, kv_layout: KvLayout) -> None:
+    """Raise ConfigError for a block size that ``backend`` does not read."""
+    size, sizes = kv_layout.block_size, backend.block_sizes
+    if sizes and size not in sizes:
+        raise ConfigError(
+            f"{type(backend).__name__} reads blocks of {', '.join(map(str, sizes))} tokens, not "
+            f"{size}; take auto, or attention=sdpa, which reads any",
+            key="kv_layout.block_size",
         )
 
 

@@ -254,6 +254,9 @@ class AttentionBackend(ABC):
 
     layouts: ClassVar[tuple[str, ...]] = ("hnd",)
     """Names of the KV layouts that it reads."""
+    block_sizes: ClassVar[Sequence[int]] = ()
+    """Tokens in a block that it reads, what suits it best first: that is what
+    ``kv_layout.block_size=auto`` takes. Empty: any, and the layout decides."""
     reuses: frozenset[Reuse] = frozenset()
     """``record`` and ``capture``: all that ``forward`` computes are ops of the table, on tensors of
     the metadata. A compiler asks for ``export`` instead."""

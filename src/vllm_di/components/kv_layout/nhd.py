@@ -13,6 +13,7 @@ class NhdLayout(PairLayout):
     """Keys and values in a tensor each, one pair a layer."""
 
     name = "nhd"
+    own_block_size = 128
     gathers_blocks = True
 
     def shape_of_block(self, spec: KvSpec) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 import torch
@@ -13,14 +13,22 @@ from vllm_di.components.messages import KvSpec
 
 
 class PairLayout(KvLayout):
-    """Blocks first in both tensors, whose shape is the subclass's."""
+    """Blocks first in both tensors, whose shape is the subclass's. ``block_size=auto`` is the
+    layout's own; where attention reads some sizes alone, the container puts in one of these."""
+
+    own_block_size: ClassVar[int] = 32
 
     def __init__(
-        self, device: Device, *, block_size: Annotated[int, msgspec.Meta(ge=1, le=1024)], dtype: str
+        self,
+        device: Device,
+        *,
+        block_size: Annotated[int, msgspec.Meta(ge=1, le=1024)] | Literal["auto"],
+        dtype: str,
     ) -> None:
         if dtype != "auto":
             device.dtype(dtype)  # refuse early what the device lacks
-        self.device, self.block_size, self.dtype_name = device, block_size, dtype
+        self.device, self.dtype_name = device, dtype
+        self.block_size = self.own_block_size if block_size == "auto" else block_size
 
     @abstractmethod
     def shape_of_block(self, spec: KvSpec) -> tuple[int, int, int]:

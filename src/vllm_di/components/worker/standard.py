@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
+from vllm_di.components.attention.spec import check_block_size
 from vllm_di.components.device.sizes import parse_size, show_size
 from vllm_di.components.interfaces import (
     AttentionBackend,
@@ -71,6 +72,7 @@ class StandardWorker(Worker):
                 f"{type(attention).__name__} cannot read the KV layout {kv_layout.name!r}; "
                 f"it reads {', '.join(attention.layouts)}; take kv_layout={attention.layouts[0]}"
             )
+        check_block_size(attention, kv_layout)
         if num_blocks is not None and kv_cache_memory is not None:
             raise ConfigError(
                 f"num_blocks ({num_blocks}) and kv_cache_memory ({kv_cache_memory}) both size the "

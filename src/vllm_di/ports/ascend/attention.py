@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_di.components.attention.spec import check_spec
+from vllm_di.components.attention.spec import check_layout, check_spec
 from vllm_di.components.interfaces import (
     AttentionBackend,
     AttentionSpec,
@@ -62,26 +62,17 @@ class AscendAttention(AttentionBackend):
     """
 
     layouts = ("nhd",)
+    block_sizes = range(BLOCK_MULTIPLE, LARGEST_BLOCK + 1, BLOCK_MULTIPLE)
 
     def __init__(self, device: Device, kv_layout: KvLayout) -> None:
-        if kv_layout.name not in self.layouts:
-            raise ConfigError(
-                f"AscendAttention reads the layout nhd, not {kv_layout.name!r}; take kv_layout=nhd "
-                "or attention=sdpa, which reads any"
-            )
-        size = kv_layout.block_size
-        if size % BLOCK_MULTIPLE or size > LARGEST_BLOCK:
-            raise ConfigError(
-                f"kv_layout.block_size {size}: the kernels take multiples of {BLOCK_MULTIPLE} up "
-                f"to {LARGEST_BLOCK}"
-            )
+        check_layout(self, kv_layout)
         require(
             device,
             "npu::npu_scatter_pa_kv_cache",
             "npu::npu_fused_infer_attention_score",
             "atb::_npu_paged_attention_v2.out",
         )
-        self._block_size, self._device = size, device.torch_device
+        self._block_size, self._device = kv_layout.block_size, device.torch_device
         self._write = torch.ops.npu.npu_scatter_pa_kv_cache
         self._fused = torch.ops.npu.npu_fused_infer_attention_score
         self._paged = torch.ops.atb._npu_paged_attention_v2.out

@@ -28,14 +28,10 @@ class FlashAttention(AttentionBackend):
     the longest context is an argument of the call."""
 
     layouts = ("hnd",)
+    block_sizes = range(PAGE, 1025, PAGE)
 
     def __init__(self, ops: OpTable, kv_layout: KvLayout) -> None:
         check_layout(self, kv_layout)
-        if kv_layout.block_size % PAGE:
-            raise ConfigError(
-                f"attention=flash_attn needs blocks of a multiple of {PAGE} tokens, not "
-                f"{kv_layout.block_size}; set kv_layout.block_size={PAGE}"
-            )
         package = needed("flash_attn", "attention=flash_attn", "pip install flash-attn")
         self._attend, self._write = package.flash_attn_varlen_func, ops.write_kv
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_di.components.attention.spec import check_spec
+from vllm_di.components.attention.spec import check_layout, check_spec
 from vllm_di.components.interfaces import (
     AttentionBackend,
     AttentionSpec,
@@ -57,11 +57,7 @@ class HpuAttention(AttentionBackend):
     layouts = ("nhd",)
 
     def __init__(self, device: Device, kv_layout: KvLayout, limits: SchedulerLimits) -> None:
-        if kv_layout.name not in self.layouts:
-            raise ConfigError(
-                f"HpuAttention reads the layout nhd, not {kv_layout.name!r}; take kv_layout=nhd "
-                "or attention=sdpa, which reads any"
-            )
+        check_layout(self, kv_layout)
         refuse_mixed(limits, "attention=hpu")
         if not limits.report().null_block:
             raise ConfigError("attention=hpu writes padding to block 0; set limits.null_block=true")

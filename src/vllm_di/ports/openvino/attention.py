@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_di.components.attention.spec import check_spec
+from vllm_di.components.attention.spec import check_layout, check_spec
 from vllm_di.components.interfaces import (
     AttentionBackend,
     AttentionSpec,
@@ -45,19 +45,11 @@ class OpenVinoAttention(AttentionBackend):
     same node in a compiled model of its own."""
 
     layouts = ("hnd", "openvino_u8")
+    block_sizes = (BLOCK,)
 
     def __init__(self, device: Device, kv_layout: KvLayout) -> None:
         self._device = openvino_device(device, "attention=openvino")
-        if kv_layout.name not in self.layouts:
-            raise ConfigError(
-                f"attention=openvino reads the layouts {', '.join(self.layouts)}, not "
-                f"{kv_layout.name!r}; take kv_layout=openvino"
-            )
-        if kv_layout.block_size != BLOCK:
-            raise ConfigError(
-                f"kv_layout.block_size {kv_layout.block_size}: OpenVINO's CPU plugin has blocks of "
-                f"{BLOCK} tokens"
-            )
+        check_layout(self, kv_layout)
         self._alone: dict[Any, Callable[..., Tensor]] = {}
         _one_node(AttentionSpec(num_heads=1, num_kv_heads=1, head_size=BLOCK, scale=1.0))
 
