@@ -19,7 +19,7 @@ test: venv vendor-schemas  ## set up, then run the tests
 
 # a failed download fails the tests that need the file, not the others
 vendor-schemas: venv  ## fetch the vendors' wheels that tests read schemas from
-	-$(BIN)/python -m tests.ports.ascend.wheel
+	-$(BIN)/python -m tests.ports.wheels
 
 vendor-llama-cpp: venv  ## fetch llama.cpp's chat templates and vocabularies, which tests read
 	$(BIN)/python -m tests.vendored

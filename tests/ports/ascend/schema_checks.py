@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 import yaml
-from tests.ports.ascend import wheel
+from tests.ports.wheels import TORCH_NPU
 from torch import Tensor
 from torch.library import Library
 
@@ -45,7 +45,7 @@ class MetaDevice:
 @cache
 def yaml_schemas() -> dict[str, str]:
     """Operator with overload to schema, of all that the wheel's generator makes."""
-    text = wheel.read("torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml")
+    text = TORCH_NPU.read("torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml")
     found = {}
     for row in yaml.safe_load(text)["custom"]:
         schema = row["func"] if isinstance(row, dict) else row
@@ -56,7 +56,7 @@ def yaml_schemas() -> dict[str, str]:
 @cache
 def atb_schemas() -> dict[str, str]:
     """Those that the Transformer Boost library carries as whole strings."""
-    data = wheel.read("torch_npu/lib/libop_plugin_atb.so")
+    data = TORCH_NPU.read("torch_npu/lib/libop_plugin_atb.so")
     strings = re.findall(rb"[ -~]{16,}", data)
     rows = [s.decode() for s in strings if re.match(rb"_?npu_\w+(\.\w+)?\(Tensor .*\) -> ", s)]
     return {f"atb::{row.partition('(')[0]}": f"atb::{row}" for row in rows}
@@ -86,7 +86,7 @@ def define_all() -> int:
     modules["torch_npu.npu._backends"].get_soc_version = lambda: 223  # type: ignore[attr-defined]
     modules["torch_npu"].npu = modules["torch_npu.npu"]  # type: ignore[attr-defined]
     sys.modules.update(modules)
-    source = wheel.read("torch_npu/op_plugin/meta/_meta_registrations.py")
+    source = TORCH_NPU.read("torch_npu/op_plugin/meta/_meta_registrations.py")
     namespace_of_file: dict[str, object] = {"__name__": "vendor_meta"}
     exec(compile(source, "_meta_registrations.py", "exec"), namespace_of_file)
     _kept.append(namespace_of_file)

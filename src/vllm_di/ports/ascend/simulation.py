@@ -7,39 +7,27 @@ kernels' speed or rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.library import Library
 
 from vllm_di.components.device.simulated import HostSimulation
 from vllm_di.components.ops.torch import TorchOps, attend
+from vllm_di.components.vendor_operators import define_operators, need
 from vllm_di.kernels.simulated.module import SimulatedModule
 from vllm_di.ports.ascend.vendor import SCHEMAS
 
 FRACTAL_NZ = 29
 _reference = TorchOps()
-_libraries: list[Library] = []
-"""torch forgets what a library defined when the library is collected; filled once in a process."""
 
 
 class AscendSimulation(HostSimulation):
     """An NPU with CANN and NNAL, as far as this port can tell."""
 
     def define_kernels(self, module: SimulatedModule) -> None:
-        if _libraries:
-            return
-        for name, schema in SCHEMAS.items():
-            namespace, _, operator = name.partition("::")
-            library = Library(namespace, "FRAGMENT")
-            library.define(operator + schema)
-            library.impl(operator, KERNELS[name], "CPU")
-            _libraries.append(library)
-
-
-def need(holds: bool, what: str) -> None:
-    """The vendor's refusals."""
-    if not holds:
-        raise RuntimeError(f"simulated kernel: {what}")
+        define_operators(SCHEMAS, KERNELS)
 
 
 def rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -244,7 +232,7 @@ def _gather(cache: Tensor, blocks: Tensor, length: int) -> Tensor:
     return cache[used].flatten(0, 1)[:length].transpose(0, 1)
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "npu::npu_rms_norm": rms_norm,
     "npu::npu_add_rms_norm": add_rms_norm,
     "npu::npu_mrope": mrope,

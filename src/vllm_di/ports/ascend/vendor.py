@@ -6,12 +6,8 @@ The names are those of torch-npu 2.13.0; the tests compare every line with its w
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
 from vllm_di.components.interfaces import Device
-from vllm_di.errors import ConfigError
+from vllm_di.components.vendor_operators import check_operators
 
 INSTALL = {
     "npu": "torch-npu did not register it: install the torch-npu that belongs to this torch",
@@ -78,18 +74,4 @@ SCHEMAS: dict[str, str] = {
 def require(device: Device, *operators: str) -> None:
     """Raise ConfigError unless torch has these operators (``namespace::name``), and each takes the
     calls that this port was written for. ``device`` is named so that it is opened first."""
-    for operator in operators:
-        name, _, overload = operator.partition(".")
-        schemas: list[Any] = torch._C._jit_get_schemas_for_operator(name)
-        found = [schema for schema in schemas if schema.overload_name == overload]
-        namespace = name.partition("::")[0]
-        if not found:
-            raise ConfigError(
-                f"{device.torch_device}: the operator {name} is missing: {INSTALL[namespace]}"
-            )
-        ours = torch._C.parse_schema(operator + SCHEMAS[operator])
-        if not found[0].is_backward_compatible_with(ours):
-            raise ConfigError(
-                f"{device.torch_device}: torch-npu's operator {name} has changed: it is "
-                f"{found[0]}, and this port calls {ours}; take torch-npu 2.13"
-            )
+    check_operators(device, operators, SCHEMAS, missing=INSTALL, changed="torch-npu 2.13")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_di.components.device.simulated import HostSimulation
 from vllm_di.components.products import matmul
+from vllm_di.components.vendor_operators import need
 from vllm_di.errors import ConfigError
 from vllm_di.kernels.simulated.module import SimulatedModule
 
@@ -103,12 +104,6 @@ def _hpu_backend(graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
     stand_in = sys.modules[PACKAGE]
     assert isinstance(stand_in, StandIn)
     return stand_in.compile(graph, inputs)
-
-
-def need(holds: bool, what: str) -> None:
-    """The vendor's refusals."""
-    if not holds:
-        raise RuntimeError(f"simulated kernel: {what}")
 
 
 def fused_sdpa(

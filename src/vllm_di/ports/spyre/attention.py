@@ -18,21 +18,22 @@ from vllm_di.components.interfaces import (
     KvLayout,
     LayerCache,
 )
+from vllm_di.components.vendor_operators import check_operators
 from vllm_di.errors import ConfigError
 from vllm_di.ports.spyre.device import spyre_device
 from vllm_di.ports.spyre.kv_layout import BLOCK, SpyreLayout
 
 SCHEMAS = {
-    "paged_attn_store": (
+    "spyre::paged_attn_store": (
         "(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping) -> "
         "(Tensor, Tensor)"
     ),
-    "paged_attn_compute": (
+    "spyre::paged_attn_compute": (
         "(Tensor query, Tensor key_cache, Tensor value_cache, float scale, Tensor "
         "current_tkv_mask, Tensor left_padded_prompt_mask, Tensor block_table) -> Tensor"
     ),
 }
-"""Of the namespace ``spyre``. Both give new tensors: the cache that was given is dead."""
+"""Both give new tensors: the cache that was given is dead."""
 
 
 @dataclass(slots=True)
@@ -64,7 +65,13 @@ class SpyreAttention(AttentionBackend):
                 f"attention=spyre reads blocks of {BLOCK} as [blocks, {BLOCK}, kv_heads, "
                 f"head_size], not the KV layout {kv_layout.name!r}; take kv_layout=spyre"
             )
-        check_ops()
+        check_operators(
+            device,
+            [*SCHEMAS],
+            SCHEMAS,
+            missing={"spyre": "take ibm-fms 1.13"},
+            changed="ibm-fms 1.13",
+        )
         self._layout = kv_layout
 
     def check(self, spec: AttentionSpec) -> None:
@@ -96,18 +103,6 @@ class SpyreAttention(AttentionBackend):
             q, key, value, spec.scale, m.tkv, m.left, m.table
         )
         return out.flatten(0, 1)[m.places]
-
-
-def check_ops() -> None:
-    """Raise ConfigError where torch lacks the ops, or they have changed."""
-    for name, schema in SCHEMAS.items():
-        found: list[Any] = torch._C._jit_get_schemas_for_operator(f"spyre::{name}")
-        ours = torch._C.parse_schema(f"spyre::{name}{schema}")
-        if not found or not found[0].is_backward_compatible_with(ours):
-            raise ConfigError(
-                f"the op spyre::{name} is {found[0] if found else 'missing'}, and this port calls "
-                f"{ours}; take ibm-fms 1.13"
-            )
 
 
 def _rectangle(plan: BatchPlan, nowhere: int) -> tuple[Tensor, ...]:

@@ -13,26 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.library import Library
 
 from vllm_di.components.ops.torch import attend
+from vllm_di.components.vendor_operators import define_operators
 from vllm_di.ports.spyre.attention import SCHEMAS
 from vllm_di.ports.spyre.kv_layout import BLOCK
-
-_libraries: list[Library] = []
-"""torch forgets what a library defined when the library is collected; filled once in a process."""
 
 
 def define_ops() -> None:
     """Define the vendor's ops, unless its own package has."""
-    if _libraries or torch._C._jit_get_schemas_for_operator("spyre::paged_attn_store"):
+    if torch._C._jit_get_schemas_for_operator("spyre::paged_attn_store"):
         return
-    library = Library("spyre", "FRAGMENT")
-    for name, schema in SCHEMAS.items():
-        library.define(name + schema)
-        library.impl(name, OPS[name], "CPU")
-        torch.library.register_fake(f"spyre::{name}", FAKES[name], lib=library)
-    _libraries.append(library)
+    define_operators(SCHEMAS, OPS)
+    for name, fake in FAKES.items():
+        torch.library.register_fake(name, fake)
 
 
 def store_in_place(
@@ -84,10 +78,13 @@ def _fake_compute(query: Tensor, *_rest: Any) -> Tensor:
     return torch.empty_like(query)
 
 
-OPS: dict[str, Callable[..., Any]] = {"paged_attn_store": store, "paged_attn_compute": compute}
+OPS: dict[str, Callable[..., Any]] = {
+    "spyre::paged_attn_store": store,
+    "spyre::paged_attn_compute": compute,
+}
 FAKES: dict[str, Callable[..., Any]] = {
-    "paged_attn_store": _fake_store,
-    "paged_attn_compute": _fake_compute,
+    "spyre::paged_attn_store": _fake_store,
+    "spyre::paged_attn_compute": _fake_compute,
 }
 
 COMPILED = frozenset(
