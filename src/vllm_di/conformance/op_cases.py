@@ -161,6 +161,44 @@ def _far_table() -> Tensor:
     )
 
 
+@cases_of("fused_qk_norm_rope")
+def fused_qk_norm_rope(make: Maker) -> Iterator[OpCase]:
+    """Heads of 64 and 128 are those that vendors' kernels have. Weights are small: what is rounded
+    between norm and rotation may cancel out there, and then shows."""
+    sizes = ((16, 16), (64, 64), (64, 32), (128, 128), (30, 20))
+    shapes = itertools.product((0, 1, 5), sizes, ((4, 4), (6, 2)), (False, True))
+    for tokens, (size, rotary), (heads, kv_heads), interleaved in shapes:
+        table = cos_sin_table(
+            theta=10000.0,
+            scaling=None,
+            rotary_dim=rotary,
+            num_positions=40,
+            max_position_embeddings=40,
+        )
+        qkv = make.real(tokens, (heads + 2 * kv_heads) * size)
+        if viewed := tokens > 1:
+            qkv = with_gaps(qkv)
+        weights, eps = _small(make, size), 1e-5 if heads == kv_heads else 1e-2
+        args = (make.whole(40, tokens), qkv, heads, kv_heads, *weights, eps, table, interleaved)
+        label = f"{tokens}x{heads}/{kv_heads}x{size} rotary={rotary} interleaved={interleaved}"
+        yield OpCase(f"{label} view={viewed}", args, long=True)
+    weights = _small(make, 64)
+    for interleaved in (False, True):
+        qkv, positions = make.view(len(FAR), 8 * 64), torch.tensor(FAR, dtype=torch.int64)
+        args = (positions, qkv, 4, 2, *weights, 1e-5, _far_table(), interleaved)
+        yield OpCase(f"positions up to {FAR[-1]} interleaved={interleaved}", args, long=True)
+    for poison in POISON:
+        qkv = make.real(3, 8 * 64)
+        qkv[1, 70] = poison  # in the second query head
+        args = (make.whole(40, 3), qkv, 4, 2, *weights, 1e-5, _far_table(), False)
+        yield OpCase(f"{poison}", args, long=True, poisoned=True)
+
+
+def _small(make: Maker, size: int) -> tuple[Tensor, Tensor]:
+    """Weights of the queries' norm and of the keys'."""
+    return make.real(size) / 4, make.real(size) / 4
+
+
 @cases_of("rotary_write_kv")
 def rotary_write_kv(make: Maker) -> Iterator[OpCase]:
     blocks, block_size = 4, 3

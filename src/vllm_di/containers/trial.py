@@ -151,6 +151,13 @@ def op_trials(table: OpTable, device: torch.device, dtype: torch.dtype) -> dict[
         shapes = {"q": (TOKENS, 4, HIDDEN), "k": (TOKENS, 2, HIDDEN)}
         return {n: (t, shapes[n], dtype) for n, t in zip(shapes, turned, strict=True)}
 
+    def fused_qk_norm_rope() -> Results:
+        qkv, weight = floats(TOKENS, 8 * HIDDEN), floats(HIDDEN)
+        cos_sin = floats(8, HIDDEN, kind=torch.float32)
+        turned = table.fused_qk_norm_rope(ids, qkv, 4, 2, weight, weight, 1e-5, cos_sin, False)
+        shapes = {"q": (TOKENS, 4, HIDDEN), "k": (TOKENS, 2, HIDDEN)}
+        return {n: (t, shapes[n], dtype) for n, t in zip(shapes, turned, strict=True)}
+
     def top_k_top_p_sample() -> Results:
         logits = floats(TOKENS, HIDDEN, kind=torch.float32)
         ones = torch.ones(TOKENS, dtype=torch.float32, device=device)
@@ -164,6 +171,7 @@ def op_trials(table: OpTable, device: torch.device, dtype: torch.dtype) -> dict[
         "rms_norm": lambda: one(table.rms_norm(x, floats(HIDDEN), 1e-5), TOKENS, HIDDEN),
         "add_rms_norm": add_rms_norm,
         "rotary_embedding": rotary_embedding,
+        "fused_qk_norm_rope": fused_qk_norm_rope,
         "silu_and_mul": lambda: one(table.silu_and_mul(wide), TOKENS, HIDDEN),
         "gelu_tanh_and_mul": lambda: one(table.gelu_tanh_and_mul(wide), TOKENS, HIDDEN),
         "linear": lambda: one(table.linear(x, table.pack_linear(weight)), TOKENS, 64),

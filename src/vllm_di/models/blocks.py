@@ -128,7 +128,12 @@ class Attention(nn.Module):
         self.eps = c.rms_norm_eps or 0.0
         self.ops, self.reduce = parts.ops, parts.reduce
         self.attend = parts.attention.forward
-        self.attend_unrotated = parts.attention.unrotated() if self.rotates else None
+        fuses = "fused_qk_norm_rope" in parts.ops.fusions
+        self.norms_and_rotates = fuses and self.rotates and self.q_norm is not None
+        """In one op, which goes before the one that rotates and writes the cache: two calls a layer
+        then, not three."""
+        unrotated = self.rotates and not self.norms_and_rotates
+        self.attend_unrotated = parts.attention.unrotated() if unrotated else None
 
     def targets(self, prefix: str) -> dict[str, Target]:
         names = [f"{prefix}.{p}_proj" for p in "qkv"]
@@ -145,17 +150,25 @@ class Attention(nn.Module):
         self, x: Tensor, positions: Tensor, cos_sin: Tensor, cache: LayerCache, metadata: Any
     ) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]."""
-        q, k, v = torch.split(self.qkv.run(x), self.sizes, -1)
+        qkv = self.qkv.run(x)
+        q, k, v = torch.split(qkv, self.sizes, -1)
         q = q.view(-1, self.num_heads, self.head_size)  # [tokens, heads, head_size]
         k = k.view(-1, self.num_kv_heads, self.head_size)
         v = v.view(-1, self.num_kv_heads, self.head_size)
         if self.q_norm is not None and self.k_norm is not None:
-            q = self.ops.rms_norm(q, self.q_norm.weight, self.eps)
-            k = self.ops.rms_norm(k, self.k_norm.weight, self.eps)
+            weights = self.q_norm.weight, self.k_norm.weight
+            if self.norms_and_rotates:
+                heads = self.num_heads, self.num_kv_heads
+                q, k = self.ops.fused_qk_norm_rope(
+                    positions, qkv, *heads, *weights, self.eps, cos_sin, False
+                )
+            else:
+                q = self.ops.rms_norm(q, weights[0], self.eps)
+                k = self.ops.rms_norm(k, weights[1], self.eps)
         if self.attend_unrotated is not None:
             mixed = self.attend_unrotated(positions, q, k, v, cos_sin, cache, metadata, self.spec)
         else:
-            if self.rotates:
+            if self.rotates and not self.norms_and_rotates:
                 q, k = self.ops.rotary_embedding(positions, q, k, cos_sin, False)
             mixed = self.attend(q, k, v, cache, metadata, self.spec)
         return self.reduce(self.out.run(mixed.flatten(1)))

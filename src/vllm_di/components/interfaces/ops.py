@@ -36,6 +36,9 @@ class Op:
     stands_for: tuple[str, ...] = ()
     """Ops that a fused op does in one. It runs only where all of them come from its own library;
     elsewhere the table runs the declared body, which calls them one by one."""
+    goes_before: tuple[str, ...] = ()
+    """Other fused ops that a layer which runs this one does not call. It is not in force where one
+    of them is chosen and it is not."""
     pack: str = ""
     """The method that packs its weights, or knows how to read packed ones."""
     fp32: bool = False
@@ -54,6 +57,7 @@ class Ops(dict[str, Op]):
         text: str,
         *,
         stands_for: tuple[str, ...] = (),
+        goes_before: tuple[str, ...] = (),
         pack: str = "",
         fp32: bool = False,
         may_reuse: bool = False,
@@ -62,7 +66,9 @@ class Ops(dict[str, Op]):
         """Declares the decorated method, and leaves it as it is."""
 
         def declare(method: F) -> F:
-            self[method.__name__] = Op(text, stands_for, pack, fp32, may_reuse, quantized)
+            self[method.__name__] = Op(
+                text, stands_for, goes_before, pack, fp32, may_reuse, quantized
+            )
             return method
 
         return declare
@@ -110,6 +116,36 @@ class OpTable(ABC):  # noqa: B024 - a table or a library, never built as it is
         rotary_dim] fp32 (cosines, then sines). Rotates the first rotary_dim elements of each head;
         may work in place. ``interleaved`` pairs (2i, 2i + 1), otherwise (i, i + rotary_dim / 2)."""
         raise _absent(self, "rotary_embedding")
+
+    @OPS.op(
+        "RMS normalisation and rotary position embedding of each head, in one",
+        stands_for=("rms_norm", "rotary_embedding"),
+        goes_before=("rotary_write_kv",),
+        may_reuse=True,
+    )
+    def fused_qk_norm_rope(
+        self,
+        positions: Tensor,
+        qkv: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        eps: float,
+        cos_sin: Tensor,
+        interleaved: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """qkv [tokens, (num_heads + 2 num_kv_heads) * head_size]: a token's queries, keys, values;
+        q_weight, k_weight [head_size]; the rest as in ``rotary_embedding``. Each head of the
+        queries and of the keys is normalised as by ``rms_norm``, then rotated; between the two it
+        may be rounded. -> queries [tokens, num_heads, head_size], keys [tokens, num_kv_heads,
+        head_size]; may work in place, and leaves the values as they are."""
+        size = q_weight.shape[0]
+        widths = [num_heads * size, num_kv_heads * size, num_kv_heads * size]
+        q, k, _ = qkv.split(widths, -1)
+        q, k = q.view(-1, num_heads, size), k.view(-1, num_kv_heads, size)
+        q, k = self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps)
+        return self.rotary_embedding(positions, q, k, cos_sin, interleaved)
 
     @OPS.op("SiLU gate of the MLP")
     def silu_and_mul(self, x: Tensor) -> Tensor:

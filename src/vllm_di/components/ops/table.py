@@ -43,8 +43,14 @@ class SelectedOps(OpTable):
         """Op to the library that runs it; None for a fused op that is taken apart."""
         for op in self.OPS:
             self._owners[op] = self._owner(op, choices.get(op, "auto"))
-        for fused in self.OPS.fused:
-            if choices.get(fused, "auto") == "auto" and self._apart(fused):
+        chosen = {op for op, choice in choices.items() if choice != "auto"}
+        self._passed_over = {
+            fused: [op for op in self.OPS[fused].goes_before if op in chosen]
+            for fused in self.OPS.fused.keys() - chosen
+        }
+        """Fused op to those that were chosen in its place."""
+        for fused in self.OPS.fused.keys() - chosen:
+            if self._apart(fused) or self._passed_over[fused]:
                 self._owners[fused] = None
         self.fusions = tuple(op for op in self.OPS.fused if self._owners[op] is not None)
         for op, owner in self._owners.items():
@@ -59,7 +65,11 @@ class SelectedOps(OpTable):
         reasons = self._library.describe()
         rows = {}
         for op, owner in self._owners.items():
-            if owner is None:
+            if owner is None and (others := self._passed_over[op]):
+                rows[op] = f"unfused: {', '.join(others)} was chosen"
+            elif owner is None and op not in self._library.implements:
+                rows[op] = f"unfused: {', '.join(self.OPS[op].stands_for)} in turn"
+            elif owner is None:
                 apart = self._apart(op)
                 runs = "runs" if len(apart) == 1 else "run"
                 rows[op] = f"unfused: {', '.join(apart)} {runs} on another library"

@@ -68,7 +68,7 @@ def compare(ops: OpTable, op: str, case: OpCase, device: torch.device) -> None:
             assert found.dtype == wanted.dtype, f"dtype {found.dtype}, not {wanted.dtype}"
             assert found.tolist() == wanted.tolist(), f"{found.tolist()}, not {wanted.tolist()}"
         elif case.poisoned:
-            _compare_poisoned(found, wanted, long=bool(case.pack))
+            _compare_poisoned(found, wanted, long=case.long or bool(case.pack))
         elif isinstance(case.slack, Tensor):
             _compare_rounded(found, wanted, case.slack)
         else:
