@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu tpu-env test-tpu-compile test-compile xpu-env test-xpu test-opencl test-families vllm-env test-vllm clients test-clients record-vllm test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
+.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu tpu-env test-tpu-compile test-compile xpu-env test-xpu test-opencl test-families test-ray vllm-env test-vllm clients test-clients record-vllm test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -15,7 +15,7 @@ serve: venv  ## set up, then serve the demo model on http://127.0.0.1:8000
 	$(BIN)/vllm-di serve $(ARGS)
 
 test: venv vendor-schemas  ## set up, then run the tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not vllm and not mutants and not vocabularies and not templates and not families and not clients" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not vllm and not mutants and not vocabularies and not templates and not families and not clients and not ray" $(ARGS)
 
 # a failed download fails the tests that need the file, not the others
 vendor-schemas: venv  ## fetch the vendors' wheels that tests read schemas from
@@ -79,6 +79,10 @@ record-vllm: venv  ## what the last make test-vllm found becomes the recorded re
 test-vllm: venv  ## inside the real vLLM, three versions: each adapter beside stock vLLM
 	$(BIN)/python -m tests.vllm.environment
 	$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
+
+test-ray: venv  ## executor=ray with real Ray: two nodes in network namespaces of their own (as root; some minutes)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest -m ray tests/ray -rs $(ARGS)
 
 faults: venv  ## kill, stop, damage and starve running servers: nothing may be lost (a quarter of an hour)
 	$(BIN)/python -m tests.rigs.faults $(ARGS)

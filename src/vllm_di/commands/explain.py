@@ -47,6 +47,8 @@ def run(arguments: Arguments) -> int:
             f"\n{told.replicas} replicas of engine and workers behind one API process "
             f"({told.replicas_place}); router={router.option} shares requests out"
         )
+    if told.nodes:
+        print("\n" + "\n".join(told.nodes))
     if told.ops:
         print()
         print_table(["op", "runs on"], [[row.op, row.runs_on] for row in told.ops])

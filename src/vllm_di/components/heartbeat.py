@@ -52,11 +52,13 @@ class Heart:
     ``ORPHAN_SECONDS`` to end; then the thread ends it.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str | socket.socket) -> None:
+        """``address``: of a Unix socket, or a connection that is there already."""
         self.state: Callable[[], Beat] = Beat
         with contextlib.suppress(AttributeError, ValueError, OSError):  # no standard error
             faulthandler.register(STACKS, all_threads=True)
-        self._connection: Connection[Any] = Connection(connect(address), CODEC)
+        sock = connect(address) if isinstance(address, str) else address
+        self._connection: Connection[Any] = Connection(sock, CODEC)
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def _run(self) -> None:
@@ -71,10 +73,17 @@ class Heart:
 
 class Silence:
     """How long a process has been silent. Time counts only while the listener itself runs, so that
-    one that was stopped, with all its children, finds nobody silent."""
+    one that was stopped, with all its children, finds nobody silent.
 
-    def __init__(self) -> None:
+    After ``limit`` seconds, or as soon as its connection is closed, a process with a limit counts
+    as gone: ``is_over`` stays, and ``on_over`` is called once."""
+
+    def __init__(
+        self, limit: float | None = None, on_over: Callable[[], None] = lambda: None
+    ) -> None:
         self.seconds = 0.0
+        self.limit, self._on_over = limit, on_over
+        self.is_over = self.is_closed = False
         self._last = time.monotonic()
 
     @property
@@ -86,6 +95,10 @@ class Silence:
         now = time.monotonic()
         self.seconds += min(now - self._last, 2 * INTERVAL)
         self._last = now
+        if self.limit is not None and not self.is_over:
+            self.is_over = self.is_closed or self.seconds > self.limit
+            if self.is_over:
+                self._on_over()
 
     def beat(self) -> None:
         self.seconds, self._last = 0.0, time.monotonic()
@@ -101,10 +114,15 @@ class Listener:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def watch(self, sock: socket.socket) -> Silence:
+    def watch(
+        self,
+        sock: socket.socket,
+        limit: float | None = None,
+        on_over: Callable[[], None] = lambda: None,
+    ) -> Silence:
         """Follow the beats that arrive at one end of a connection; the socket is the listener's
-        from now on."""
-        silence = Silence()
+        from now on. ``limit`` and ``on_over``: the silence's, on the listener's thread."""
+        silence = Silence(limit, on_over)
         sock.settimeout(INTERVAL)  # a beat comes whole, or never
         with self._lock:
             self._silences[sock], self._hearts[sock] = silence, Connection(sock, CODEC)
@@ -132,6 +150,7 @@ class Listener:
                 except (EngineDeadError, OSError, msgspec.MsgspecError):
                     with self._lock:  # the process is gone: silent from now on
                         del self._hearts[sock]
+                    silences[sock].is_closed = True
                     sock.close()
                 else:
                     silences[sock].beat()

@@ -435,6 +435,7 @@ class Peer(msgspec.Struct, frozen=True):
     name: str
     """What errors call it: ``worker 1``, ``stage 0``."""
     pid: int
+    """0: on a node of a cluster, where nobody here may signal it."""
     silent: bool = False
     """Whether its heartbeat has stopped."""
 

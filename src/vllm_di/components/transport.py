@@ -108,6 +108,10 @@ class Rendezvous:
         Path(self.address).chmod(0o600)
         self.socket.listen()
 
+    def accept(self) -> socket.socket | None:
+        """The next connection; None for one that is not to be had."""
+        return self.socket.accept()[0]
+
     def close(self) -> None:
         self.socket.close()
         self._folder.cleanup()

@@ -39,6 +39,7 @@ SETTINGS = (
     "generation_config",
     "checkpoint",
     "claimed_level",
+    "cluster",
     "platform",
 )
 """Top-level keys that are no slots."""
@@ -181,9 +182,23 @@ def assemble(
         missing=dict(whole.missing),
         num_replicas=num_replicas,
     )
+    _refuse_unused_cluster(assembly)
     if not parts.roles:
         return assembly
     return _add_workers(assembly, tree, whole, parts.roles, reports, incomplete)
+
+
+def _refuse_unused_cluster(assembly: Assembly) -> None:
+    """Raise ConfigError where a person set a key of ``cluster`` that the executor does not take."""
+    if "cluster" in assembly.engine["executor"]:
+        return
+    for key, origin in assembly.origins.items():
+        if key.split(".")[0] == "cluster" and origin.by_user:
+            option = assembly.choices["executor"].option
+            raise ConfigError(
+                f"{origin}: {key}: executor={option} places no workers on a cluster; take "
+                "executor=ray, or leave it out"
+            )
 
 
 def _add_workers(

@@ -84,6 +84,8 @@ class Explanation(msgspec.Struct, frozen=True):
     """Engines behind the API process, each with what the rows of engine and worker say."""
     replicas_place: str = ""
     """Where the number comes from."""
+    nodes: list[str] = []
+    """Where a cluster is to place workers: what each takes of a node, and who says so."""
 
 
 def explain(
@@ -127,7 +129,25 @@ def explain(
         sampling_place=assembly.place("generation_config"),
         replicas=assembly.num_replicas,
         replicas_place=assembly.place(PATH),
+        nodes=_nodes(assembly),
     )
+
+
+def _nodes(assembly: Assembly) -> list[str]:
+    executor = assembly.engine["executor"]
+    if "cluster" not in executor:
+        return []
+    lines = []
+    for stage in range(len(assembly.stages)):
+        before = assembly.prefix(stage)
+        key, name = f"{before}platform.ray.resource", assembly.platform_of(stage).ray.resource
+        if executor.get("resource") is not None:
+            key, name = "executor.resource", executor["resource"]
+        who = f"stage {stage}" if before else "each worker"
+        amount = executor.get("amount", 1)
+        lines.append(f"{who} takes {amount:g} {name} of a node ({assembly.place(key)})")
+    bind = executor["cluster"]["bind"]
+    return [*lines, f"workers connect to {bind} ({assembly.place('cluster.bind')})"]
 
 
 def rows(

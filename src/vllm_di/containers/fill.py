@@ -17,13 +17,21 @@ import msgspec
 from dependency_injector.containers import DeclarativeContainer
 from dependency_injector.providers import Object, Provider, Singleton
 
-from vllm_di.components.interfaces import Engine, OpLibrary, Placement, Worker, WorkerLauncher
+from vllm_di.components.interfaces import (
+    Engine,
+    Errand,
+    NodeResource,
+    OpLibrary,
+    Placement,
+    Worker,
+    WorkerLauncher,
+)
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.block_size import settle_block_size
 from vllm_di.containers.faults import placed
 from vllm_di.containers.replicas import PATH, refuse_alone
 from vllm_di.containers.schema import Part, check, class_of
-from vllm_di.containers.slots import DERIVED, SHARED, EngineContainer, WorkerContainer
+from vllm_di.containers.slots import DERIVED, SHARED, EngineContainer, WorkerContainer, slots
 from vllm_di.containers.trial import try_out
 from vllm_di.errors import ConfigError, PortError, VllmDiError, nearest, one_line
 
@@ -163,21 +171,37 @@ class Launcher(WorkerLauncher):
 
     def place(self, stage: int, key: str) -> str:
         slot, _, rest = key.partition(".")
-        path = self._assembly.path(WorkerContainer, slot, stage)
+        path = slot
+        if slot in slots(WorkerContainer):
+            path = self._assembly.path(WorkerContainer, slot, stage)
         if not rest:
             return f"{self._assembly.place(f'{path}._target_')}: {path}"
         return f"{self._assembly.place(f'{path}.{rest}')}: {path}.{rest}"
 
     def command(self, placement: Placement, address: str) -> tuple[list[str], bytes]:
         placement = self._checked(placement)
+        self._refuse_objects()
+        where = msgspec.json.encode(placement).decode()
+        module = "vllm_di.containers.worker_process"
+        return [sys.executable, "-m", module, where, address], self._assembly.encode()
+
+    def errand(self, placement: Placement) -> Errand:
+        placement = self._checked(placement)
+        self._refuse_objects()
+        function = "vllm_di.containers.worker_process:run_on_node"
+        return Errand(function, msgspec.json.encode(placement), self._assembly.encode())
+
+    def resource(self, stage: int) -> NodeResource:
+        key = f"{self._assembly.prefix(stage)}platform.ray.resource"
+        name = self._assembly.platform_of(stage).ray.resource
+        return NodeResource(name, f"{self._assembly.place(key)}: {key}")
+
+    def _refuse_objects(self) -> None:
         if self._objects:
             raise ConfigError(
                 f"objects cannot be handed to worker processes: {', '.join(self._objects)}; "
                 "take executor=inline"
             )
-        where = msgspec.json.encode(placement).decode()
-        module = "vllm_di.containers.worker_process"
-        return [sys.executable, "-m", module, where, address], self._assembly.encode()
 
     def _checked(self, placement: Placement) -> Placement:
         """With role and replica of this launcher. Raises ConfigError where stages would not

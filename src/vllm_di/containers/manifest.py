@@ -76,6 +76,14 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """Ops that its own library implements; the others run on the torch reference."""
 
 
+class RayNeeds(msgspec.Struct, frozen=True, kw_only=True):
+    """How ``executor=ray`` places the platform's workers."""
+
+    resource: str | None = None
+    """By which name a Ray cluster knows the device: ``CPU``, ``GPU``, ``NPU``, or one that nodes
+    are started with (``ray start --resources``)."""
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """A platform's own description."""
 
@@ -96,6 +104,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     besides: tuple[str, ...] = ()
     """Evidence beside the suite, a line each with the command or test that produced it. The support
     matrix has it in a column of its own; it does not raise the level."""
+    ray: RayNeeds = RayNeeds()
     compile: CompileTargets | None = None
     """null: nothing is compiled ahead, and the platform is never compile-checked."""
 

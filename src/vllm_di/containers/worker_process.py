@@ -2,14 +2,17 @@
 SOCKET``.
 
 The placement is JSON, the assembly comes on standard input. Two connections go to the Unix socket:
-the first for the heartbeat, the second for calls. The process ends when they do.
+the first for the heartbeat, the second for calls. The process ends when they do. On a node of a
+cluster ``run_on_node`` is called in a process that is there already.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
+import socket
 import sys
 from contextlib import ExitStack
 from typing import Any
@@ -19,6 +22,7 @@ import msgspec
 from vllm_di.components.executor import rpc
 from vllm_di.components.heartbeat import Heart
 from vllm_di.components.interfaces import Placement, Worker
+from vllm_di.components.lines import Line, descriptor
 from vllm_di.components.remote import RemoteMethods
 from vllm_di.components.transport import Connection, Failure, connect
 from vllm_di.containers.assembly import Assembly
@@ -33,7 +37,25 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Heart(sys.argv[2])
     assembly = Assembly.decode(sys.stdin.buffer.read())
-    connection = Connection(connect(sys.argv[2]), rpc.GREETING)
+    run(assembly, placement, connect(sys.argv[2]))
+
+
+def run_on_node(placement: bytes, assembly: bytes, line: bytes) -> None:
+    """The worker of an ``Errand``, in this process: connections go over ``line``, JSON of a
+    ``Line``. Ends the process where the worker fails. Raises ConfigError or OSError where the
+    engine cannot be reached."""
+    place = msgspec.json.decode(placement, type=Placement)
+    way = msgspec.json.decode(line, type=Line)
+    Heart(way.connect())
+    if place.node is not None and place.world_size > 1:
+        store = descriptor(way.connect())
+        place = dataclasses.replace(place, node=dataclasses.replace(place.node, store=store))
+    run(Assembly.decode(assembly), place, way.connect())
+
+
+def run(assembly: Assembly, placement: Placement, sock: socket.socket) -> None:
+    """Open the worker's container, then answer calls that come over ``sock`` until it closes."""
+    connection = Connection(sock, rpc.GREETING)
     try:
         with ExitStack() as stack:
             with shown(print_line):

@@ -162,7 +162,7 @@ class EngineProcess:
                 self._beat = heartbeat.CODEC.decode(await read_frame(self._heart))
                 self._silence.beat()
                 for peer in self._beat.peers:
-                    if peer.pid not in self._peers:
+                    if peer.pid and peer.pid not in self._peers:
                         with contextlib.suppress(ProcessLookupError):
                             self._peers[peer.pid] = os.pidfd_open(peer.pid)
 

@@ -65,6 +65,12 @@ class SharedMemoryCommunicator(Communicator):
             raise ConfigError(
                 f"communicator=shared_memory: not for tensors on {device.torch_device}"
             )
+        if placement.node is not None and placement.node.num_nodes > 1:
+            raise ConfigError(
+                f"communicator=shared_memory: the {placement.world_size} ranks are on "
+                f"{placement.node.num_nodes} nodes, which share no memory; take "
+                "communicator=torch_distributed, or executor.strategy=STRICT_PACK"
+            )
         self.rank, self.world_size = placement.rank, placement.world_size
         self._group: int | None = None
         self._processes: list[int] = []

@@ -52,7 +52,8 @@ class HostDevice(Device):
         self._threads_before = torch.get_num_threads()
         part = 1 if cores is not None else self._ranks  # those left are this rank's alone
         usable = system.usable_cores()
-        if part > usable and placement.num_replicas > 1 and threads is None:
+        is_shared = placement.num_replicas > 1 and placement.node is None
+        if part > usable and is_shared and threads is None:
             raise ConfigError(
                 f"executor.data_parallel_size={placement.num_replicas}: {part} workers in all, "
                 f"and {usable} cores that this process may use; each needs one. Lower it, or set "

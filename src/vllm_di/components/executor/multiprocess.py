@@ -13,6 +13,8 @@ from vllm_di.components.executor.methods import StageMethods
 from vllm_di.components.executor.processes import (
     CLOSE_SECONDS,
     GRACE_SECONDS,
+    ThisHost,
+    WorkerHost,
     WorkerProcess,
     answers,
     called,
@@ -30,7 +32,6 @@ from vllm_di.components.messages import (
     StepResult,
     WorkerReport,
 )
-from vllm_di.components.transport import GroupStore
 from vllm_di.components.warm_ups import warmed
 from vllm_di.errors import EngineDeadError
 
@@ -38,7 +39,10 @@ Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class MultiprocessExecutor(Executor):
-    """Starts worker processes and drives them over Unix sockets."""
+    """Starts worker processes and drives them over sockets.
+
+    ``host`` starts them; an executor that is made of this one may put its own there before
+    ``start``."""
 
     def __init__(
         self,
@@ -52,7 +56,7 @@ class MultiprocessExecutor(Executor):
         self._start_timeout, self._step_timeout = start_timeout, step_timeout
         self._methods = StageMethods(launcher)
         self._execute = self._methods.call("execute")
-        self._store: GroupStore | None = None
+        self.host: WorkerHost = ThisHost()
         self._listener = Listener()
         self.patience = step_timeout + GRACE_SECONDS
         self._workers: list[WorkerProcess] = []
@@ -110,23 +114,14 @@ class MultiprocessExecutor(Executor):
             worker.reap()
         self._workers = []
         self._listener.close()
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        self.host.close()
 
     # -- inside -------------------------------------------------------------------------------
 
     def _spawn(self) -> None:
-        self._store = GroupStore()
-        meeting = self._store.address if self._world > 1 else ""
-        for rank in range(self._world):
-            placement = Placement(rank, self._world, meeting)
-            worker = WorkerProcess(
-                self._launcher,
-                placement,
-                called(self._launcher, f"worker {rank}"),
-                listener=self._listener,
-            )
+        placements = [Placement(rank, self._world) for rank in range(self._world)]
+        names = [called(self._launcher, f"worker {rank}") for rank in range(self._world)]
+        for worker in self.host.start(self._launcher, placements, names, self._listener):
             self._workers.append(worker)
         connect(self._workers, self._start_timeout)
 

@@ -14,7 +14,14 @@ import msgspec
 from vllm_di.components.device.sizes import show_size
 from vllm_di.components.executor.inline import call_here
 from vllm_di.components.executor.methods import StageMethods
-from vllm_di.components.executor.processes import GRACE_SECONDS, WorkerProcess, called, connect
+from vllm_di.components.executor.processes import (
+    GRACE_SECONDS,
+    ThisHost,
+    WorkerHost,
+    WorkerProcess,
+    called,
+    connect,
+)
 from vllm_di.components.heartbeat import Listener
 from vllm_di.components.interfaces import Executor, Placement, Worker, WorkerLauncher
 from vllm_di.components.kv_groups import group_layers, sized
@@ -53,6 +60,9 @@ class PipelineExecutor(Executor):
         self._start_timeout, self._step_timeout = start_timeout, step_timeout
         self._stages: list[_Stage] = []
         self._listener = Listener()
+        self.host: WorkerHost = ThisHost()
+        """Starts its processes; an executor that is made of this one may put its own there before
+        ``start``."""
         self.patience = launcher.num_stages * step_timeout + GRACE_SECONDS
 
     def start(self) -> WorkerReport:
@@ -81,13 +91,9 @@ class PipelineExecutor(Executor):
                 stage.run(stage.open, self._launcher.open(place))
             return
         workers = []
-        for stage, place in zip(self._stages, places, strict=True):
-            worker = WorkerProcess(
-                self._launcher,
-                place,
-                stage.name,
-                listener=self._listener,
-            )
+        names = [stage.name for stage in stages]
+        started = self.host.start(self._launcher, places, names, self._listener)
+        for stage, worker in zip(stages, started, strict=True):
             stage.open(closing(worker))
             workers.append(worker)
         connect(workers, self._start_timeout)
@@ -139,6 +145,7 @@ class PipelineExecutor(Executor):
 
     def close(self) -> None:
         with ExitStack() as stack:  # all of them, even when one raises
+            stack.callback(self.host.close)
             stack.callback(self._listener.close)
             for stage in self._stages:
                 stack.callback(stage.close)

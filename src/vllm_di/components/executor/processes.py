@@ -1,21 +1,26 @@
-"""One worker in a process of its own, driven over a Unix socket."""
+"""One worker in a process of its own, driven over a socket."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import select
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import suppress
+from typing import Any, Protocol
+
+import msgspec
 
 from vllm_di.components.executor.rpc import GREETING, Call, Close, Hello, result
 from vllm_di.components.heartbeat import Listener, Silence, put_down
 from vllm_di.components.interfaces import DEFAULT_ROLE, Placement, WorkerLauncher
 from vllm_di.components.messages import Peer
-from vllm_di.components.transport import Codec, Connection, Failure, Rendezvous
+from vllm_di.components.transport import Codec, Connection, Failure, GroupStore, Rendezvous
 from vllm_di.errors import EngineDeadError
 
 CLOSE_SECONDS = 5.0
@@ -26,37 +31,105 @@ GREETING_SECONDS = 5.0
 BLAME_SECONDS = 1.0
 """For the end of a process to show, when another has failed because of it."""
 
+Socket = socket.socket
 log = logging.getLogger(__name__)
 
 
-class WorkerProcess:
-    """A worker in another process: spawned by the constructor, ready after ``connect``.
+class Door(Protocol):
+    """Where a worker connects to its executor."""
 
-    ``name`` is what errors call it: ``worker 1``, ``stage 0``. ``listener`` hears its heartbeat.
+    socket: Socket
+    """Readable when somebody knocks."""
+
+    def accept(self) -> Socket | None:
+        """The next connection; None for one that is not the worker's."""
+
+    def close(self) -> None: ...
+
+
+class Process(ABC):
+    """A worker's process, as whoever started it knows it."""
+
+    pid: int = 0
+    """0 where it is none of this host's, or nobody here may signal it."""
+    node: str = ""
+    """The host, where that is another one or may be: for errors."""
+
+    @abstractmethod
+    def ending(self) -> str | None:
+        """How it ended: ``was killed by signal 9``. None while it runs. Raises ConfigError where
+        that is why."""
+
+    @abstractmethod
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended by then."""
+
+    @abstractmethod
+    def signal(self, number: int) -> None: ...
+
+    @abstractmethod
+    def terminate(self) -> None: ...
+
+    @abstractmethod
+    def kill(self) -> None: ...
+
+
+class LocalProcess(Process):
+    """Of this host, started here."""
+
+    def __init__(self, command: Sequence[str], assembly: bytes) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        self.pid = self._process.pid
+        assert self._process.stdin is not None
+        self._process.stdin.write(assembly)
+        self._process.stdin.close()
+
+    def ending(self) -> str | None:
+        code = self._process.poll()
+        if code is None:
+            return None
+        return f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
+
+    def wait(self, seconds: float) -> bool:
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+class WorkerProcess:
+    """A worker in another process: started by a ``WorkerHost``, ready after ``connect``.
+
+    ``name`` is what errors call it: ``worker 1``, ``stage 0``. ``listener`` hears its heartbeat;
+    after ``silence_limit`` seconds without one the worker counts as dead (None: whoever watches
+    the engine decides). ``others`` take its connections between the heartbeat's and the calls'.
     """
 
     def __init__(
         self,
-        launcher: WorkerLauncher,
-        placement: Placement,
         name: str,
+        process: Process,
+        door: Door,
         *,
         listener: Listener,
+        silence_limit: float | None = None,
+        others: Sequence[Callable[[Socket], None]] = (),
     ) -> None:
         self.name = name
-        self._listener, self._silence = listener, Silence()
+        self._process, self._door, self._listener = process, door, listener
+        self._silence, self._silence_limit = Silence(), silence_limit
         self._connection: Connection[Hello | Failure] | None = None
-        self._has_heart = False
-        self._rendezvous = Rendezvous()
-        try:
-            command, assembly = launcher.command(placement, self._rendezvous.address)
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
-        except BaseException:
-            self._rendezvous.close()
-            raise
-        assert self._process.stdin is not None
-        self._process.stdin.write(assembly)
-        self._process.stdin.close()
+        self._awaited: list[Callable[[Socket], None]] = [self._watch, *others]
 
     def close(self) -> None:
         self.hang_up()
@@ -65,26 +138,35 @@ class WorkerProcess:
     # -- starting -----------------------------------------------------------------------------
 
     @property
-    def socket(self) -> socket.socket:
+    def socket(self) -> Socket:
         """Readable when there is something to ``greet``, or to ``receive``."""
-        return self._connection.socket if self._connection else self._rendezvous.socket
+        return self._connection.socket if self._connection else self._door.socket
 
     def greet(self) -> bool:
-        """Accept its two connections, then take its hello: True after that. Raises what it says
-        went wrong."""
+        """Accept its connections, then take its hello: True after that. Raises what it says went
+        wrong."""
         if self._connection is None:
-            sock, _ = self._rendezvous.socket.accept()
-            if not self._has_heart:  # the first connection of the two
-                self._has_heart = True
-                self._silence = self._listener.watch(sock)
+            if (sock := self._door.accept()) is None:
                 return False
-            self._rendezvous.close()
+            if self._awaited:
+                self._awaited.pop(0)(sock)
+                return False
+            self._door.close()
             self._connection = Connection(sock, GREETING)
             return False
         greeting = self.answer(GREETING, GREETING_SECONDS)
         if isinstance(greeting, Failure):
             raise greeting.error()
         return True
+
+    def _watch(self, sock: Socket) -> None:
+        self._silence = self._listener.watch(sock, self._silence_limit, self._cut_off)
+
+    def _cut_off(self) -> None:
+        """On the listener's thread: whoever waits for an answer need wait no longer."""
+        if self._connection is not None:
+            with suppress(OSError):
+                self._connection.socket.shutdown(socket.SHUT_RDWR)
 
     # -- talking ------------------------------------------------------------------------------
 
@@ -107,7 +189,10 @@ class WorkerProcess:
             raise hung([self], timeout) from None
         except (EngineDeadError, OSError) as error:
             raise self._lost(str(error)) from None
-        return call.decode(payload)
+        found = call.decode(payload)
+        if isinstance(found, Failure) and self._process.node:
+            return msgspec.structs.replace(found, message=f"{self._where()}: {found.message}")
+        return found
 
     def call(self, call: Call, frame: bytes, timeout: float) -> Any:
         """Send a call's frame and wait for its result; raises the worker's own failure."""
@@ -116,19 +201,21 @@ class WorkerProcess:
 
     def check_alive(self) -> None:
         """Raises EngineDeadError when it is gone."""
-        if self._process.poll() is not None:
-            raise EngineDeadError(f"{self.name} {self._ending()}")
+        if (how := self._process.ending()) is not None:
+            raise EngineDeadError(f"{self._where()} {how}")
+        if self._silence.is_over:
+            raise self._lost("its connection is closed")
 
     def peer(self) -> Peer:
         """What a heartbeat says of it."""
         return Peer(self.name, self._process.pid, self._silence.is_long)
 
     def signal(self, number: int) -> None:
-        self._process.send_signal(number)
+        self._process.signal(number)
 
     def hang_up(self) -> None:
         """Ask it to close; ``reap`` waits for its end."""
-        self._rendezvous.close()
+        self._door.close()
         if self._connection is None:
             return
         try:
@@ -140,25 +227,75 @@ class WorkerProcess:
 
     def reap(self) -> None:
         """Wait for its end; help where it takes too long."""
-        for signal in (None, self._process.terminate, self._process.kill):
-            if signal is not None:
-                signal()
-            try:
-                self._process.wait(CLOSE_SECONDS)
-            except subprocess.TimeoutExpired:
-                continue
-            return
+        helps = (None, self._process.terminate, self._process.kill)
+        for end in helps[-1:] if self._silence.is_over else helps:
+            if end is not None:
+                end()
+            if self._process.wait(CLOSE_SECONDS):
+                return
+
+    def _where(self) -> str:
+        return f"{self.name} (node {self._process.node})" if self._process.node else self.name
 
     def _lost(self, why: str) -> EngineDeadError:
-        try:
-            self._process.wait(1)
-        except subprocess.TimeoutExpired:
-            return EngineDeadError(f"{self.name}: {why}")
-        return EngineDeadError(f"{self.name} {self._ending()}")
+        silence = self._silence
+        if silence.is_over and not silence.is_closed:
+            return EngineDeadError(
+                f"{self._where()} gave no sign of life for {silence.limit:g} s: the worker, its "
+                "node or the network is gone"
+            )
+        ending = self._process.ending() if self._process.wait(1) else None
+        return EngineDeadError(f"{self._where()} {ending}" if ending else f"{self._where()}: {why}")
 
-    def _ending(self) -> str:
-        code = self._process.returncode
-        return f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
+
+class WorkerHost(ABC):
+    """Where an executor's workers run."""
+
+    @abstractmethod
+    def start(
+        self,
+        launcher: WorkerLauncher,
+        placements: Sequence[Placement],
+        names: Sequence[str],
+        listener: Listener,
+    ) -> Iterator[WorkerProcess]:
+        """Start a worker for each placement, which are those of one group and have no rendezvous
+        yet; ``connect`` waits for them. Whoever iterates closes those that it was given, and then
+        this."""
+
+    def close(self) -> None:
+        """After its workers."""
+
+
+class ThisHost(WorkerHost):
+    """Processes of this host, over Unix sockets."""
+
+    def __init__(self) -> None:
+        self._store: GroupStore | None = None
+
+    def start(
+        self,
+        launcher: WorkerLauncher,
+        placements: Sequence[Placement],
+        names: Sequence[str],
+        listener: Listener,
+    ) -> Iterator[WorkerProcess]:
+        self._store = GroupStore()
+        for placement, name in zip(placements, names, strict=True):
+            if placement.world_size > 1:
+                placement = dataclasses.replace(placement, rendezvous=self._store.address)
+            door = Rendezvous()
+            try:
+                process = LocalProcess(*launcher.command(placement, door.address))
+            except BaseException:
+                door.close()
+                raise
+            yield WorkerProcess(name, process, door, listener=listener)
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.close()
+            self._store = None
 
 
 def called(launcher: WorkerLauncher, name: str) -> str:

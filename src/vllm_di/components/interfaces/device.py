@@ -18,6 +18,23 @@ DEFAULT_ROLE = "default"
 
 
 @dataclass(frozen=True, slots=True)
+class Node:
+    """Where a worker is that a cluster has placed."""
+
+    address: str
+    """Of its host, as the engine's host sees it: an IP address."""
+    num_nodes: int = 1
+    """That the ranks of its group are on."""
+    slot: int = 0
+    """Which of the node's devices, or which part of the node, is this worker's."""
+    num_slots: int = 1
+    """Parts that the node's cores and memory are cut into."""
+    store: int | None = None
+    """File descriptor of a connection to the engine's key-value store (``components/meeting.py``),
+    by which the ranks of several nodes meet."""
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Given, not chosen: where this worker stands among its peers."""
 
@@ -25,7 +42,8 @@ class Placement:
     world_size: int = 1
     rendezvous: str = ""
     """For more than one rank ``file://PATH``: a file of torch's FileStore, absent at first, in a
-    folder that the user alone can enter."""
+    folder that the user alone can enter. On a cluster a name that nobody can guess: ``node``
+    has the way to the others."""
     stage: int = 0
     """Which part of a pipeline this is; ranks are counted within a stage."""
     num_stages: int = 1
@@ -35,17 +53,19 @@ class Placement:
     replica: int = 0
     """Which of the engines of this host the worker is of; ranks are counted within an engine."""
     num_replicas: int = 1
+    node: Node | None = None
+    """None: on the engine's own host, with all its peers."""
 
     @property
     def host_rank(self) -> int:
         """Counted over the ranks of all replicas: which of the host's devices, or which part of
         the host, is this worker's."""
-        return self.replica * self.world_size + self.rank
+        return self.replica * self.world_size + self.rank if self.node is None else self.node.slot
 
     @property
     def host_world_size(self) -> int:
         """Workers of the host that share its cores and memory, or take a device each."""
-        return self.num_replicas * self.world_size
+        return self.num_replicas * self.world_size if self.node is None else self.node.num_slots
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,28 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What starts a worker on another host, as plain data."""
+
+    function: str
+    """``module:name`` of a function of three byte strings, this placement, this assembly and the
+    way to the engine (``components/lines.py``), that runs the worker in the process that calls it
+    until the engine hangs up."""
+    placement: bytes
+    assembly: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NodeResource:
+    """What a node of a cluster must have for a worker."""
+
+    name: str | None
+    """As the cluster knows it: ``CPU``, ``GPU``, ``NPU``. None: the platform does not say."""
+    place: str
+    """Where that was set, for messages."""
+
+
 class WorkerLauncher(ABC):
     """Given, not chosen: opens worker containers for an executor, which itself knows no
     container."""
@@ -53,6 +75,14 @@ class WorkerLauncher(ABC):
     def command(self, placement: Placement, address: str) -> tuple[list[str], bytes]:
         """Argument list of a worker process that connects to the Unix socket ``address``, and the
         bytes to write to its standard input (the assembly)."""
+
+    def errand(self, placement: Placement) -> Errand:
+        """For executors whose workers run on other hosts. Raises ConfigError."""
+        raise ConfigError("workers of this launcher run on this host alone")
+
+    def resource(self, stage: int) -> NodeResource:
+        """What the platform of a stage's worker names."""
+        return NodeResource(None, self.place(stage, "platform"))
 
     def worker_class(self, stage: int) -> type[Worker]:
         """The class of a stage's worker, for the methods that it declares beside those of

@@ -6,15 +6,9 @@ file, before a byte of the cache moves. What a taker may say is one ticket's num
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import ipaddress
 import itertools
 import logging
-import os
-import secrets
 import socket
-import stat
 import struct
 import threading
 from collections.abc import Iterator
@@ -25,15 +19,13 @@ from typing import Annotated
 import msgspec
 
 from vllm_di.components.interfaces import KvTransfer
-from vllm_di.errors import ConfigError, EngineDeadError, PortError
+from vllm_di.components.proof import address_family, exactly, make_key, prove, read_secret
+from vllm_di.errors import EngineDeadError, PortError
 
-NONCE = 32
-"""Bytes of a challenge, and of its answer by SHA-256."""
 NUMBER = struct.Struct("<Q")
 """A ticket's number, and the size of its answer."""
 UNKNOWN = 2**64 - 1
 """In place of a size: no such offer."""
-SECRET_BYTES = 32
 
 log = logging.getLogger(__name__)
 
@@ -49,23 +41,9 @@ class TcpTransfer(KvTransfer):
         secret_file: str | None,
         timeout: Annotated[float, msgspec.Meta(gt=0)],
     ) -> None:
-        try:
-            address = ipaddress.ip_address(bind)
-        except ValueError:
-            raise ConfigError(f"bind: {bind!r} is no IP address, such as 127.0.0.1") from None
-        if address.is_unspecified:
-            raise ConfigError(
-                f"bind={bind} listens everywhere, and no taker could connect to it; name the "
-                "address of one network interface"
-            )
-        if not address.is_loopback and secret_file is None:
-            raise ConfigError(
-                f"bind={bind} can be reached from other machines: set secret_file too, or take "
-                "bind=127.0.0.1"
-            )
+        self._family = address_family(bind, secret_file)
         self._bind, self._timeout = bind, timeout
-        self._family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-        self._secret = b"" if secret_file is None else _secret(Path(secret_file))
+        self._secret = b"" if secret_file is None else read_secret(Path(secret_file))
         self._key = b""
         self._numbers = itertools.count(1)
         self._offers: dict[int, bytearray] = {}
@@ -75,7 +53,7 @@ class TcpTransfer(KvTransfer):
         self._served: set[socket.socket] = set()
 
     def open(self, session: bytes) -> None:
-        self._key = hashlib.sha256(session + self._secret).digest()
+        self._key = make_key(session, self._secret)
 
     def offer(self, size: int) -> tuple[str, memoryview]:
         if self._listener is None:
@@ -93,10 +71,10 @@ class TcpTransfer(KvTransfer):
         try:
             sock = self._connected(host, port)
             sock.sendall(NUMBER.pack(number))
-            [there] = NUMBER.unpack(_exactly(sock, NUMBER.size))
+            [there] = NUMBER.unpack(exactly(sock, NUMBER.size))
             if there != size:
                 raise ConnectionError("the offer is not there any more")
-            data = _exactly(sock, size)
+            data = exactly(sock, size)
         except OSError as error:
             if (broken := self._connections.pop((host, port), None)) is not None:
                 broken.close()
@@ -135,7 +113,7 @@ class TcpTransfer(KvTransfer):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while True:
                 sock.settimeout(None)  # between two tickets any time may pass
-                [number] = NUMBER.unpack(_exactly(sock, NUMBER.size))
+                [number] = NUMBER.unpack(exactly(sock, NUMBER.size))
                 sock.settimeout(self._timeout)
                 memory = self._offers.get(number)
                 if memory is None:
@@ -168,29 +146,9 @@ class TcpTransfer(KvTransfer):
 
     def _prove(self, sock: socket.socket, ours: bytes, theirs: bytes) -> None:
         """Prove that we know the key, and that the other end does. Raises PermissionError."""
-        mine = secrets.token_bytes(NONCE)
-        sock.sendall(mine)
-        challenge = bytes(_exactly(sock, NONCE))
-        sock.sendall(self._answer(ours, challenge))
-        if not hmac.compare_digest(bytes(_exactly(sock, NONCE)), self._answer(theirs, mine)):
-            raise PermissionError("the other end does not know this engine's key")
-
-    def _answer(self, side: bytes, challenge: bytes) -> bytes:
         if not self._key:
             raise PermissionError("this end was not opened")
-        return hmac.digest(self._key, side + challenge, "sha256")
-
-
-def _exactly(sock: socket.socket, size: int) -> bytearray:
-    """Raises ConnectionError when the other end closes before."""
-    data = bytearray(size)
-    view, done = memoryview(data), 0
-    while done < size:
-        count = sock.recv_into(view[done:])
-        if not count:
-            raise ConnectionError("the connection was closed")
-        done += count
-    return data
+        prove(sock, self._key, ours, theirs)
 
 
 def _read(ticket: str) -> tuple[str, int, int, int]:
@@ -199,18 +157,3 @@ def _read(ticket: str) -> tuple[str, int, int, int]:
         raise PortError(f"{ticket!r} is no ticket of kv_transfer=tcp")
     port, number, size = map(int, rest)
     return host, port, number, size
-
-
-def _secret(path: Path) -> bytes:
-    """Raises ConfigError for a file that is absent, short or readable by others."""
-    try:
-        mode, secret = path.stat().st_mode, path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"secret_file: {path}: {os.strerror(error.errno or 0)}") from None
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigError(f"secret_file: {path} is open to others; chmod 600 {path}")
-    if len(secret) < SECRET_BYTES:
-        raise ConfigError(
-            f"secret_file: {path} has {len(secret)} bytes, and needs {SECRET_BYTES} at least"
-        )
-    return secret

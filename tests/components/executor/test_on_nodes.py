@@ -1,0 +1,245 @@
+"""Workers that connect over TCP, as those on other hosts do, and ``executor=ray`` over a cluster
+that is made up: everything but Ray itself, which ``make test-ray`` has."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.components.executor.test_multiprocess import Script, children
+from tests.containers.two_platforms import config_dir
+
+from vllm_di import LLM, SamplingParams
+from vllm_di.components.executor.cluster_settings import ClusterSettings
+from vllm_di.components.executor.multiprocess import MultiprocessExecutor
+from vllm_di.components.executor.processes import LocalProcess, Process, WorkerHost, WorkerProcess
+from vllm_di.components.executor.ray_cluster import Room, Want
+from vllm_di.components.heartbeat import Listener
+from vllm_di.components.interfaces import Placement, WorkerLauncher
+from vllm_di.components.lines import LineListener
+from vllm_di.components.messages import StepPlan
+from vllm_di.containers.assembly import assemble
+from vllm_di.errors import ConfigError, EngineDeadError
+
+WORKER = """
+import sys
+sys.path.insert(0, {root!r})
+import msgspec
+from tests.components.executor.test_multiprocess import FakeWorker
+from vllm_di.components.executor import rpc
+from vllm_di.components.heartbeat import Heart
+from vllm_di.components.interfaces import Placement
+from vllm_di.components.lines import Line
+from vllm_di.components.transport import Connection
+from vllm_di.containers.worker_process import serve
+
+rank, how = int(sys.argv[1]), sys.stdin.read()
+line = msgspec.json.decode(sys.argv[2], type=Line)
+Heart(line.connect())
+serve(FakeWorker(rank, how), Placement(rank), Connection(line.connect(), rpc.GREETING))
+"""
+ERRAND = """
+import pkgutil, sys
+import msgspec
+function, *values = msgspec.msgpack.decode(sys.stdin.buffer.read())
+pkgutil.resolve_name(function)(*values)
+"""
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPTS = ["a", "hello world", "x" * 70]
+TINY = ["platform=cpu", "model.dtype=float32", "ops=torch", "graph=eager"]
+RAY = ["executor=ray", "device.threads=1"]
+
+
+class TcpHost(WorkerHost):
+    """Processes of this host, over TCP."""
+
+    def __init__(self, silence_limit: float) -> None:
+        self.silence_limit = silence_limit
+
+    def start(
+        self,
+        launcher: WorkerLauncher,
+        placements: Sequence[Placement],
+        names: Sequence[str],
+        listener: Listener,
+    ) -> Iterator[WorkerProcess]:
+        for placement, name in zip(placements, names, strict=True):
+            door = LineListener("127.0.0.1", bytes(32))
+            line = msgspec.json.encode(door.line).decode()
+            process = LocalProcess(*launcher.command(placement, line))
+            yield WorkerProcess(
+                name, process, door, listener=listener, silence_limit=self.silence_limit
+            )
+
+
+def executor(folder: Path, how: str, *, silence_limit: float = 20.0) -> MultiprocessExecutor:
+    launcher = Script(folder, how)
+    launcher.path.write_text(textwrap.dedent(WORKER.format(root=str(Path(__file__).parents[3]))))
+    found = MultiprocessExecutor(
+        launcher, tensor_parallel_size=2, start_timeout=60, step_timeout=60
+    )
+    found.host = TcpHost(silence_limit)
+    return found
+
+
+def test_steps_go_over_tcp_and_nobody_is_left(tmp_path: Path) -> None:
+    running = executor(tmp_path, "works")
+    assert running.start().num_blocks == 19
+    futures = [running.submit(StepPlan(n, [], [], [])) for n in range(5)]
+    assert [f.result(20).tokens[0].token_ids[0] for f in futures] == list(range(5))
+    running.close()
+    assert children() == []
+
+
+def test_a_killed_worker_is_named(tmp_path: Path) -> None:
+    running = executor(tmp_path, "dies")
+    running.start()
+    with pytest.raises(EngineDeadError, match="worker 1 was killed by signal 9"):
+        running.submit(StepPlan(1, [], [], [])).result(20)
+    running.close()
+
+
+def check_for_ever(running: MultiprocessExecutor) -> None:
+    while True:
+        running.check_alive()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_a_worker_without_a_heartbeat_counts_as_gone(is_busy: bool, tmp_path: Path) -> None:
+    """As behind a network that is cut: nothing closes, nothing arrives."""
+    running = executor(tmp_path, "is stopped" if is_busy else "works", silence_limit=1.0)
+    running.start()
+    words = r"worker 1 gave no sign of life for 1 s: the worker, its node or the network is gone"
+    if is_busy:
+        with pytest.raises(EngineDeadError, match=words):
+            running.submit(StepPlan(1, [], [], [])).result(60)
+    else:
+        os.kill(running.processes()[1].pid, signal.SIGSTOP)
+        with pytest.raises(EngineDeadError, match=words):
+            check_for_ever(running)
+    running.close()
+    assert children() == []
+
+
+# ------------------------------------------------------------------------------------------------
+# executor=ray
+
+
+class MadeUpCluster:
+    """A node for each worker, all of them this host."""
+
+    nodes = ("one", "two")
+    own = "127.0.0.1"
+    addresses = ("127.0.0.1", "127.0.0.1")
+    wants: Sequence[Want] = ()
+
+    def __init__(self, settings: ClusterSettings) -> None:
+        self.address = self.own
+        self.told = [{"sees_own": False}] * 2
+
+    def open(self) -> None: ...
+
+    def reserve(self, wants: Sequence[Want], strategy: str, seconds: float) -> list[Room]:
+        type(self).wants = wants
+        return [Room(self.nodes[i], self.addresses[i], 1) for i in range(len(wants))]
+
+    def start(self, wants: Sequence[Want], names: Sequence[str]) -> None: ...
+
+    def run(self, index: int, *values: str | bytes) -> Process:
+        process = LocalProcess([sys.executable, "-c", ERRAND], msgspec.msgpack.encode(values))
+        process.node = self.nodes[index]
+        return process
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> type[MadeUpCluster]:
+    fresh = type("Cluster", (MadeUpCluster,), {})
+    monkeypatch.setattr("vllm_di.components.executor.ray.Cluster", fresh)
+    return fresh
+
+
+def tokens(*overrides: str, config: str | None = None) -> list[Any]:
+    with LLM("tiny", overrides=overrides, config_dirs=[config] if config else []) as llm:
+        return [a.outputs[0].token_ids for a in llm.generate(PROMPTS, GREEDY)]
+
+
+def test_ranks_on_two_nodes_give_the_tokens_of_one(cluster: type[MadeUpCluster]) -> None:
+    found = tokens(*TINY, *RAY, "executor.tensor_parallel_size=2")
+    assert found == tokens(*TINY)
+    assert [want.resource for want in cluster.wants] == ["CPU", "CPU"]
+    assert "conf/platform/cpu.yaml:" in cluster.wants[0].place
+
+
+def test_shared_memory_between_nodes_is_refused(cluster: type[MadeUpCluster]) -> None:
+    ranks = "executor.tensor_parallel_size=2"
+    with pytest.raises(ConfigError) as caught:
+        tokens(*TINY, *RAY, ranks, "communicator=shared_memory")
+    text = str(caught.value)
+    assert "command line: communicator=shared_memory" in text
+    assert "the 2 ranks are on 2 nodes, which share no memory" in text
+    assert "take communicator=torch_distributed, or executor.strategy=STRICT_PACK" in text
+    assert "(node " in text
+
+
+def test_stages_name_their_own_resource(cluster: type[MadeUpCluster], tmp_path: Path) -> None:
+    found = tokens(
+        "platform=two", "model.dtype=float32", *RAY, "executor.amount=0.5",
+        config=config_dir(tmp_path),
+    )  # fmt: skip
+    assert found == tokens("platform=cpu", "model.dtype=float32")
+    assert [want.amount for want in cluster.wants] == [0.5, 0.5]
+
+
+def test_a_worker_that_cannot_reach_the_engine(cluster: type[MadeUpCluster]) -> None:
+    cluster.addresses = ("127.0.0.1", "192.0.2.7")
+    with pytest.raises(ConfigError, match=r"cluster.bind: a worker on node 192.0.2.7 cannot reach"):
+        tokens(*TINY, *RAY, "executor.tensor_parallel_size=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["cluster.bind=10.0.0.1"], "command line: cluster.bind=10.0.0.1: .*set secret_file too"),
+        (["cluster.secret_file=/nowhere"], "cluster.secret_file: /nowhere: No such file"),
+        (["cluster.address=somewhere"], "'somewhere' is no HOST:PORT"),
+        (["cluster.token_file=/nowhere"], "cluster.token_file: there is no file /nowhere"),
+        (["cluster.bnd=10.0.0.1"], "cluster has no key 'bnd'.*did you mean 'bind'"),
+        (["executor.strategy=PCK"], "executor.strategy: .*did you mean 'PACK'"),
+        (
+            ["cluster.tls={certificate: /no, key: /no, authority: /no}"],
+            "cluster.tls.certificate: there is no file /no",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_settings_that_cannot_be(
+    overrides: list[str], words: str, cluster: type[MadeUpCluster]
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tokens(*TINY, *RAY, *overrides)
+
+
+def test_a_cluster_that_no_executor_takes() -> None:
+    with pytest.raises(ConfigError) as caught:
+        assemble(["model=tiny", "platform=cpu", "cluster.bind=10.0.0.1"])
+    assert str(caught.value) == (
+        "command line: cluster.bind=10.0.0.1: cluster.bind: executor=inline places no workers on a "
+        "cluster; take executor=ray, or leave it out"
+    )
+
+
+def test_without_ray_the_start_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"executor=ray needs the package ray: pip install"):
+        tokens(*TINY, *RAY)

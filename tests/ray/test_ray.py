@@ -1,0 +1,213 @@
+"""``executor=ray`` with real Ray on two nodes."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.containers.two_platforms import config_dir
+from tests.ray.nodes import Nodes, reason_against, two_nodes
+
+from vllm_di.components.listening import processes_of
+
+WHY_NOT = reason_against()
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-"),
+    pytest.mark.timeout(300),
+]
+TINY = ["platform=cpu", "model.dtype=float32"]
+RANKS = ["executor.tensor_parallel_size=2", "executor.strategy=STRICT_SPREAD"]
+SPLIT = """\
+# @package _global_
+# The first layer on our kernels, the rest compiled by OpenVINO.
+stages:
+  - [platform=cpu, "model.layers=[0,1]", model.dtype=float32]
+  - [platform=openvino, "model.layers=[1,null]", model.dtype=float32]
+
+platform:
+  name: two
+  level: declared
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with two_nodes() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def want(nodes: Nodes) -> Any:
+    return nodes.ask({"overrides": TINY})[0]["tokens"]
+
+
+def on(nodes: Nodes, *more: str, threads: bool = True) -> list[str]:
+    return [
+        "executor=ray",
+        f"cluster.address={nodes.address}",
+        f"cluster.bind={nodes.head}",
+        f"cluster.secret_file={nodes.secret}",
+        f"cluster.token_file={nodes.token}",
+        *(["device.threads=1"] if threads else []),
+        *more,
+    ]
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
+
+
+def test_one_host_starts_its_own_cluster(nodes: Nodes, want: Any) -> None:
+    """In a namespace with another address than the loopback, which nothing listens on."""
+    local = ["executor=ray", "device.threads=1"]
+    [found] = nodes.ask({"overrides": [*TINY, *local], "listening": True}, node="b")
+    assert found.get("tokens") == want, found
+    assert all(is_loopback(address) for address, _ in found["ours"]), found
+    assert Path(nodes.folder).is_dir()
+
+
+def test_two_ranks_on_two_nodes(nodes: Nodes, want: Any) -> None:
+    """The tokens of one, and no port of ours is open once both are there."""
+    [found] = nodes.ask({"overrides": [*TINY, *on(nodes), *RANKS], "listening": True})
+    assert found.get("tokens") == want, found
+    allowed = {nodes.head, "0.0.0.0", "::"}
+    assert all(is_loopback(a) or a in allowed for a in found["ray"]), found
+
+
+def test_two_platforms_on_two_nodes(nodes: Nodes, want: Any, tmp_path: Path) -> None:
+    jobs = {
+        "overrides": [
+            "platform=two",
+            *on(nodes, "executor.strategy=STRICT_SPREAD", threads=False),
+        ],
+        "config_dirs": [config_dir(tmp_path, SPLIT)],
+    }
+    [found] = nodes.ask(jobs)
+    assert found.get("tokens") == want, found
+
+
+def test_what_is_refused(nodes: Nodes) -> None:
+    """Each a plain error, with the place and the nearest choice."""
+    cases: list[tuple[list[str], list[str]]] = [
+        (
+            [*on(nodes), *RANKS, "communicator=shared_memory"],
+            ["the 2 ranks are on 2 nodes, which share no memory", "torch_distributed"],
+        ),
+        (
+            [*on(nodes), "executor.resource=NPU"],
+            ["executor.resource", "no node of the cluster has 1 NPU; they have", "CPU 1"],
+        ),
+        (
+            [*on(nodes), *RANKS, "executor.tensor_parallel_size=4", "executor.place_timeout=2"],
+            ["found no room within 2 s for 4 workers", "executor.strategy=STRICT_SPREAD"],
+        ),
+        ([*on(nodes), *RANKS, "cluster.bind=127.0.0.1"], ["cannot reach 127.0.0.1"]),
+        ([*on(nodes), "cluster.secret_file=null"], ["set secret_file too"]),
+        ([*on(nodes), "cluster.address=10.231.7.1:9"], ["nobody answers at 10.231.7.1:9"]),
+    ]
+    found = nodes.ask(*({"overrides": [*TINY, *overrides]} for overrides, _ in cases))
+    for answer, (overrides, words) in zip(found, cases, strict=True):
+        for word in words:
+            assert word in answer.get("text", ""), (overrides, answer)
+
+
+@pytest.mark.parametrize("harm", ["ray::NodeWorker", "raylet/raylet", "cut"])
+def test_a_lost_node_is_noticed_and_named(nodes: Nodes, want: Any, harm: str) -> None:
+    """The worker, its raylet with all that it started, or the way to it. On a node of its own, so
+    that the others stay."""
+    number = {"ray::NodeWorker": 3, "raylet/raylet": 4, "cut": 5}[harm]
+    node = f"n{number}"
+    nodes.add(node, number, "--num-cpus=0", '--resources={"spare": 1}')
+    try:
+        cut = ["run", "ip", "link", "set", f"vdi-{node}", "down"]
+        job = {
+            "overrides": [*TINY, *on(nodes), "executor.resource=spare"],
+            "harm": cut if harm == "cut" else [harm],
+        }
+        [found] = nodes.ask(job)
+        assert found["tokens"] == want
+        assert found.get("error") == "EngineDeadError", found
+        assert f"worker 0 (node 10.231.7.{number})" in found["text"]
+        sys.stdout.write(f"{harm}: noticed after {found['s']:.1f} s: {found['text'][:300]}\n")
+    finally:
+        nodes.stop(node)
+
+
+def test_a_replica_is_placed_anew(nodes: Nodes) -> None:
+    """Two engines behind one API, a worker on each node; one worker is killed."""
+    unix = nodes.folder / "api"
+    command = [str(Path(sys.executable).parent / "vllm-di"), "serve", "model=tiny", *TINY]
+    command += [*on(nodes), "executor.data_parallel_size=2", f"server.unix_socket={unix}"]
+    log = nodes.folder / "serve.log"
+    with log.open("w") as out:
+        server = nodes.popen("a", command, stdout=out, stderr=out)
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 4, "temperature": 0}
+    transport = httpx.HTTPTransport(uds=str(unix))
+    with httpx.Client(transport=transport, base_url="http://localhost", timeout=60) as client:
+        try:
+            wait_for(client, server, log, deaths=0)
+            first = client.post("/v1/completions", json=body).json()
+            pids = processes_of("ray::NodeWorker") & {*nodes.pids("b")}
+            assert len(pids) == 1
+            os.kill(pids.pop(), signal.SIGKILL)
+            while states(client) == ["ready", "ready"]:
+                time.sleep(0.1)
+            for _ in range(4):  # while the other is placed
+                again = client.post("/v1/completions", json=body)
+                assert again.json()["choices"] == first["choices"], again.text
+            wait_for(client, server, log, deaths=1)
+        finally:
+            server.terminate()
+            server.wait(60)
+    text = log.read_text()
+    assert "worker 0 (node 10.231.7.2)" in text, text[-3000:]
+
+
+def states(client: httpx.Client) -> list[str]:
+    return [replica["status"] for replica in client.get("/health").json()["replicas"]]
+
+
+def wait_for(client: httpx.Client, server: Any, log: Path, *, deaths: int) -> None:
+    """Until both replicas are ready, after so many deaths."""
+    end = time.monotonic() + 150
+    while True:
+        assert server.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < end, log.read_text()[-3000:]
+        with suppress(httpx.TransportError, KeyError, ValueError):
+            died = log.read_text().count("the engine died")
+            if states(client) == ["ready", "ready"] and died >= deaths:
+                return
+        time.sleep(0.3)
+
+
+def test_a_node_with_another_secret_or_without_a_package(nodes: Nodes, tmp_path: Path) -> None:
+    stub = "raise ModuleNotFoundError(\"No module named 'openvino'\", name='openvino')\n"
+    (tmp_path / "openvino.py").write_text(stub)
+    resource = '--resources={"other": 1}'
+    nodes.add("c", 6, "--num-cpus=0", resource, python_path=tmp_path, secret=b"x" * 32)
+    try:
+        shared = ["platform=openvino", *on(nodes, threads=False), "executor.resource=other"]
+        plain = [*shared, "cluster.bind=10.231.7.1"]
+        other = nodes.folder / "other"
+        other.touch(0o600)
+        other.write_bytes(b"o" * 32)
+        found = nodes.ask(
+            {"overrides": plain},
+            {"overrides": [*plain, f"cluster.secret_file={other}"]},
+        )
+        assert "holds another secret than the engine's" in found[0].get("text", ""), found[0]
+        assert "node 10.231.7.6" in found[0]["text"]
+        assert "openvino" in found[1].get("text", ""), found[1]
+        assert "worker 0 (node 10.231.7.6)" in found[1]["text"]
+    finally:
+        nodes.stop("c")
