@@ -27,7 +27,7 @@ from vllm_di.components.limits.standard import StandardLimits
 from vllm_di.components.messages import CacheSize, KvGroup, KvSpec, StepInput, StepPlan, StepResult
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
-from vllm_di.components.worker.standard import StandardWorker
+from vllm_di.components.worker.standard import CacheBounds, StandardWorker
 from vllm_di.errors import CheckpointError, ConfigError
 
 BLOCK = 16
@@ -166,11 +166,13 @@ def worker(
         program=Prepared(events),
         model_runner=Runner(events),
         placement=Placement(rank=1, world_size=2),
-        num_blocks=num_blocks,
-        kv_cache_memory=kv_cache_memory,
-        memory_fraction=memory_fraction,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=64,
+        config=CacheBounds(
+            num_blocks=num_blocks,
+            kv_cache_memory=kv_cache_memory,
+            memory_fraction=memory_fraction,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=64,
+        ),
     )
 
 

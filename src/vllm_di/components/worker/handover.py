@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Annotated
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ from vllm_di.components.interfaces import (
 )
 from vllm_di.components.messages import KvParcel, KvPart, KvSpan
 from vllm_di.components.remote import remote
-from vllm_di.components.worker.standard import StandardWorker
+from vllm_di.components.worker.standard import CacheBounds, StandardWorker
 from vllm_di.errors import ConfigError, EngineDeadError, PortError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,11 +49,7 @@ class HandoverWorker(StandardWorker):
         placement: Placement,
         kv_transfer: KvTransfer,
         *,
-        num_blocks: Annotated[int, msgspec.Meta(ge=1)] | None,
-        kv_cache_memory: str | int | None,
-        memory_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)],
-        max_num_seqs: Annotated[int, msgspec.Meta(ge=1)],
-        max_num_batched_tokens: Annotated[int, msgspec.Meta(ge=1)],
+        config: CacheBounds,
     ) -> None:
         super().__init__(
             device,
@@ -68,11 +62,7 @@ class HandoverWorker(StandardWorker):
             program,
             model_runner,
             placement,
-            num_blocks=num_blocks,
-            kv_cache_memory=kv_cache_memory,
-            memory_fraction=memory_fraction,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            config=config,
         )
         self._transfer = kv_transfer
         self._parts: list[KvPart] = []
@@ -82,8 +72,10 @@ class HandoverWorker(StandardWorker):
     @remote
     def kv_open(self, session: bytes, heads: dict[int, int]) -> list[KvPart]:
         """Called once, after ``allocate``. ``heads``: layer to its KV heads over all ranks. -> what
-        this worker holds. Raises ConfigError for a cache whose values have no plain float form."""
+        this worker holds. Raises ConfigError for a cache whose values have no plain float form, and
+        for one that cannot be written."""
         self._transfer.open(session)
+        self._refuse_copies()
         self._group_of = {
             layer: index for index, group in enumerate(self._groups) for layer in group.layers
         }
@@ -102,6 +94,25 @@ class HandoverWorker(StandardWorker):
             first = rank * own if own * world == total else rank // (world // total)
             self._parts.append(KvPart(spec.layer, first, own, spec.head_size, dtype))
         return self._parts
+
+    def _refuse_copies(self) -> None:
+        """Raise ConfigError for a program whose ``caches`` are copies: what another worker hands
+        over would be lost, and the tokens behind it wrong."""
+        for cache in self._program.caches[:1]:  # nothing is in it yet
+            first = self._table([0])
+            before = [x.clone() for x in self._layout.gather(cache, first, 1)]
+            ones = torch.ones_like(before[0])
+            with torch.inference_mode():
+                self._layout.write(cache, ones, ones, first)
+                found, _ = self._layout.gather(self._program.caches[0], first, 1)
+                is_lost = not torch.allclose(found, ones, atol=0.1)
+                self._layout.write(cache, before[0], before[1], first)
+            if is_lost:
+                raise ConfigError(
+                    f"{type(self._program).__name__} gives copies of its cache: what another "
+                    "worker hands over to it would be lost; take a platform of one role",
+                    key="program",
+                )
 
     @remote
     def kv_offer(self, spans: list[KvSpan], taken: list[str]) -> KvParcel:

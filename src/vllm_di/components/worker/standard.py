@@ -45,6 +45,18 @@ class _Cost(NamedTuple):
     """Bytes; below 0 where memory was given back."""
 
 
+class CacheBounds(msgspec.Struct, frozen=True, kw_only=True):
+    """How large the KV cache of a rank is."""
+
+    num_blocks: Annotated[int, msgspec.Meta(ge=1)] | None
+    """None: by what follows."""
+    kv_cache_memory: str | int | None
+    """Bytes, or such as ``2GiB``. None: a share of what is free."""
+    memory_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    max_num_seqs: Annotated[int, msgspec.Meta(ge=1)]
+    max_num_batched_tokens: Annotated[int, msgspec.Meta(ge=1)]
+
+
 class StandardWorker(Worker):
     """Sizes the KV cache from the config, or from what is free once the weights are in."""
 
@@ -61,11 +73,7 @@ class StandardWorker(Worker):
         model_runner: ModelRunner,
         placement: Placement,
         *,
-        num_blocks: Annotated[int, msgspec.Meta(ge=1)] | None,
-        kv_cache_memory: str | int | None,
-        memory_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)],
-        max_num_seqs: Annotated[int, msgspec.Meta(ge=1)],
-        max_num_batched_tokens: Annotated[int, msgspec.Meta(ge=1)],
+        config: CacheBounds,
     ) -> None:
         if "*" not in attention.layouts and kv_layout.name not in attention.layouts:
             raise ConfigError(
@@ -73,24 +81,23 @@ class StandardWorker(Worker):
                 f"it reads {', '.join(attention.layouts)}; take kv_layout={attention.layouts[0]}"
             )
         check_block_size(attention, kv_layout)
-        if num_blocks is not None and kv_cache_memory is not None:
+        num_blocks, memory = config.num_blocks, config.kv_cache_memory
+        if num_blocks is not None and memory is not None:
             raise ConfigError(
-                f"num_blocks ({num_blocks}) and kv_cache_memory ({kv_cache_memory}) both size the "
-                "KV cache; give one of them"
+                f"num_blocks ({num_blocks}) and kv_cache_memory ({memory}) both size the KV cache; "
+                "give one of them"
             )
         self._device, self._loader, self._model, self._layout = device, loader, model, kv_layout
         self._limits, self._ops, self._runner = limits.report(), ops, model_runner
         self._program = program
-        self._placement, self._max_num_seqs = placement, max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._placement, self._max_num_seqs = placement, config.max_num_seqs
+        self._max_num_batched_tokens = config.max_num_batched_tokens
         self._groups: list[KvGroup] = []
         self._block_bytes = 0
         self._compiled = _Cost(0.0, None)
         """What ``prepare`` took."""
-        self._num_blocks, self._fraction = num_blocks, memory_fraction
-        self._memory = (
-            None if kv_cache_memory is None else parse_size(kv_cache_memory, "kv_cache_memory")
-        )
+        self._num_blocks, self._fraction = num_blocks, config.memory_fraction
+        self._memory = None if memory is None else parse_size(memory, "kv_cache_memory")
 
     def load(self) -> WorkerReport:
         self._check_size_is_known()
