@@ -39,6 +39,7 @@ CHECKS = (
     Check(19, "graphs", "runtime", "Captured graphs and padded shapes equal eager"),
     Check(20, "cache", "runtime", "Prefix cache, preemption, abort"),
     Check(21, "memory", "runtime", "Memory bound"),
+    Check(28, "handover", "runtime", "The KV cache handed over to and from another platform"),
     Check(22, "faults", "runtime", "A worker that dies or hangs"),
     Check(23, "api", "runtime", "API smoke"),
     Check(24, "soak", "runtime", "Mixed load without losses or leaks"),

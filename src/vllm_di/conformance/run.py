@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import shlex
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -28,6 +29,8 @@ FOLDER = Path(__file__).parent
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "hydra-core", "dependency-injector")
 """Whose versions stand in every report; those of the platform's ``packages`` come on top."""
 SEED = 20261124
+BETWEEN_ROLES = "handover"
+"""The check that a platform of several roles is run through as a whole."""
 STEPS: dict[str, tuple[Required, ...]] = {
     "contract": ("declared", "contract"),
     "compile": ("declared", "contract", "compile"),
@@ -61,6 +64,7 @@ def run(
     if only:
         asked = {name.split("/")[0] for name in only}
         checks = [name for name in BY_NAME if name in asked]
+    _refuse_roles(subject, checks)
     started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
     plugin = Conformance(subject, checks=checks, only=only, waivers=waivers)
     files = [str(FOLDER / "checks" / f"test_{name}.py") for name in checks]
@@ -79,6 +83,25 @@ def run(
     return report(subject, plugin, started, seconds, partial=bool(only))
 
 
+def _refuse_roles(subject: Subject, checks: Sequence[str]) -> None:
+    """Raise ConfigError for a platform of several roles, with the commands that judge it; what
+    lies between the roles is judged as it is."""
+    if len(subject.roles) == 1 or list(checks) == [BETWEEN_ROLES]:
+        return
+    more = [word for folder in subject.config_dirs for word in ("--config-dir", folder)]
+    each = {
+        shlex.join(["vllm-di", "conform", *stage, *more])
+        for stages in subject.roles.values()
+        for stage in stages
+    }
+    whole = ["vllm-di", "conform", *subject.overrides, "--only", BETWEEN_ROLES, *more]
+    lines = "\n  ".join([*sorted(each), shlex.join(whole)])
+    raise ConfigError(
+        f"it has workers of the roles {', '.join(subject.roles)}. The platform of each is judged "
+        f"by itself, and then what crosses between them; run\n  {lines}"
+    )
+
+
 def report(
     subject: Subject,
     plugin: Conformance,
@@ -91,7 +114,8 @@ def report(
     checks, manifest = plugin.results(), subject.manifest
     assembly = subject.assembly()
     nodes = {**assembly.server, **assembly.engine}
-    for prefix, worker in zip(subject.stages, assembly.stages, strict=True):
+    workers = [worker for stages in assembly.workers.values() for worker in stages]
+    for prefix, worker in zip(subject.stages, workers, strict=True):
         nodes |= {f"{prefix}{slot}": node for slot, node in worker.items()}
     return Report(
         platform=manifest.name,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 import torch
 
-from vllm_di.components.interfaces import Engine, Placement
+from vllm_di.components.interfaces import DEFAULT_ROLE, Engine, Placement
 from vllm_di.components.messages import EngineRequest, SamplingParams
 from vllm_di.conformance import tiny
 from vllm_di.conformance.outcomes import NotDeclared, NotRun
@@ -23,7 +23,7 @@ from vllm_di.containers.compose import ConfigTree
 from vllm_di.containers.fill import Launcher, opened
 from vllm_di.containers.manifest import Capabilities, Manifest
 from vllm_di.containers.overrides import read
-from vllm_di.containers.slots import EngineContainer, WorkerContainer
+from vllm_di.containers.slots import EngineContainer, WorkerContainer, slots
 from vllm_di.containers.stages import prefix, split
 from vllm_di.errors import ConfigError, PortError, nearest
 
@@ -35,6 +35,8 @@ BLOCKS = 96
 """KV blocks of a worker: several full sequences of a tiny model."""
 USUAL_HEAD = 32
 NO_MODEL = ("model_name", "checkpoint")
+OF_WORKER = (*slots(WorkerContainer), "platform")
+"""What the keys of a worker's overrides begin with."""
 
 
 class Subject:
@@ -85,7 +87,8 @@ class Subject:
 
     @property
     def simulated(self) -> bool:
-        return any(node["device"].get("simulated") for node in self.assembly().stages)
+        workers = self.assembly().workers.values()
+        return any(node["device"].get("simulated") for stages in workers for node in stages)
 
     @cached_property
     def head_size(self) -> int:
@@ -120,20 +123,23 @@ class Subject:
             raise NotRun(self.lacks_driver)
 
     @cached_property
+    def roles(self) -> dict[str, list[list[str]]]:
+        """Role to the overrides of each of its stages; one role of one stage, ``default``, on a
+        platform that names none."""
+        found = split(ConfigTree.find(self.config_dirs), self.overrides).roles
+        own = [text for text in self.overrides if read(text).slot in OF_WORKER]
+        roles = {role: [stage.overrides for stage in stages] for role, stages in found.items()}
+        return roles or {DEFAULT_ROLE: [own]}
+
+    @cached_property
     def stages(self) -> list[str]:
-        """What the keys of its workers begin with: ``stages.N.`` for each stage; else one,
-        empty. Raises ConfigError for a platform of several roles."""
-        roles = split(ConfigTree.find(self.config_dirs), self.overrides).roles
-        if len(roles) > 1:
-            raise ConfigError(
-                f"conform runs the workers of one role, and there are {', '.join(roles)}; run it "
-                "on the platform of each"
-            )
+        """What the keys of its workers begin with: ``stages.N.`` or ``ROLE.`` for each; else one,
+        empty."""
         return [
             prefix(role, index, len(stages))
-            for role, stages in roles.items()
+            for role, stages in self.roles.items()
             for index in range(len(stages))
-        ] or [""]
+        ]
 
     @property
     def exact_dtype(self) -> str:
@@ -167,14 +173,18 @@ class Subject:
     def overrides_of(self, model: str | Path) -> list[str]:
         """What a user would write to run the subject on a tiny model."""
         folder = self.model_folder(model) if isinstance(model, str) else model
-        return [*self.overrides, *_model(folder), *self.layers()]
+        return [*self.overrides, *on_model(folder), *self.layers()]
 
     def layers(self) -> list[str]:
         """One layer of a tiny model for each stage, unless the subject shares them out itself."""
-        if len(self.stages) == 1 or any("model.layers=" in text for text in self.overrides):
+        if any("model.layers=" in text for text in self.overrides):
             return []
-        ends = [*range(1, len(self.stages)), "null"]
-        return [f"{s}model.layers=[{i},{ends[i]}]" for i, s in enumerate(self.stages)]
+        return [
+            f"{prefix(role, index, count)}{one_layer(index, count)}"
+            for role, stages in self.roles.items()
+            if (count := len(stages)) > 1
+            for index in range(count)
+        ]
 
     def assembly(self, *more: str, model: str | Path = "gqa") -> Assembly:
         """The subject's overrides on a tiny model, and ``more``."""
@@ -263,7 +273,8 @@ class Subject:
         """SHA-256 of the composed config, but for where the suite's models lie."""
         workers = [
             {**node, "model": {k: v for k, v in node["model"].items() if k != "path"}}
-            for node in a.stages
+            for stages in a.workers.values()
+            for node in stages
         ]
         loader = {k: v for k, v in a.stages[0]["loader"].items() if k == "_target_"}
         plain = {
@@ -275,7 +286,14 @@ class Subject:
         return hashlib.sha256(msgspec.json.encode(plain, order="deterministic")).hexdigest()
 
 
-def _model(folder: Path) -> list[str]:
+def one_layer(stage: int, num_stages: int) -> str:
+    """The override that gives a stage its layer of a tiny model; the last has what is left."""
+    end = "null" if stage == num_stages - 1 else stage + 1
+    return f"model.layers=[{stage},{end}]"
+
+
+def on_model(folder: Path) -> list[str]:
+    """Overrides that run a platform on a tiny model."""
     return [
         "model=local",
         f"model.path={folder}",

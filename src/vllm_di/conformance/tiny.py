@@ -68,8 +68,16 @@ LARGER: dict[str, dict[str, Any]] = {
         "model_type": "llama",
         "max_position_embeddings": 2560,
     },
+    "mixed": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 13,
+        "max_window_layers": 1,  # whole attention in the first, so that there are two KV groups
+    },
 }
-"""Models that only one check runs: a vocabulary of more than 16 bits, a long context."""
+"""Models that only one check runs: a vocabulary of more than 16 bits, a long context, layers with
+a window and without."""
 FEATURES = {"moe": "mixture of experts", "window": "sliding window", "tied": "tied embeddings"}
 """Model to the row of the matrix that it proves."""
 

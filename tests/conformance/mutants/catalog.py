@@ -370,6 +370,32 @@ ENGINE = (
     ),
 )
 
+NOT_GIVEN = "are not those that were given"
+HANDOVER = tuple(
+    _slot("worker", f"handover.{cls}", reason, *killers, more=("worker=handover",))
+    for cls, reason, killers in (
+        ("LastBlockOff", NOT_GIVEN, ("handover/test_values[float32-float32-takes]",)),
+        (
+            "WholeBlocksAlone",
+            f"{NOT_GIVEN}|nat|is \\d+, not",
+            ("handover/test_values[float32-float32-takes]", "handover/test_tokens[gqa-takes]"),
+        ),
+        (
+            "WritesBeyond",
+            "changed keys of other tokens",
+            ("handover/test_values[float32-float32-takes]",),
+        ),
+        ("LayersSwapped", NOT_GIVEN, ("handover/test_values[float32-float32-takes]",)),
+        (
+            "HeadsSwapped",
+            NOT_GIVEN,
+            ("handover/test_heads_of_two_ranks[gives]", "handover/test_heads_of_two_ranks[takes]"),
+        ),
+        ("GroupLost", NOT_GIVEN, ("handover/test_groups[takes]",)),
+        ("RoundsTwice", NOT_GIVEN, ("handover/test_values[float16-float32-takes]",)),
+    )
+)
+
 QUANTIZATION = (
     _slot(
         "quantization",
@@ -417,4 +443,4 @@ LEAKS = (
     ),
 )
 
-MUTANTS = (*OPS, *ATTENTION, *DEVICE, *SAMPLER, *ENGINE, *QUANTIZATION, *LEAKS)
+MUTANTS = (*OPS, *ATTENTION, *DEVICE, *SAMPLER, *ENGINE, *HANDOVER, *QUANTIZATION, *LEAKS)
