@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu tpu-env test-tpu-compile test-compile xpu-env test-xpu test-opencl test-families test-ray vllm-env test-vllm clients test-clients record-vllm test-mutants sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
+.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu tpu-env test-tpu-compile test-compile xpu-env test-xpu test-opencl test-families test-ray vllm-env test-vllm clients test-clients record-vllm test-mutants test-page page-picture sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -15,7 +15,7 @@ serve: venv  ## set up, then serve the demo model on http://127.0.0.1:8000
 	$(BIN)/vllm-di serve $(ARGS)
 
 test: venv vendor-schemas  ## set up, then run the tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not vllm and not mutants and not vocabularies and not templates and not families and not clients and not ray" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not vllm and not mutants and not vocabularies and not templates and not families and not clients and not ray and not page" $(ARGS)
 
 # a failed download fails the tests that need the file, not the others
 vendor-schemas: venv  ## fetch the vendors' wheels that tests read schemas from
@@ -70,6 +70,12 @@ clients: venv  ## real clients in .clients, an environment for each (1 GB)
 
 test-clients: venv  ## openai, anthropic, langchain, litellm, instructor, pydantic-ai, schemathesis against a server
 	$(BIN)/python -m pytest -m clients tests/clients $(ARGS)
+
+test-page: venv  ## the server's page in headless Chromium
+	$(BIN)/python -m pytest -m page tests/page -rs $(ARGS)
+
+page-picture: venv  ## docs/page.png, by headless Chromium
+	$(BIN)/python -m tests.page.picture docs/page.png
 
 record-vllm: venv  ## what the last make test-vllm found becomes the recorded reports, and the matrix
 	for folder in .vllm/*/; do if [ -f $$folder/report.json ]; then \

@@ -25,6 +25,7 @@ from vllm_di.components.tool_parser.none import NoToolParser
 from vllm_di.errors import EngineDeadError, RequestError
 from vllm_di.server.app import OpenAiServer
 from vllm_di.server.config import ServerConfig
+from vllm_di.server.overview import ContainerView, Overview, SlotView
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 """The prompt is the text of the messages, so the echo is, too."""
@@ -41,6 +42,34 @@ REPORT = WorkerReport(
     device="fake",
     dtype="float32",
     weight_bytes=0,
+)
+
+
+OVERVIEW = Overview(
+    model="echo",
+    platform="test",
+    platform_reason="by hand",
+    announcement="platform test",
+    interface="0.0",
+    replicas=1,
+    containers=[
+        ContainerView(
+            name="ServerContainer",
+            part="",
+            slots=[
+                SlotView(
+                    slot="tokenizer",
+                    key="tokenizer",
+                    interface="Tokenizer",
+                    option="bytes",
+                    target="vllm_di.components.tokenizer.bytes.BytesTokenizer",
+                    chosen_by="default",
+                    place="tests",
+                    alternatives=["hf"],
+                )
+            ],
+        )
+    ],
 )
 
 
@@ -151,7 +180,7 @@ def make_server(engine: EngineClient, **settings: Any) -> OpenAiServer:
     others."""
     tokenizer = BytesTokenizer(vocab_size=300)
     chat_template: ChatTemplate | None = settings.pop("chat_template", None)
-    return OpenAiServer(
+    server = OpenAiServer(
         tokenizer,
         chat_template
         or MinijinjaChatTemplate(tokenizer, tokenizer_path=None, template=TEMPLATE, fuel=100_000),
@@ -161,6 +190,8 @@ def make_server(engine: EngineClient, **settings: Any) -> OpenAiServer:
         engine,
         config=ServerConfig(model_name="echo", **settings),
     )
+    server.show_assembly(lambda: OVERVIEW)
+    return server
 
 
 def client_of(server: OpenAiServer, **options: Any) -> httpx.AsyncClient:

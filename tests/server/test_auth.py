@@ -9,7 +9,7 @@ import pytest
 from tests.server.fakes import CHAT, EchoEngine, chat, make_server, with_client
 
 from vllm_di.errors import ConfigError
-from vllm_di.server.auth import OPEN_PATHS
+from vllm_di.server.auth import OPEN_PATHS, PAGE_PATHS
 from vllm_di.server.routes import operations
 from vllm_di.server.service import Service
 
@@ -49,7 +49,7 @@ def key_file(tmp_path: Path) -> str:
 def test_every_route_and_spelling_is_closed(key_file: str) -> None:
     async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
         closed = 0
-        for path in [*PATHS, "/", "/nothing", "/docs", "/openapi.json"]:
+        for path in [*PATHS, "/nothing", "/docs", "/openapi.json"]:
             for url in spellings(path):
                 for method in METHODS if url == path else ["GET", "POST"]:
                     request = client.build_request(method, url, headers={"host": "health"})
@@ -67,7 +67,8 @@ def test_every_route_and_spelling_is_closed(key_file: str) -> None:
 
 def test_open_paths_need_no_key(key_file: str) -> None:
     async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
-        assert {"/health", "/livez", "/readyz", "/ping"} == OPEN_PATHS
+        assert {"/health", "/livez", "/readyz", "/ping"} == OPEN_PATHS - PAGE_PATHS
+        assert {"/", "/page.css", "/page.js"} == PAGE_PATHS
         for path in OPEN_PATHS:
             assert (await client.get(path)).status_code == 200
 

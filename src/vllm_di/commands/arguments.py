@@ -101,6 +101,7 @@ VERB_OPTIONS: dict[str, dict[str, str]] = {
     },
     "explain": {
         "--slot": "the alternatives for one slot",
+        "--graph": "file for a picture (.svg) of containers and slots",
         "--engine": "vllm: the slots of vLLM, with the hook that carries each choice",
     },
     "chat": {

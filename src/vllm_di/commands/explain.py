@@ -6,14 +6,18 @@ import sys
 
 import msgspec
 
-from vllm_di.commands.arguments import Arguments, engine, no_words
-from vllm_di.commands.say import warn
+from vllm_di.commands.arguments import Arguments, UsageError, engine, no_words
+from vllm_di.commands.say import say, warn
 from vllm_di.commands.table import print_table
 
 
 def run(arguments: Arguments) -> int:
-    """A table, data (``--json``), or the alternatives of one slot (``--slot NAME``)."""
+    """A table, data (``--json``), the alternatives of one slot (``--slot NAME``), or a picture
+    (``--graph FILE.svg``)."""
     no_words(arguments)
+    graph = arguments.options.get("--graph")
+    if graph is not None:
+        _check_graph(graph, arguments)
     if engine(arguments):
         from vllm_di.commands.vllm import explain_slots
 
@@ -33,6 +37,14 @@ def run(arguments: Arguments) -> int:
         config_dirs=arguments.config_dirs,
         ops="--no-ops" not in arguments.switches,
     )
+    if graph is not None:
+        from vllm_di.commands.graph import picture, write
+        from vllm_di.containers.overview import overview_of
+
+        write(graph, picture(overview_of(assembly, told.rows)))
+        say(f"{graph}: {len(told.rows)} slots; {told.announcement}")
+        if "--json" not in arguments.switches:
+            return 0
     if "--json" in arguments.switches:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(told)).decode() + "\n")
         return 0
@@ -56,6 +68,14 @@ def run(arguments: Arguments) -> int:
     values = ", ".join(f"{name} {value:g}" for name, value in told.sampling.items())
     print(f"\nsampling defaults: {values or 'none'} ({told.sampling_place})")
     return 0
+
+
+def _check_graph(name: str, arguments: Arguments) -> None:
+    for other in ("--slot", "--engine"):
+        if other in arguments.options:
+            raise UsageError(f"--graph draws a whole assembly of ours, not {other}: leave one out")
+    if not name.endswith(".svg"):
+        raise UsageError(f"--graph {name}: the picture is SVG; choose a name that ends in .svg")
 
 
 def _short(target: str) -> str:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from vllm_di.commands.arguments import Arguments, no_words
@@ -28,25 +29,34 @@ def run(arguments: Arguments) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     assembly = assemble(arguments.overrides, arguments.config_dirs)
     warn(assembly.warnings)
-    asyncio.run(_serve(assembly))
+    asyncio.run(_serve(assembly, arguments.config_dirs))
     return 0
 
 
-async def _serve(assembly: Assembly) -> None:
+async def _serve(assembly: Assembly, config_dirs: Sequence[str]) -> None:
     _check_address(assembly.server["server"])
     client = await start_engine(assembly)
     try:
         # imported while the engine process starts
         from vllm_di.containers.fill import opened
+        from vllm_di.containers.overview import overview
         from vllm_di.containers.slots import ServerContainer
+        from vllm_di.server.app import OpenAiServer
 
         with opened(ServerContainer, assembly, engine_client=client) as container:
-            watching = asyncio.create_task(_announce(assembly, client))
+            server = container.server()
+
+            def address() -> str | None:
+                return server.address if isinstance(server, OpenAiServer) else None
+
+            watching = asyncio.create_task(_announce(assembly, client, address))
             try:
                 if isinstance(client, ReplicatedEngineClient):
                     client.router = container.router()
                     _replace_on_signal(client, assembly.server["server"])
-                await container.server().run()
+                if isinstance(server, OpenAiServer):  # one of another class has its own paths
+                    server.show_assembly(partial(overview, assembly, config_dirs))
+                await server.run()
             finally:
                 watching.cancel()
                 await _quietly(watching)
@@ -81,7 +91,9 @@ def _check_address(server: dict[str, Any]) -> None:
         check_address(host, port, path)
 
 
-async def _announce(assembly: Assembly, client: EngineClient) -> None:
+async def _announce(
+    assembly: Assembly, client: EngineClient, address: Callable[[], str | None]
+) -> None:
     """Say what starts, how far it is, and where it listens; again for an engine that follows one
     that died."""
     server = assembly.server["server"]
@@ -94,7 +106,7 @@ async def _announce(assembly: Assembly, client: EngineClient) -> None:
                 say(_ready(client.report))
                 if replicas := client.replicas():
                     say(f"{len(replicas)} replicas of that, requests by router={_router(assembly)}")
-                say(f"listening on {_where(server)} (API under /v1)")
+                say(f"listening on {_where(server, address())} (API under /v1)")
             else:
                 say(f"engine: {_STAGES.get(stage, stage)}")
         await asyncio.sleep(0.1 if client.state == "starting" else 1.0)
@@ -108,10 +120,13 @@ def _router(assembly: Assembly) -> str:
     return assembly.choices["router"].option
 
 
-def _where(server: dict[str, Any]) -> str:
-    """A server of another class may have other keys."""
+def _where(server: dict[str, Any], address: str | None) -> str:
+    """``address``: where it listens indeed, which differs from the config's for port 0. A server of
+    another class may have other keys."""
     if path := server.get("unix_socket"):
         return str(path)
+    if address is not None:
+        return address
     if "host" in server and "port" in server:
         return f"http://{server['host']}:{server['port']}"
     return f"an address of its own ({server['_target_']})"

@@ -171,34 +171,66 @@ def _rows(
     for slot, kind in slots(container).items():
         if only and slot not in only:
             continue
-        path = paths[slot]
         node = assembly.nodes(container, stage)[slot]
-        missing = assembly.missing.get(path) or _waits_for(node)
+        missing = assembly.missing.get(paths[slot]) or _waits_for(node)
         if slot in plan.parts:
             cls = plan.parts[slot].cls
             target = f"{cls.__module__}.{cls.__qualname__}"
         else:
             target = "" if node["_target_"] == missing else node["_target_"]
-        package = target.split(".")[0]
-        choice = assembly.choices[path]
-        own = assembly.origins.get(f"{path}._target_")
-        origin = own if own and (own.by_user or own.chosen_by == "checkpoint") else choice.origin
-        rows.append(
-            Row(
-                container=container.__name__,
-                slot=path,
-                interface=kind.__name__,
-                option=choice.option,
-                target=target,
-                package=package,
-                version=_version(package),
-                chosen_by=origin.chosen_by,
-                place=str(origin),
-                alternatives=[o for o in tree.options(slot) if o != choice.option],
-                missing=missing,
-            )
-        )
+        rows.append(_row(container, assembly, tree, paths[slot], slot, kind, target, missing))
     return rows
+
+
+def rows_as_named(assembly: Assembly, config_dirs: Iterable[str | Path] = ()) -> list[Row]:
+    """Those of all containers by the config alone: ``target`` is the class as its node names it.
+    Imports no component, so a process without torch can ask for the workers' too."""
+    tree = ConfigFiles.find(config_dirs)
+    views: list[tuple[type[DeclarativeContainer], Assembly, int]] = [
+        (ServerContainer, assembly, 0),
+        (EngineContainer, assembly, 0),
+    ]
+    for role in assembly.workers:
+        view = assembly.of_role(role)
+        views += [(WorkerContainer, view, stage) for stage in range(len(view.stages))]
+    rows = []
+    for container, view, stage in views:
+        nodes = view.nodes(container, stage)
+        for slot, kind in slots(container).items():
+            path = view.path(container, slot, stage)
+            missing = view.missing.get(path)
+            target = nodes[slot]["_target_"]
+            rows.append(_row(container, view, tree, path, slot, kind, target, missing))
+    return rows
+
+
+def _row(
+    container: type[DeclarativeContainer],
+    assembly: Assembly,
+    tree: ConfigFiles,
+    path: str,
+    slot: str,
+    kind: type,
+    target: str,
+    missing: str | None,
+) -> Row:
+    package = target.split(".")[0]
+    choice = assembly.choices[path]
+    own = assembly.origins.get(f"{path}._target_")
+    origin = own if own and (own.by_user or own.chosen_by == "checkpoint") else choice.origin
+    return Row(
+        container=container.__name__,
+        slot=path,
+        interface=kind.__name__,
+        option=choice.option,
+        target=target,
+        package=package,
+        version=_version(package),
+        chosen_by=origin.chosen_by,
+        place=str(origin),
+        alternatives=[o for o in tree.options(slot) if o != choice.option],
+        missing=missing,
+    )
 
 
 def _waits_for(node: dict[str, Any]) -> str | None:

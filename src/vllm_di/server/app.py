@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import closing
 
 from starlette.applications import Starlette
@@ -26,6 +27,7 @@ from vllm_di.server.errors import unavailable
 from vllm_di.server.hosts import Hosts
 from vllm_di.server.listen import Listener, quiet_accepts, signals
 from vllm_di.server.middleware import RequestMiddleware
+from vllm_di.server.overview import Overview
 from vllm_di.server.routes import on_http_exception, operations, routes
 from vllm_di.server.service import Service
 from vllm_di.server.sockets import listen
@@ -66,6 +68,7 @@ class OpenAiServer(Server):
             metrics,
             engine_client,
             config,
+            has_keys=bool(keys),
         )
         offered = operations(self._service)
         self.batch_urls = [one.path for one in offered if one.is_batch]
@@ -89,6 +92,11 @@ class OpenAiServer(Server):
         """Where the server listens, once it does."""
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
+
+    def show_assembly(self, overview: Callable[[], Overview] | None) -> None:
+        """``overview`` is called in a thread when the page's ``/assembly`` is first asked for.
+        Without one that path answers 404."""
+        self._service.overview = overview
 
     def stop(self) -> None:
         """Start to drain; a second call ends all requests at once. SIGTERM and SIGINT call it. Call

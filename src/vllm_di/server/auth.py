@@ -10,7 +10,9 @@ from pathlib import Path
 
 from vllm_di.errors import ConfigError
 
-OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/ping"})
+PAGE_PATHS = frozenset({"/", "/page.css", "/page.js"})
+"""The files of the page, which asks for a key itself. They hold nothing of this server."""
+OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/ping"}) | PAGE_PATHS
 """Paths that need no key. All others do, even those that do not exist."""
 OWNER = "vllm_di.owner"
 """Key of the ASGI scope: what ``ApiKeys.owner`` gave for the request."""

@@ -31,6 +31,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     insecure: bool = False
     allowed_hosts: list[str] = []
     cors_origins: list[str] = []
+    page: bool = True
     max_queue: Count = 1024
     max_inputs: Count = 2048
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024, le=2**30)] = 8 * 2**20

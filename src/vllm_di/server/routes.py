@@ -27,6 +27,8 @@ from vllm_di.server.endpoint import GenerateEndpoint
 from vllm_di.server.errors import error_body
 from vllm_di.server.openapi import openapi
 from vllm_di.server.operations import Operation
+from vllm_di.server.overview import Overview
+from vllm_di.server.page.endpoints import Page
 from vllm_di.server.pooling.embeddings import Embeddings
 from vllm_di.server.pooling.scores import Ranking, Scores
 from vllm_di.server.protocol import (
@@ -233,6 +235,8 @@ def operations(service: Service) -> list[Operation]:
         "statuses": (503,),
         "as_answered": (503,),
     }
+    page = Page(service)
+    of_page: dict[str, Any] = {"statuses": (404,)}
     count = partial(count_tokens, service)
     response = "/v1/responses/{id}"
     offered += [
@@ -282,6 +286,10 @@ def operations(service: Service) -> list[Operation]:
         get("/version", other.version, "Versions and platform.", answer=answers.Version),
         get("/metrics", other.metrics, "Prometheus metrics.", media_type="text/plain"),
         get("/openapi.json", other.openapi, "This description."),
+        get("/assembly", page.assembly, "What fills each slot.", answer=Overview, **of_page),
+        get("/", page.index, "The page.", media_type="text/html", **of_page),
+        get("/page.css", page.style, "Its style.", media_type="text/css", **of_page),
+        get("/page.js", page.script, "Its script.", media_type="text/javascript", **of_page),
     ]
     return offered
 

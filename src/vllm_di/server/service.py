@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from vllm_di.frontend.processor import Generation, RequestProcessor
 from vllm_di.frontend.requests import Prepared
 from vllm_di.server.admission import Admission
 from vllm_di.server.config import ServerConfig
+from vllm_di.server.overview import Overview
 from vllm_di.server.protocol import GenerateRequest
 
 _LONG_TEXT = 4_000
@@ -47,7 +48,10 @@ class Service:
         metrics: Metrics,
         engine: EngineClient,
         config: ServerConfig,
+        *,
+        has_keys: bool = False,
     ) -> None:
+        """``has_keys``: whether clients need an API key."""
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.tool_parser = tool_parser
@@ -55,6 +59,9 @@ class Service:
         self.metrics = metrics
         self.engine = engine
         self.config = config
+        self.has_keys = has_keys
+        self.overview: Callable[[], Overview] | None = None
+        """How the server was assembled; None where nobody said."""
         self.admission = Admission(engine, config.max_queue)
         self.started_at = int(time.time())
         self._render_threads = ThreadPoolExecutor(_RENDER_THREADS, "render")
