@@ -6,10 +6,10 @@ JOBS ?= 2
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu tpu-env test-tpu-compile test-compile xpu-env test-xpu test-opencl test-families test-ray vllm-env test-vllm clients test-clients record-vllm test-mutants test-page page-picture sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
+.PHONY: serve test fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu tpu-env test-tpu-compile test-compile xpu-env test-xpu test-opencl test-families test-ray vllm-env test-vllm clients test-clients record-vllm test-mutants test-page page-picture test-aarch64 sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 serve: venv  ## set up, then serve the demo model on http://127.0.0.1:8000
 	$(BIN)/vllm-di serve $(ARGS)
@@ -97,6 +97,13 @@ sanitize: venv  ## tests of the kernels under the address sanitizer
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python -m pytest --sanitize tests/components/ops tests/components/communicator \
 	  -k "not avx2 and not generic and not processes and not serves and not dead" $(ARGS)
+
+# needs g++-aarch64-linux-gnu and qemu-user of Debian
+test-aarch64: venv  ## the C++ kernels compiled for ARM and run by QEMU, on every instruction set
+	$(BIN)/python -m pytest --aarch64 --timeout=900 tests/aarch64/checks.py tests/components/ops/test_cpu.py \
+	  tests/components/ops/test_gated_linear.py tests/components/ops/test_quantized_linear.py \
+	  tests/components/ops/test_fused_experts.py tests/components/ops/test_packed_embedding.py \
+	  tests/components/ops/test_paged_attention.py tests/components/ops/test_rotary_write_kv.py $(ARGS)
 
 check: venv  ## lint, format, types, layers
 	$(BIN)/ruff check .

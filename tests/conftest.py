@@ -1,4 +1,5 @@
-"""``--sanitize``: kernels with the address sanitizer (``make sanitize`` preloads its runtime)."""
+"""``--sanitize``: kernels with the address sanitizer (``make sanitize`` preloads its runtime).
+``--aarch64``: kernels for another architecture, run by QEMU (``make test-aarch64``)."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sanitize", action="store_true", help="kernels with address sanitizer")
+    parser.addoption("--aarch64", action="store_true", help="kernels for aarch64, by QEMU")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,3 +21,15 @@ def pytest_configure(config: pytest.Config) -> None:
             "-fsanitize=address",
             "-fno-omit-frame-pointer",
         )
+    if config.getoption("--aarch64"):
+        from tests.aarch64 import guest
+
+        if lacking := guest.missing():
+            raise pytest.UsageError(
+                f"--aarch64: {' and '.join(lacking)} not found; on Debian: "
+                f"apt-get install {guest.PACKAGES}"
+            )
+        session = guest.Session()
+        session.start()
+        config.add_cleanup(session.stop)
+        config.stash[guest.SESSION] = session

@@ -78,7 +78,7 @@ def use_simulated(folder: Path) -> None:
 def use_prebuilt(folder: Path) -> None:
     """Found whole, or not used at all."""
     name = f"cpu-generic-{kernels._sources()}.so"
-    obtain(folder / name, lambda to: kernels._compile(to, ["g++", "-fPIC"], "-fopenmp"))
+    obtain(folder / name, lambda to: kernels.compile_sources(to, ["g++", "-fPIC"], "-fopenmp"))
     built = kernels.prebuilt("generic", folder)
     assert built is not None and built.library.answer() == 7
 

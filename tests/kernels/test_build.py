@@ -12,6 +12,7 @@ import pytest
 from vllm_di.components.device.host import HostDevice
 from vllm_di.components.interfaces import OpLibrary
 from vllm_di.components.ops.cpu import UNBUILT, CpuOps
+from vllm_di.components.ops.cpu_paths import cpu_model
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.errors import ConfigError
 from vllm_di.kernels.build import (
@@ -21,7 +22,14 @@ from vllm_di.kernels.build import (
     loaded_openmp,
     main,
 )
-from vllm_di.kernels.isa import ISA_FLAGS, NEEDED, hindrance, usable_isas
+from vllm_di.kernels.isa import (
+    ARCHITECTURES,
+    ISA_FLAGS,
+    NEEDED,
+    choose_isa,
+    hindrance,
+    usable_isas,
+)
 from vllm_di.progress import shown
 
 SMALL = "generic"
@@ -160,7 +168,7 @@ def test_prebuilt_libraries_need_no_compiler(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["build", str(tmp_path)])
     best = next(isa for isa in usable_isas() if not hindrance(isa))
-    monkeypatch.setattr("vllm_di.kernels.build.ISA_FLAGS", {best: ISA_FLAGS[best]})
+    monkeypatch.setattr("vllm_di.kernels.build.isas_of", lambda _: (best,))
     main()
     monkeypatch.setenv("PATH", "/nowhere")
     ops = make(tmp_path / "cache", isa=best, prebuilt=str(tmp_path))
@@ -178,12 +186,64 @@ def test_an_instruction_set_that_the_cpu_lacks(
         make(tmp_path, isa="avx512")
 
 
-def test_a_cpu_without_flags_runs_the_generic_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda *_: "processor : 0\nflags : fpu sse2\n")
-    assert usable_isas() == ["generic"]
+@pytest.mark.parametrize(
+    ("machine", "row"), [("x86_64", "flags\t\t: {}"), ("aarch64", "Features\t: {}")]
+)
+def test_each_architecture_has_its_own(
+    monkeypatch: pytest.MonkeyPatch, machine: str, row: str
+) -> None:
+    """By the flags of the first CPU; without any, plain C++."""
+    monkeypatch.setattr("vllm_di.kernels.isa.machine", lambda: machine)
     everything = " ".join(sorted(set().union(*NEEDED.values())))
-    monkeypatch.setattr(Path, "read_text", lambda *_: f"flags : {everything}\n")
-    assert usable_isas() == list(NEEDED)
+    for flags, wanted in (("fpu sse2", ["generic"]), (everything, [*ARCHITECTURES[machine]])):
+        text = f"processor : 0\n{row.format(flags)}\nprocessor : 1\n{row.format('')}\n"
+        monkeypatch.setattr(Path, "read_text", lambda *_, text=text: text)
+        assert usable_isas() == wanted
+
+
+def test_arm_takes_the_best_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three servers: Graviton 1, 2 and 3."""
+    monkeypatch.setattr("vllm_di.kernels.isa.machine", lambda: "aarch64")
+    first = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
+    second = f"{first} atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp ssbs"
+    third = f"{second} sve bf16 i8mm svebf16 svei8mm"
+    for features, wanted in ((first, "generic"), (second, "neon"), (third, "neon_bf16")):
+        text = f"processor\t: 0\nBogoMIPS\t: 243.75\nFeatures\t: {features}\n"
+        monkeypatch.setattr(Path, "read_text", lambda *_, text=text: text)
+        assert choose_isa() == (wanted, {})
+
+
+def test_an_unknown_machine_runs_the_generic_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_di.kernels.isa.machine", lambda: "riscv64")
+    assert usable_isas() == ["generic"]
+
+
+def test_every_instruction_set_is_some_machines() -> None:
+    listed = {isa for names in ARCHITECTURES.values() for isa in names}
+    assert listed == set(NEEDED) == set(ISA_FLAGS)
+
+
+def test_an_instruction_set_of_another_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usable = ["neon", "generic"]
+    monkeypatch.setattr("vllm_di.kernels.isa.machine", lambda: "aarch64")
+    monkeypatch.setattr("vllm_di.kernels.isa.usable_isas", lambda: usable)
+    for isa, reason in (
+        ("avx2", "is of x86_64, and this machine is aarch64; it has neon, generic"),
+        ("neon_bf16", "this CPU does not have it; it has neon, generic"),
+    ):
+        with pytest.raises(ConfigError, match=f"isa={isa}:? {reason}"):
+            make(tmp_path, isa=isa)
+
+
+def test_the_cpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured on one CPU is not taken for another's."""
+    arm = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\nprocessor\t: 1\n"
+    x86 = "processor : 0\nmodel name : A CPU\nstepping : 2\n\nprocessor : 1\n"
+    for text, name in ((arm, "0x41, 0xd0c"), (x86, "A CPU, 2")):
+        monkeypatch.setattr(Path, "read_text", lambda *_, text=text: text)
+        assert cpu_model() == name
 
 
 def test_the_openmp_of_torch_is_used() -> None:

@@ -24,6 +24,8 @@ from vllm_di.kernels.isa import (
     find_compiler,
     first_error,
     flags_of,
+    isas_of,
+    machine,
 )
 from vllm_di.progress import tell
 
@@ -106,7 +108,7 @@ def build(isa: str, cache: Path, openmp: Path | None) -> Built:
     process's alone.
     """
     made = recipe(isa, cache, openmp)
-    return load_library(made.target, lambda to: _compile(to, made.command, made.runtime))
+    return load_library(made.target, lambda to: compile_sources(to, made.command, made.runtime))
 
 
 def recipe(isa: str, cache: Path, openmp: Path | None) -> Recipe:
@@ -164,7 +166,7 @@ def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
 
 
-def _compile(target: Path, command: list[str], runtime: str) -> None:
+def compile_sources(target: Path, command: list[str], runtime: str) -> None:
     """Each source on its own, side by side, then one link. ``progress`` hears how many are done."""
     with tempfile.TemporaryDirectory(prefix="vllm-di-build-") as scratch:
         sources = sorted(SOURCES.glob("*.cpp"))
@@ -194,7 +196,8 @@ def _compile(target: Path, command: list[str], runtime: str) -> None:
 
 
 def main() -> None:
-    """``python -m vllm_di.kernels.build FOLDER``: every instruction set, to be shipped."""
+    """``python -m vllm_di.kernels.build FOLDER``: every instruction set of this architecture, to be
+    shipped."""
     if len(sys.argv) != 2:
         raise SystemExit("usage: python -m vllm_di.kernels.build FOLDER")
     compiler = find_compiler()
@@ -202,13 +205,13 @@ def main() -> None:
         raise SystemExit("no C++ compiler: neither g++ nor clang++ is on the PATH")
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    for isa, flags in ISA_FLAGS.items():
+    for isa in isas_of(machine()):
         if isa == AMX and (why := compiler_lacks_tiles()):
             sys.stdout.write(f"no cpu-{isa}: {why}\n")
             continue
         target = folder / f"cpu-{isa}-{_sources()}.so"
-        command = [compiler, *COMMON_FLAGS, *flags]
-        obtain(target, functools.partial(_compile, command=command, runtime="-fopenmp"))
+        command = [compiler, *COMMON_FLAGS, *ISA_FLAGS[isa]]
+        obtain(target, functools.partial(compile_sources, command=command, runtime="-fopenmp"))
         sys.stdout.write(f"{target}\n")
 
 

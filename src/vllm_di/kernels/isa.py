@@ -1,11 +1,12 @@
-"""Instruction sets of x86 CPUs: what each needs, how code for it is compiled, and which of them
-this machine can use."""
+"""Instruction sets of x86 and ARM CPUs: what each needs, how code for it is compiled, and which of
+them this machine can use."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +17,8 @@ EMULATED = "amx_emulated"
 """AMX's tile registers in plain C++, beside the best other instruction set of this machine. For
 tests: slower than anything else."""
 AUTO = "auto"
+GENERIC = "generic"
+"""Plain C++, on any machine."""
 
 _WIDE = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 _BF16 = (*_WIDE, "-mavx512bf16", "-mavx512vnni")
@@ -24,21 +27,33 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "avx512_bf16": _BF16,
     "avx512": _WIDE,
     "avx2": ("-march=x86-64-v3",),
-    "generic": (),
+    "neon_bf16": ("-march=armv8.2-a+fp16+dotprod+bf16+i8mm",),
+    "neon": ("-march=armv8.2-a+fp16+dotprod",),
+    GENERIC: (),
 }
-"""Instruction sets, best first, with the flags that a kernel of it is compiled with."""
+"""Instruction sets, the best of an architecture first, with the flags that a kernel of it is
+compiled with. Every aarch64 has NEON, which the compiler uses in ``generic``; ``neon`` is what has
+dot products of bytes as well."""
 _V3 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _V4_BF16 = _V4 | {"avx512_bf16", "avx512_vnni"}
+_DOT = {"asimd", "asimdhp", "asimddp", "fphp", "atomics", "asimdrdm", "crc32"}
 NEEDED: dict[str, set[str]] = {
     AMX: _V4_BF16 | {"amx_tile", "amx_bf16", "amx_int8"},
     "avx512_bf16": _V4_BF16,
     "avx512": _V4,
     "avx2": _V3,
-    "generic": set(),
+    "neon_bf16": _DOT | {"bf16", "i8mm"},
+    "neon": _DOT,
+    GENERIC: set(),
 }
 """CPU flags (names of /proc/cpuinfo) that the code of an instruction set may use: the levels of the
-x86-64 psABI."""
+x86-64 psABI, and what ``-march`` names of ARM's."""
+ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    "x86_64": (AMX, "avx512_bf16", "avx512", "avx2", GENERIC),
+    "aarch64": ("neon_bf16", "neon", GENERIC),
+}
+"""Names of uname -m to their instruction sets, best first. Any other machine runs ``generic``."""
 
 SYS_ARCH_PRCTL = 158
 ARCH_REQ_XCOMP_PERM = 0x1023
@@ -53,14 +68,30 @@ class Choice(NamedTuple):
     """Better instruction sets that the CPU has, to why they cannot be used."""
 
 
-def usable_isas() -> list[str]:
-    """The instruction sets that this CPU has, best first."""
+def machine() -> str:
+    """The architecture of this machine, as uname -m calls it."""
+    return platform.machine()
+
+
+def isas_of(architecture: str) -> tuple[str, ...]:
+    """The instruction sets that there is code for, best first."""
+    return ARCHITECTURES.get(architecture, (GENERIC,))
+
+
+def cpu_flags() -> set[str]:
+    """What /proc/cpuinfo lists of the first CPU: ``flags`` on x86, ``Features`` on ARM."""
     try:
         rows = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         rows = []
-    flags = set(next((r for r in rows if r.startswith("flags")), "").partition(":")[2].split())
-    return [isa for isa, needed in NEEDED.items() if needed <= flags]
+    listed = next((row for row in rows if row.startswith(("flags", "Features"))), "")
+    return set(listed.partition(":")[2].split())
+
+
+def usable_isas() -> list[str]:
+    """The instruction sets that this CPU has, best first."""
+    flags = cpu_flags()
+    return [isa for isa in isas_of(machine()) if NEEDED[isa] <= flags]
 
 
 def choose_isa(*, needs_compiler: bool = True) -> Choice:

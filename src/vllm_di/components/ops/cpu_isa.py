@@ -17,7 +17,12 @@ def select_isa(name: str, prebuilt: Path | None) -> sets.Choice:
         return sets.choose_isa(needs_compiler=asks_compiler)
     if name == sets.EMULATED:
         return sets.Choice(name, {})
-    usable = sets.usable_isas()
+    usable, machine = sets.usable_isas(), sets.machine()
+    if name not in sets.isas_of(machine):
+        owner = next(a for a, names in sets.ARCHITECTURES.items() if name in names)
+        raise ConfigError(
+            f"isa={name} is of {owner}, and this machine is {machine}; it has {', '.join(usable)}"
+        )
     if name not in usable:
         raise ConfigError(f"isa={name}: this CPU does not have it; it has {', '.join(usable)}")
     if why := sets.hindrance(name, needs_compiler=asks_compiler):

@@ -88,14 +88,15 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 def cpu_model() -> str:
-    """What /proc/cpuinfo calls it, with its stepping."""
-    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping")
+    """What /proc/cpuinfo calls it, with its stepping; on ARM by numbers alone."""
+    x86 = ("vendor_id", "cpu family", "model", "model name", "stepping")
+    arm = ("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision")
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor()
     pairs = [line.partition(":") for line in lines]
-    return ", ".join(value.strip() for key, _, value in pairs if key.strip() in wanted)
+    return ", ".join(value.strip() for key, _, value in pairs if key.strip() in x86 + arm)
 
 
 def place(cache: Path, library: str) -> Path:

@@ -8,6 +8,8 @@
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)  // isa=neon; isa=generic has NEON too, by the compiler alone
+#include <arm_neon.h>
 #endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -35,12 +37,25 @@ static inline void store(bf16* p, float value) {
   p->bits = uint16_t((is_nan ? (wide | 0x400000u) : rounded) >> 16);
 }
 
-// Sixteen lanes: one register of AVX-512, two of AVX2, four of SSE2.
+// Sixteen lanes: one register of AVX-512, two of AVX2, four of SSE2 or NEON.
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
 static const int64_t kLanes = 16;
+
+#if defined(__ARM_FEATURE_DOTPROD)
+// What each of sixteen lanes' four registers of NEON becomes: each(register, 0 to 3).
+template <typename Register, typename V, typename Each>
+static inline __attribute__((always_inline)) V by_registers(V v, const Each& each) {
+  Register parts[4];
+  std::memcpy(parts, &v, 64);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) parts[i] = each(parts[i], i);
+  std::memcpy(&v, parts, 64);
+  return v;
+}
+#endif
 
 static inline floats splat(float value) { return floats{} + value; }
 static inline floats load16(const float* p) {
@@ -64,6 +79,11 @@ static inline void store16(float* p, floats v) { std::memcpy(p, &v, 64); }
 static inline void store16(bf16* p, floats v) {
 #if defined(__AVX512BF16__)
   const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  float32x4_t wide[4];
+  std::memcpy(wide, &v, 64);
+  bfloat16x8_t narrow[2];
+  for (int i = 0; i < 2; i++) narrow[i] = vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(wide[2 * i]), wide[2 * i + 1]);
 #else
   const words w = (words)v, rounded = w + 0x7fffu + ((w >> 16) & 1u);
   const halves narrow = __builtin_convertvector((v != v ? (w | 0x400000u) : rounded) >> 16, halves);
@@ -73,6 +93,17 @@ static inline void store16(bf16* p, floats v) {
 #if defined(__AVX512F__)
 static inline float largest(floats v) { return _mm512_reduce_max_ps((__m512)v); }
 static inline float total(floats v) { return _mm512_reduce_add_ps((__m512)v); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+static inline float largest(floats v) {
+  float32x4_t q[4];
+  std::memcpy(q, &v, 64);
+  return vmaxvq_f32(vmaxq_f32(vmaxq_f32(q[0], q[1]), vmaxq_f32(q[2], q[3])));
+}
+static inline float total(floats v) {
+  float32x4_t q[4];
+  std::memcpy(q, &v, 64);
+  return vaddvq_f32((q[0] + q[1]) + (q[2] + q[3]));
+}
 #else
 static inline float largest(floats v) {
   float best = v[0];
@@ -159,6 +190,15 @@ static inline floats silu(floats x) { return x * inverse(1.f + fast_exp(-x)); }
 // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
 static inline floats gelu_tanh(floats x) {
   return 0.5f * x * (1.f + fast_tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+}
+
+// For a thread that spins: what runs beside it on its core gets on.
+static inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
 }
 
 // The types that the Python side names: 0 is fp32, 1 is bf16.

@@ -29,6 +29,11 @@ static inline floats dot_step(floats sum, const float* a, const float* b) {
 static inline floats dot_step(floats sum, const bf16* a, const bf16* b) {
 #if defined(__AVX512BF16__)
   return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return by_registers<float32x4_t>(sum, [&](float32x4_t part, int i) {
+    const auto eight = [i](const bf16* from) { return vreinterpretq_bf16_u16(vld1q_u16(&from[8 * i].bits)); };
+    return vbfdotq_f32(part, eight(a), eight(b));
+  });
 #else
   floats a_even, a_odd, b_even, b_odd;
   load_pairs(a, a_even, a_odd);

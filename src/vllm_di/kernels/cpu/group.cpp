@@ -80,14 +80,6 @@ int64_t now() {
   return t.tv_sec * 1000000000ll + t.tv_nsec;
 }
 
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 void sleep_while(Flag& flag, uint32_t seen) {
   const timespec most{0, kLookEvery};
   flag.sleepers.fetch_add(1);

@@ -65,7 +65,7 @@ template <typename T>
 struct Operand {
   typedef float type;
 };
-#if defined(__AVX512BF16__)
+#if defined(DOT_OF_PAIRS)
 template <>
 struct Operand<bf16> {
   typedef uint32_t type;

@@ -14,6 +14,9 @@ static const float kBytes = 127.f;      // activations lie in [-127, 127]
 static inline floats half_to_float(const uint16_t* p) {
 #if defined(__AVX512F__)
   return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return by_registers<float32x4_t>(
+      floats{}, [&](float32x4_t, int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });
 #else
   halves narrow;
   std::memcpy(&narrow, p, 32);
@@ -31,6 +34,14 @@ static inline int32_t to_bytes(floats v, float inverse, int8_t* out) {
   const __m512i whole = _mm512_cvtps_epi32((__m512)scaled);
   _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(whole));
   return _mm512_reduce_add_epi32(whole);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  float32x4_t q[4];
+  std::memcpy(q, &scaled, 64);
+  int32x4_t whole[4];
+  for (int i = 0; i < 4; i++) whole[i] = vcvtnq_s32_f32(q[i]);
+  for (int i = 0; i < 4; i += 2)
+    vst1_s8(out + 4 * i, vmovn_s16(vcombine_s16(vmovn_s32(whole[i]), vmovn_s32(whole[i + 1]))));
+  return vaddvq_s32((whole[0] + whole[1]) + (whole[2] + whole[3]));
 #else
   int32_t sum = 0;
   for (int i = 0; i < kLanes; i++) {

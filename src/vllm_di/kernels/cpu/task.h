@@ -42,7 +42,7 @@ struct Team {
     }
     for (int spins = 0; shared->round.load(std::memory_order_acquire) == round; spins++) {
       if (spins < kSpins) {
-        __builtin_ia32_pause();
+        relax();
         continue;
       }
       shared->asleep.fetch_add(1);

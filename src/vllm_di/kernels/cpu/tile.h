@@ -1,9 +1,10 @@
 // The register tile of all dense products: ROWS rows of x times two panels of 16 outputs.
 //
 // An operand is a float, a pair of bf16 or four bytes. A panel holds the operands of 16 outputs: one step is one float along
-// k, a pair of bf16 or four bytes. Two panels lie side by side, [steps][2][16], so that few rows read one stream of memory. One instruction of AVX512-BF16 (or VNNI) multiplies a pair (or four bytes) of x, broadcast,
-// with those of 16 outputs, so no sum across lanes is ever needed. Each output is summed along k in order whatever the
-// tile's shape: a row's result does not depend on the rows beside it.
+// k, a pair of bf16 or four bytes. Two panels lie side by side, [steps][2][16], so that few rows read one stream of memory. One
+// instruction of AVX512-BF16 or VNNI (BFDOT or USDOT on ARM) multiplies a pair (or four bytes) of x, broadcast, with those of
+// the outputs of a register, so no sum across lanes is ever needed. Each output is summed along k in order whatever the tile's
+// shape: a row's result does not depend on the rows beside it.
 #pragma once
 #include "task.h"
 
@@ -31,10 +32,21 @@ static inline floats multiply_add(floats sum, float x, const float* weights) {
   return sum + x * load16(weights);
 }
 
+// One instruction for a pair.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define DOT_OF_PAIRS
+#endif
 #if defined(__AVX512BF16__)
 static inline floats multiply_add(floats sum, uint32_t pair, const uint32_t* weights) {
   return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair),
                                   (__m512bh)_mm512_loadu_si512(weights));
+}
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+static inline floats multiply_add(floats sum, uint32_t pair, const uint32_t* weights) {
+  const bfloat16x8_t x = vreinterpretq_bf16_u32(vdupq_n_u32(pair));
+  return by_registers<float32x4_t>(sum, [&](float32x4_t part, int i) {
+    return vbfdotq_f32(part, x, vreinterpretq_bf16_u32(vld1q_u32(weights + 4 * i)));
+  });
 }
 #else
 static inline floats multiply_add(floats sum, uint32_t pair, const uint32_t* weights) {
@@ -49,6 +61,19 @@ static inline floats multiply_add(floats sum, uint32_t pair, const uint32_t* wei
 static inline ints multiply_bytes(ints sum, uint32_t x, words weights) {
 #if defined(__AVX512VNNI__)
   return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32((int)x));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  const int8x16_t bytes = vreinterpretq_s8_u32(vdupq_n_u32(x));
+  uint8x16_t w[4];
+  std::memcpy(w, &weights, 64);
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  return by_registers<int32x4_t>(sum, [&](int32x4_t part, int i) { return vusdotq_s32(part, w[i], bytes); });
+#else
+  // signed by signed alone: of the weights 128 is taken away, and 128 times the bytes of x added
+  const int32x4_t more = vshlq_n_s32(vdotq_s32(vdupq_n_s32(0), bytes, vdupq_n_s8(64)), 1);
+  return by_registers<int32x4_t>(sum, [&](int32x4_t part, int i) {
+    return vdotq_s32(part + more, vreinterpretq_s8_u8(veorq_u8(w[i], vdupq_n_u8(128))), bytes);
+  });
+#endif
 #else
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) sum += (ints)((weights >> (8 * i)) & 0xffu) * int32_t(int8_t(x >> (8 * i)));
