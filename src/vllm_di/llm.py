@@ -22,11 +22,9 @@ from vllm_di.frontend.pooling import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
     PoolingProcessor,
-    ScoringOutput,
-    ScoringRequestOutput,
-    cosine,
 )
 from vllm_di.frontend.processor import Generation, RequestProcessor
+from vllm_di.frontend.scoring import Pairs, ScoringOutput, ScoringRequestOutput, scorer_of
 from vllm_di.progress import print_line, shown
 
 log = logging.getLogger(__name__)
@@ -145,28 +143,19 @@ class LLM:
         *,
         truncate_prompt_tokens: int | None = None,
     ) -> list[ScoringRequestOutput]:
-        """The cosine of each pair of texts; a single ``one`` goes with each of ``other``. Raises
+        """How well each pair of texts goes together: the cosine of their vectors or, of a
+        cross-encoder, its score. A single ``one`` goes with each of ``other``;
+        ``truncate_prompt_tokens`` cuts each text, of a cross-encoder the pair. Raises
         RequestError."""
-        processor, limit = self._pooling(), truncate_prompt_tokens
-        processor.check_embeds()
-        ones, others = _listed(one), _listed(other)
-        if len(ones) not in (1, len(others)):
-            raise RequestError(
-                f"{len(ones)} texts and {len(others)} others: expected as many, or one"
-            )
-        names = (f"llm-{next(self._numbers)}" for _ in itertools.count())
-        requests = [
-            processor.request(next(names), text, max_tokens=limit) for text in [*ones, *others]
-        ]
-        vectors = [processor.vector(output) for output in self._pool(requests)]
-        firsts = vectors[: len(ones)] * (len(others) if len(ones) == 1 else 1)
+        others = _listed(other)
+        pairs = Pairs(_listed(one), others, "one", "other")
+        pairs.check()
+        scorer, name = scorer_of(self._pooling()), f"llm-{next(self._numbers)}"
+        requests = scorer.requests(name, pairs, max_tokens=truncate_prompt_tokens)
+        scores = scorer.scores(self._pool(requests), pairs)
         return [
-            ScoringRequestOutput(
-                request.request_id, request.prompt_token_ids, ScoringOutput(cosine(a, b))
-            )
-            for request, a, b in zip(
-                requests[len(ones) :], firsts, vectors[len(ones) :], strict=True
-            )
+            ScoringRequestOutput(request.request_id, request.prompt_token_ids, ScoringOutput(score))
+            for request, score in zip(requests[-len(others) :], scores, strict=True)
         ]
 
     def stream(

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from tests.server.served import served
 
-from vllm_di.frontend.pooling import cosine
+from vllm_di.frontend.scoring import cosine
 from vllm_di.server import answers
 
 SETTINGS = ["model=tiny", "platform=cpu", "model.dtype=float32", "pooler=mean"]

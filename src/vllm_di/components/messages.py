@@ -135,6 +135,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     them, as after a preemption."""
     pools: bool = False
     """Asks for one vector of the whole prompt, and for no token."""
+    token_type_ids: list[int] = []
+    """With ``pools``, of a pair of texts: the text that each token belongs to. Empty: all 0."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -161,6 +163,8 @@ class NewSequence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     prompt_len: int
     eos_token_ids: list[int] = []
     bad_words_token_ids: list[list[int]] = []
+    token_type_ids: list[int] = []
+    """As in EngineRequest."""
     same_as: int = -1
     """On its way to another process: the place in ``StepPlan.new`` of a choice before it of the
     same request, whose prompt and lists it shares; they are left out here. A worker never sees it.
@@ -427,6 +431,8 @@ class Pooling(msgspec.Struct, frozen=True, kw_only=True):
     """Whether all tokens of a prompt must run: none may come from the prefix cache."""
     whole_prompts: bool = False
     """Whether a prompt must run in one step: its tokens see those behind them."""
+    token_types: int = 0
+    """Kinds of token by which the model tells the two texts of a pair apart; 0: it does not."""
 
 
 class Peer(msgspec.Struct, frozen=True):

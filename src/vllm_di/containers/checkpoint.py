@@ -132,7 +132,10 @@ def _choose_pooler(tree: ConfigTree, composition: Composition, config: dict[str,
         replace_option(tree, composition, "pooler", option := said.option, said.why)
     if option == "none" or said.option == "none":
         return
-    for key, value in (("normalize", said.normalize), ("dimensions", said.dimensions)):
+    told = {"normalize": said.normalize, "dimensions": said.dimensions}
+    if said.activation is not None:
+        told["activation"] = said.activation
+    for key, value in told.items():
         origin = composition.origins.get(f"pooler.{key}")
         if key in values.pooler and not (origin is not None and origin.by_user):
             OmegaConf.update(values, f"pooler.{key}", value, force_add=True)

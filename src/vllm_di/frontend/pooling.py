@@ -42,23 +42,6 @@ class EmbeddingRequestOutput:
     finished: bool = True
 
 
-@dataclass(slots=True)
-class ScoringOutput:
-    """How well two texts go together."""
-
-    score: float
-
-
-@dataclass(slots=True)
-class ScoringRequestOutput:
-    """One pair of ``LLM.score``, in vLLM's form."""
-
-    request_id: str
-    prompt_token_ids: list[int]
-    outputs: ScoringOutput
-    finished: bool = True
-
-
 class PoolingProcessor:
     """Makes requests and reads their vectors. Holds the tokenizer and what the model gives."""
 
@@ -121,10 +104,56 @@ class PoolingProcessor:
             raise RequestError(f"{param}: {error.message}", param=param) from None
         if max_tokens is not None:
             ids = self._cut(text, ids, self.limit(max_tokens))
+        return self._checked(request_id, ids, [], param, priority, cache_salt)
+
+    def pair(
+        self,
+        request_id: str,
+        one: Text,
+        other: Text,
+        *,
+        param: str = "input",
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        max_other: int | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> EngineRequest:
+        """As ``request``, of two texts that a cross-encoder reads as one prompt; ``max_tokens`` are
+        those of both. ``max_other``: the most of ``other``."""
+        if not isinstance(one, str) or not isinstance(other, str):
+            raise RequestError(
+                f"{param}: the model {self._name!r} is a cross-encoder, and its tokenizer joins "
+                "the pair: expected texts, not token ids",
+                param=param,
+            )
+        limit = None if max_tokens is None else self.limit(max_tokens)
+        tokens = self._tokenizer.encode_pair(
+            one,
+            other,
+            add_special_tokens=add_special_tokens,
+            max_tokens=limit,
+            max_other=max_other,
+        )
+        if not tokens.token_ids:
+            raise RequestError(f"{param}: both texts of a pair are empty", param=param)
+        types = tokens.type_ids if self.pooling.token_types else []
+        return self._checked(request_id, tokens.token_ids, types, param, priority, cache_salt)
+
+    def _checked(
+        self,
+        request_id: str,
+        ids: list[int],
+        types: list[int],
+        param: str,
+        priority: int,
+        cache_salt: str | None,
+    ) -> EngineRequest:
         check_token_ids(ids, self._vocab_size, param)
         if len(ids) > self._max_len:
+            what = "a text" if self.pooling.kind == "embedding" else "a pair of texts"
             raise RequestError(
-                f"{param}: the model reads {self._max_len} tokens at most, and a text has "
+                f"{param}: the model reads {self._max_len} tokens at most, and {what} has "
                 f"{len(ids)}; shorten it, or set truncate_prompt_tokens=-1",
                 param=param,
                 code="context_length_exceeded",
@@ -137,6 +166,7 @@ class PoolingProcessor:
             arrival_time=time.time(),
             cache_salt=cache_salt,
             pools=True,
+            token_type_ids=types,
         )
 
     def limit(self, max_tokens: int) -> int:
@@ -183,9 +213,3 @@ class PoolingProcessor:
             length = math.sqrt(math.fsum(x * x for x in numbers)) or 1.0
             numbers = array("f", [x / length for x in numbers])
         return numbers
-
-
-def cosine(one: Sequence[float], other: Sequence[float]) -> float:
-    """Of two vectors of one size; 0 where one has no length."""
-    lengths = math.sqrt(math.fsum(x * x for x in one) * math.fsum(x * x for x in other))
-    return math.fsum(map(float.__mul__, one, other)) / lengths if lengths else 0.0

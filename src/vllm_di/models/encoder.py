@@ -1,4 +1,5 @@
-"""Encoders of the BERT family: each token sees its whole text, and nothing is cached.
+"""Encoders of the BERT family: each token sees its whole text, and nothing is cached. A
+cross-encoder is one with a head that scores a pair of texts.
 
 Attention comes through its slot, products through the quantization. Layer norms and activations are
 torch's: the table of ops has none of them.
@@ -31,7 +32,7 @@ from vllm_di.components.interfaces import (
 from vllm_di.components.messages import KvSpec
 from vllm_di.errors import CheckpointError, ConfigError, UnsupportedModelError, nearest
 from vllm_di.models.config import DecoderConfig
-from vllm_di.models.encoder_config import ENCODERS
+from vllm_di.models.encoder_config import CROSS_ENCODERS, ENCODERS
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ INIT_STD = 0.02
 PREFIXES = ("bert.", "roberta.")
 """Of names in checkpoints that were saved with a head."""
 UNUSED = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids", "embeddings.token_type_ids")
-"""Beginnings of the names of what makes no hidden state: heads, and buffers of indices."""
+"""Beginnings of the names of what makes no hidden state: heads that are not used, and buffers of
+indices."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -102,6 +104,11 @@ class Encoder(Model):
         self._spec = AttentionSpec(self._heads, self._heads, size, size**-0.5, causal=False)
         check_attention(attention, self._spec)
         self._act = ACTIVATIONS[c.hidden_act]
+        self._head: tuple[str, ...] = CROSS_ENCODERS.get(c.architecture, ())
+        if self._head:
+            self.pools_to = "score"
+        if not ENCODERS[c.architecture] and config.type_vocab_size > 1:
+            self.token_types = config.type_vocab_size
         self._shapes = self._names(c.max_position_embeddings + config.first_position)
         self._weights: dict[str, Tensor] = {}
         self._products: dict[str, Product] = {}
@@ -125,6 +132,8 @@ class Encoder(Model):
             "intermediate.dense": (inner, wide),
             "output.dense": (wide, inner),
         }
+        for name, rows in zip(self._head, (wide, 1), strict=False):
+            shapes |= {f"{name}.weight": (rows, wide), f"{name}.bias": (rows,)}
         norms = ["embeddings.LayerNorm"]
         for layer in range(self._num_layers):
             start = f"encoder.layer.{layer}."
@@ -144,7 +153,7 @@ class Encoder(Model):
             name = raw
             for prefix in PREFIXES:
                 name = name.removeprefix(prefix)
-            if name.startswith(UNUSED):
+            if name not in self._shapes and name.startswith(UNUSED):
                 left_out.append(raw)
                 continue
             if name not in self._shapes:
@@ -183,12 +192,14 @@ class Encoder(Model):
 
     def _finalize(self) -> None:
         """Hand the linear weights to the quantization; from here on the model can run."""
-        for name in [n for n in self._weights if n.startswith("encoder.") and "LayerNorm" not in n]:
+        products = ("encoder.", *self._head)
+        for name in [n for n in self._weights if n.startswith(products) and "LayerNorm" not in n]:
             base, _, part = name.rpartition(".")
             if part == "weight":
                 weight, bias = self._weights.pop(name), self._weights.pop(f"{base}.bias")
                 self._bytes += self._quantization.num_bytes(weight) + bias.nbytes
-                self._products[base] = self._quantization.linear(weight, bias)
+                dtype = torch.float32 if base in self._head[1:] else None
+                self._products[base] = self._quantization.linear(weight, bias, dtype)
         self._bytes += sum(tensor.nbytes for tensor in self._weights.values())
 
     def weight_bytes(self) -> int:
@@ -202,19 +213,21 @@ class Encoder(Model):
 
     def forward(self, step: ModelStep) -> Tensor:
         (metadata,) = step.metadata
-        x = self._embed(step.token_ids, step.positions)
+        x = self._embed(step.token_ids, step.positions, step.token_types)
         for layer in range(self._num_layers):
             x = self._layer(f"encoder.layer.{layer}.", x, metadata)
         return x
 
-    def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """token_ids and positions [tokens] -> [tokens, hidden]"""
+    def _embed(self, token_ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+        """token_ids, positions and types [tokens] -> [tokens, hidden]"""
         weights = self._weights
         x = self._ops.embedding(token_ids, weights["embeddings.word_embeddings.weight"])
         places = positions + self._config.first_position
         x = x + self._ops.embedding(places, weights["embeddings.position_embeddings.weight"])
-        if self._config.type_vocab_size:  # one text: all tokens are of the first kind
-            x = x + weights["embeddings.token_type_embeddings.weight"][0]
+        if self._config.type_vocab_size:
+            kinds = weights["embeddings.token_type_embeddings.weight"]
+            # a model that does not tell texts apart takes all tokens for those of the first
+            x = x + (kinds[0] if types is None else self._ops.embedding(types, kinds))
         return self._norm("embeddings.LayerNorm", x)
 
     def _layer(self, name: str, x: Tensor, metadata: Any) -> Tensor:
@@ -236,7 +249,11 @@ class Encoder(Model):
         return F.layer_norm(x, (self.hidden_size,), scale, shift, self._eps)
 
     def give_hidden(self) -> int:
-        return self.hidden_size
+        return 1 if self._head else self.hidden_size
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return hidden.float()
+        """hidden [rows, hidden] -> the same in fp32; of a cross-encoder [rows, 1], its scores."""
+        if not self._head:
+            return hidden.float()
+        dense, score = self._head
+        return self._products[score](torch.tanh(self._products[dense](hidden)))

@@ -19,9 +19,23 @@ DEFAULTS: dict[str, Any] = {
     "hidden_act": "gelu",
 }
 """What transformers leaves out of a config of any of ENCODERS."""
-ENCODERS = {"BertModel": False, "RobertaModel": True, "XLMRobertaModel": True}
+ENCODERS = {
+    "BertModel": False,
+    "BertForSequenceClassification": False,
+    "RobertaModel": True,
+    "RobertaForSequenceClassification": True,
+    "XLMRobertaModel": True,
+    "XLMRobertaForSequenceClassification": True,
+}
 """Architectures that ``models/encoder.py`` runs -> whether positions count from behind the padding
-token's id."""
+token's id; such families do not tell the two texts of a pair apart."""
+CROSS_ENCODERS = {
+    "BertForSequenceClassification": ("pooler.dense", "classifier"),
+    "RobertaForSequenceClassification": ("classifier.dense", "classifier.out_proj"),
+    "XLMRobertaForSequenceClassification": ("classifier.dense", "classifier.out_proj"),
+}
+"""Those with a head that scores a pair of texts -> the names of its two linear layers, with a tanh
+between them. It reads the first token's hidden state."""
 MOST_LAYERS = 10_000
 """Of a config that is believed."""
 ACTIVATIONS = {
@@ -38,7 +52,9 @@ def encoder_fields(config: Config) -> dict[str, Any]:
     name = config["architectures"][0]
     refuse(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
     values = {key: config.get(key, default) for key, default in DEFAULTS.items()}
-    if name == "XLMRobertaModel" and "layer_norm_eps" not in config:
+    if name in CROSS_ENCODERS:
+        _check_labels(config, name)
+    if name.startswith("XLMRoberta") and "layer_norm_eps" not in config:
         values["layer_norm_eps"] = 1e-12
     layers = values["num_hidden_layers"]
     if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
@@ -59,3 +75,15 @@ def encoder_fields(config: Config) -> dict[str, Any]:
         "first_position": first,
         "eos_token_ids": [],
     }
+
+
+def _check_labels(config: Config, name: str) -> None:
+    """Raises UnsupportedModelError for a classifier of several labels."""
+    labels = config.get("id2label")
+    named = len(labels) if isinstance(labels, dict) else None
+    numbers = [n for n in (config.get("num_labels"), named) if n is not None] or [2]
+    if wrong := [n for n in numbers if n != 1]:
+        raise UnsupportedModelError(
+            f"{name} with num_labels={str(wrong[0])[:80]}: a classifier of several labels is not "
+            "supported; one with num_labels=1, a cross-encoder that scores pairs of texts, is"
+        )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_di.errors import CheckpointError, UnsupportedModelError
-from vllm_di.models.encoder_config import ENCODERS
+from vllm_di.models.encoder_config import CROSS_ENCODERS, ENCODERS
 from vllm_di.models.hf_config import HEADLESS
 
 MODES = {
@@ -20,6 +20,12 @@ MODES = {
 """Keys of a ``Pooling`` module's config, to options of the group ``pooler``."""
 NAMES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 """Values of ``pooling_mode`` in newer configs, to the same."""
+SCORES = {
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "torch.nn.modules.linear.Identity": "identity",
+}
+"""What sentence-transformers names as a cross-encoder's activation, to ``pooler.activation``. With
+one label it is a sigmoid where nothing is named, as in vLLM."""
 Config = Mapping[str, Any]
 
 
@@ -30,6 +36,8 @@ class PoolingChoice(NamedTuple):
     why: str
     normalize: bool = True
     dimensions: list[int] | None = None
+    activation: str | None = None
+    """Of a cross-encoder."""
     max_tokens: int | None = None
     """Longest text that the model was made for, where it is shorter than its positions."""
 
@@ -42,6 +50,10 @@ def pooling_of(folder: str, config: Config, chosen: str | None = None) -> Poolin
     names = config.get("architectures")
     architecture = str(names[0]) if isinstance(names, list) and names else ""
     dimensions = _dimensions(config)
+    if architecture in CROSS_ENCODERS:
+        activation, where = _activation(place, config)
+        why = f"config.json: {architecture} is a cross-encoder; {activation}, as {where}"
+        return PoolingChoice("score", why, activation=activation)
     if (place / "modules.json").is_file():
         return _of_modules(place, chosen)._replace(dimensions=dimensions)
     if architecture in HEADLESS:
@@ -51,6 +63,32 @@ def pooling_of(folder: str, config: Config, chosen: str | None = None) -> Poolin
         why = f"config.json: {architecture} is an encoder, and no modules.json says how to pool"
         return PoolingChoice("cls", why, dimensions=dimensions)
     return PoolingChoice("none", f"config.json: {architecture or 'no architecture'} generates")
+
+
+def _activation(folder: Path, config: Config) -> tuple[str, str]:
+    """(``pooler.activation``, who says so). Raises UnsupportedModelError for one that is not
+    known."""
+    file = folder / "config_sentence_transformers.json"
+    beside = _read(file, dict) if file.is_file() else {}
+    inner = config.get("sentence_transformers")
+    places = {
+        "config.json: sentence_transformers.activation_fn": (
+            inner.get("activation_fn") if isinstance(inner, Mapping) else None
+        ),
+        "config.json: sbert_ce_default_activation_function": config.get(
+            "sbert_ce_default_activation_function"
+        ),
+        f"{file.name}: activation_fn": beside.get("activation_fn"),
+    }
+    for where, name in places.items():
+        if name is None:
+            continue
+        if str(name) not in SCORES:
+            raise UnsupportedModelError(
+                f"{folder}: {where} is {str(name)[:80]!r}; known are {', '.join(SCORES)}"
+            )
+        return SCORES[str(name)], f"{where} says"
+    return "sigmoid", "nothing is said of another activation"
 
 
 def _of_modules(folder: Path, chosen: str | None) -> PoolingChoice:
@@ -73,12 +111,12 @@ def _of_modules(folder: Path, chosen: str | None) -> PoolingChoice:
                 "Normalize. pooler=none generates text instead"
             )
     if not option and chosen is not None:
-        return PoolingChoice(chosen, "", normalize, None, max_tokens)
+        return PoolingChoice(chosen, "", normalize, max_tokens=max_tokens)
     if not option:
         raise UnsupportedModelError(
             f"{folder}/modules.json has no Pooling; choose one: pooler=mean, cls or last"
         )
-    return PoolingChoice(option, why, normalize, None, max_tokens)
+    return PoolingChoice(option, why, normalize, max_tokens=max_tokens)
 
 
 def _mode(file: Path) -> str:

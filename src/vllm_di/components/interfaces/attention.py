@@ -65,6 +65,7 @@ class BatchPlan:
     """Tables of the second KvGroup and those after it; an attention backend is not shown them."""
     padded_to: PlanShape | None = None
     """The static shape that a ShapePolicy padded it to."""
+    token_types: Tensor | None = None  # [tokens] int64, of models that have some
 
     @property
     def shape(self) -> PlanShape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vllm_di.components.interfaces.attention import BatchPlan, LayerCache, PlanShape
 from vllm_di.components.interfaces.ops import Activation, Reuse
@@ -29,6 +29,7 @@ class ModelStep:
     groups: Sequence[int]  # the KvGroup of each of these layers
     metadata: Sequence[Any]  # of the attention backend, one for each KvGroup
     hidden: Tensor | None = None  # [tokens, hidden] from the stage before; None on the first
+    token_types: Tensor | None = None  # [tokens] int64; None where Model.token_types is 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,12 @@ class Model(ABC):
     """Whether it ends in logits; else in hidden states for the next stage."""
     causal: bool = True
     """False: an encoder, which keeps no cache and gives no tokens; prompts run whole."""
+    pools_to: Literal["embedding", "score"] = "embedding"
+    """What a pooled prompt becomes: ``score``, where the model has a head that scores a pair of
+    texts. The rows of ``give_hidden`` are then what the head gives."""
+    token_types: int = 0
+    """Kinds of token (``ModelStep.token_types``) by which it tells the two texts of a pair apart;
+    0: it does not."""
     reuses: frozenset[Reuse] = frozenset()
     """``record`` and ``capture``: all that ``forward`` computes are ops of the table, attention and
     collectives."""

@@ -5,9 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from vllm_di.components.messages import EngineRequest, EngineStats, TokenOutput, WorkerReport
+from vllm_di.errors import RequestError
+
+
+class PairTokens(NamedTuple):
+    """A pair of texts as one prompt."""
+
+    token_ids: list[int]
+    type_ids: list[int]
+    """Of each token the text that it belongs to, 0 or 1, by the tokenizer's template."""
 
 
 class Tokenizer(ABC):
@@ -23,6 +32,23 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def encode_pair(
+        self,
+        one: str,
+        other: str,
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        max_other: int | None = None,
+    ) -> PairTokens:
+        """Two texts in one prompt, as a cross-encoder was trained to read them. ``max_tokens``:
+        both are cut, the longer one first, so that there are at most so many tokens, special ones
+        included; ``max_other``: the most of ``other``. Raises RequestError where that leaves no
+        room for a text."""
+        raise RequestError(
+            f"{type(self).__name__} has no encode_pair(), and joins no pairs of texts", status=501
+        )
 
     @abstractmethod
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...

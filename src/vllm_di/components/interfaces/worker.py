@@ -49,6 +49,8 @@ class SequenceState:
     """Belongs to the sampler: generator, counts, masks."""
     pooler_state: Any = None
     """Belongs to the pooler: what it keeps of the chunks that ran."""
+    token_type_ids: Sequence[int] = ()
+    """Of a prompt that is a pair of texts: one for each of its tokens."""
 
     @property
     def num_generated(self) -> int:

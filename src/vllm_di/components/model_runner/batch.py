@@ -37,7 +37,9 @@ class Batch:
         block_size: int,
         groups: Sequence[KvGroup],
         device: Device,
+        has_types: bool = False,
     ) -> None:
+        """``has_types``: the model has ``token_types``."""
         self.sequences: dict[int, SequenceState] = {}
         self.states: list[SequenceState] = []
         """Those of the step, in its order."""
@@ -51,6 +53,7 @@ class Batch:
         self._positions = _Buffer((max_num_tokens,), torch.int64, device)
         self._rows = _Buffer((max_num_tokens,), torch.int64, device)
         self._starts = _Buffer((max_num_seqs + 1,), torch.int32, device)
+        self._types = _Buffer((max_num_tokens,), torch.int64, device) if has_types else None
         columns = -(-max_model_len // block_size)
         self._groups = [
             Tables(index, group, max_num_seqs, max_num_tokens, columns, block_size, device)
@@ -92,6 +95,8 @@ class Batch:
             self._place_singles(firsts)
         else:
             self._place_chunks(scheduled, queries, firsts)
+        if self._types is not None:
+            self._place_types(self._types, scheduled)
         self._rows.write(logits_rows)
         rows, states = self._step_rows, self.states
         if total == len(scheduled):
@@ -114,6 +119,8 @@ class Batch:
         lengths = [max(query, filled) for query in queries]
         self._copied()
         self._tokens.array[: shape.tokens] = 0
+        if self._types is not None:
+            self._types.array[: shape.tokens] = 0
         starts = list(itertools.accumulate(queries, initial=0))
         self._starts.write(starts)
         shifts = np.array(lengths, np.int64) - starts[1:]
@@ -152,6 +159,14 @@ class Batch:
         shifts = np.array(firsts, np.int64) - starts[:-1]
         np.add(self._arange[:start], np.repeat(shifts, queries), out=self._positions.array[:start])
 
+    def _place_types(self, types: _Buffer, scheduled: Sequence[ScheduledSequence]) -> None:
+        """Of each token the text that it belongs to; 0 where a prompt is no pair."""
+        array, start = types.array, 0
+        for share, state in zip(scheduled, self.states, strict=True):
+            first, end = share.num_computed, start + share.num_tokens
+            array[start:end] = state.token_type_ids[first : first + share.num_tokens] or 0
+            start = end
+
     def _plan(
         self, num_tokens: int, num_rows: int, queries: list[int], tables: list[GroupTables]
     ) -> BatchPlan:
@@ -167,6 +182,7 @@ class Batch:
             query_lens_host=queries,
             seq_lens_host=first.seq_lens_host,
             more_groups=tables[1:],
+            token_types=None if self._types is None else self._types.tensor(num_tokens),
         )
         self._copied = self._mark()
         return plan
@@ -349,4 +365,5 @@ def _state(new: NewSequence, num_groups: int) -> SequenceState:
         block_ids=[[] for _ in range(num_groups)],
         eos_token_ids=new.eos_token_ids,
         bad_words_token_ids=new.bad_words_token_ids,
+        token_type_ids=new.token_type_ids,
     )

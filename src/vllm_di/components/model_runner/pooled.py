@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vllm_di.components.interfaces import Model, Pooler, SequenceState
 from vllm_di.components.messages import PooledVector, Pooling
+from vllm_di.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +31,26 @@ class Pooled(NamedTuple):
 def pooling_of(model: Model, pooler: Pooler) -> Pooling:
     """What prompts become; from here on the model gives hidden states. Raises ConfigError."""
     pooling = pooler.report(model.give_hidden())
+    if pooling.kind != model.pools_to:
+        what = (
+            "is a cross-encoder, whose head scores pairs of texts"
+            if model.pools_to == "score"
+            else "has no head that scores pairs of texts"
+        )
+        raise ConfigError(
+            f"{type(model).__name__} {what}: {type(pooler).__name__} does not suit it; take "
+            f"pooler={poolers_for(model)}",
+            key="pooler",
+        )
+    pooling = msgspec.structs.replace(pooling, token_types=model.token_types)
     if model.causal:
         return pooling
     return msgspec.structs.replace(pooling, every_token=True, whole_prompts=True)
+
+
+def poolers_for(model: Model) -> str:
+    """The options of the group ``pooler`` that suit a model."""
+    return "score" if model.pools_to == "score" else "mean, cls or last"
 
 
 def pool(

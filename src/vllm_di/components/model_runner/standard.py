@@ -37,7 +37,7 @@ from vllm_di.components.messages import (
 )
 from vllm_di.components.model_runner.batch import Batch
 from vllm_di.components.model_runner.hidden import HiddenBuffer, pack
-from vllm_di.components.model_runner.pooled import Pooled, pool, pooling_of
+from vllm_di.components.model_runner.pooled import Pooled, pool, poolers_for, pooling_of
 from vllm_di.errors import ConfigError
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -112,8 +112,8 @@ class StandardModelRunner(ModelRunner):
             self.pooling = pooling_of(model, self._pooler)
         elif not model.causal:
             raise ConfigError(
-                f"{type(model).__name__} is an encoder and generates no text; take pooler=mean, "
-                "cls or last, as it was trained to be used",
+                f"{type(model).__name__} is an encoder and generates no text; take "
+                f"pooler={poolers_for(model)}, as it was trained to be used",
                 key="pooler",
             )
         self._alone = placement.world_size == 1 and placement.num_stages == 1
@@ -156,6 +156,7 @@ class StandardModelRunner(ModelRunner):
             block_size=self._layout.block_size,
             groups=groups,
             device=self._device,
+            has_types=self.pooling is not None and self.pooling.token_types > 0,
         )
 
     def warm_up(self) -> None:

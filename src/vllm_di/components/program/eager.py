@@ -68,6 +68,7 @@ class EagerProgram(ModelProgram):
                 groups=self._groups,
                 metadata=metadata,
                 hidden=plan.hidden,
+                token_types=plan.token_types,
             )
         )
         if not self._last:

@@ -90,6 +90,7 @@ class Step:
                 prompt_len=sequence.prompt_len,
                 eos_token_ids=eos_token_ids,
                 bad_words_token_ids=sequence.request.bad_words_token_ids,
+                token_type_ids=sequence.request.token_type_ids,
             )
         )
 

@@ -103,6 +103,12 @@ def _validate_pooled(
             code="context_length_exceeded",
         )
     _in_vocabulary("input", prompt, report.vocab_size)
+    types, known = request.token_type_ids, report.pooling.token_types
+    if types and (len(types) != len(prompt) or min(types) < 0 or max(types) >= known):
+        raise RequestError(
+            f"token_type_ids: expected one for each of {len(prompt)} tokens, below {known}",
+            param="input",
+        )
     groups, size = report.kv_groups, report.block_size
     blocks = sum(group.most_blocks(len(prompt), max_chunk, size) for group in groups)
     if blocks > num_usable_blocks:

@@ -21,6 +21,7 @@ def pad_tokens(plan: BatchPlan, tokens: int, slot: int = -1) -> BatchPlan:
         token_ids=grown(plan.token_ids, tokens),
         positions=grown(plan.positions, tokens),
         slot_mapping=grown(plan.slot_mapping, tokens, slot),
+        token_types=None if plan.token_types is None else grown(plan.token_types, tokens),
         more_groups=[
             replace(tables, slot_mapping=grown(tables.slot_mapping, tokens, slot))
             for tables in plan.more_groups
@@ -89,6 +90,7 @@ def without_padding(plan: BatchPlan) -> BatchPlan:
         positions=plan.positions[:total],
         slot_mapping=plan.slot_mapping[:total],
         hidden=None if plan.hidden is None else plan.hidden[:total],
+        token_types=None if plan.token_types is None else plan.token_types[:total],
         more_groups=[
             replace(tables, slot_mapping=tables.slot_mapping[:total]) for tables in plan.more_groups
         ],

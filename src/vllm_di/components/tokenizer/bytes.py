@@ -9,7 +9,8 @@ from typing import Annotated
 
 import msgspec
 
-from vllm_di.components.interfaces import Tokenizer
+from vllm_di.components.interfaces import PairTokens, Tokenizer
+from vllm_di.components.tokenizer.pairs import longest_first
 
 _BOS, _EOS = 256, 257
 
@@ -33,6 +34,27 @@ class BytesTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         data = text.encode("utf-8", errors="replace")
         return [_BOS, *data] if add_special_tokens and self._marks else list(data)
+
+    def encode_pair(
+        self,
+        one: str,
+        other: str,
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        max_other: int | None = None,
+    ) -> PairTokens:
+        """``<s> one </s> other </s>``"""
+        first = self.encode(one, add_special_tokens=False)
+        second = self.encode(other, add_special_tokens=False)[:max_other]
+        marked = add_special_tokens and bool(self._marks)
+        if max_tokens is not None:
+            room = max_tokens - (3 if marked else 0)
+            sizes = longest_first(len(first), len(second), room)
+            first, second = first[: sizes[0]], second[: sizes[1]]
+        if marked:
+            first, second = [_BOS, *first, _EOS], [*second, _EOS]
+        return PairTokens(first + second, [0] * len(first) + [1] * len(second))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         parts: list[str] = []

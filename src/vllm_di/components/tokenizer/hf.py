@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer as RustTokenizer
 
-from vllm_di.components.interfaces import Tokenizer
+from vllm_di.components.interfaces import PairTokens, Tokenizer
+from vllm_di.components.tokenizer.pairs import longest_first
 from vllm_di.errors import CheckpointError, RequestError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -58,11 +59,41 @@ class HfTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Releases the interpreter lock while it works. Raises RequestError for text that is no
         Unicode."""
+        ids: list[int] = self._encode(text, None, add_special_tokens).ids
+        return ids
+
+    def encode_pair(
+        self,
+        one: str,
+        other: str,
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        max_other: int | None = None,
+    ) -> PairTokens:
+        """By the pair template of tokenizer.json."""
+        whole = self._encode(one, other, add_special_tokens)
+        if max_other is None and (max_tokens is None or len(whole.ids) <= max_tokens):
+            return PairTokens(whole.ids, whole.type_ids)
+        first, second = self._encode(one, None, False), self._encode(other, None, False)
+        if max_other is not None:
+            second.truncate(max_other)
+        if max_tokens is not None:
+            added = self._tokenizer.num_special_tokens_to_add(True) if add_special_tokens else 0
+            sizes = longest_first(len(first.ids), len(second.ids), max_tokens - added)
+            first.truncate(sizes[0])
+            second.truncate(sizes[1])
+        joined = self._tokenizer.post_process(first, second, add_special_tokens)
+        if add_special_tokens and self._tokenizer.post_processor is not None:
+            return PairTokens(joined.ids, joined.type_ids)
+        # texts that were encoded apart are both of type 0, and here no template says more
+        return PairTokens(joined.ids, [place or 0 for place in joined.sequence_ids])
+
+    def _encode(self, text: str, other: str | None, add_special_tokens: bool) -> Any:
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._tokenizer.encode(text, other, add_special_tokens=add_special_tokens)
         except TypeError:
             raise RequestError("the text holds a lone surrogate, which is no character") from None
-        return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Ids outside the vocabulary have no text."""

@@ -1,0 +1,82 @@
+"""Tiny cross-encoders with random weights and tokenizers that join pairs, beside transformers'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import models, pre_tokenizers, processors
+from torch import Tensor
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 130,
+    "initializer_range": 0.3,
+    "num_labels": 1,
+}
+MARKS = {
+    "Bert": ("[PAD]", "[CLS]", "[SEP]", "[UNK]"),
+    "Roberta": ("<s>", "<pad>", "</s>", "<unk>"),
+    "XLMRoberta": ("<s>", "<pad>", "</s>", "<unk>"),
+}
+"""The first entries of each vocabulary; ``w0``, ``w1``, ... follow."""
+TYPES = {"Bert": ["token_type_ids"], "Roberta": [], "XLMRoberta": []}
+"""What transformers' tokenizer gives a model of each family beside ids and mask."""
+
+
+class CrossEncoder(NamedTuple):
+    """A checkpoint in a folder, and transformers' objects for it."""
+
+    model: Any
+    tokenizer: Any
+
+    def logit(self, one: str, other: str, **truncation: Any) -> tuple[list[int], Tensor]:
+        """(token ids, []) of a pair, by transformers."""
+        inputs = self.tokenizer(one, other, return_tensors="pt", **truncation)
+        with torch.no_grad():
+            return inputs["input_ids"][0].tolist(), self.model(**inputs).logits[0, 0]
+
+
+def make(kind: str, folder: Path, **changes: Any) -> CrossEncoder:
+    """Write a checkpoint of ``kind``: Bert, Roberta or XLMRoberta."""
+    pad = MARKS[kind].index("[PAD]" if kind == "Bert" else "<pad>")
+    settings = SHAPE | {"pad_token_id": pad} | changes
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    torch.manual_seed(5)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config).float().eval()
+    with torch.no_grad():  # fresh norms and biases are all ones and zeros: they would test nothing
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    marks = MARKS[kind]
+    words = [*marks, *(f"w{i}" for i in range(290))]
+    library = tokenizers.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=marks[3])
+    )
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.post_processor = _template(kind)
+    library.save(str(folder / "tokenizer.json"))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        model_input_names=["input_ids", *TYPES[kind], "attention_mask"],
+    )
+    return CrossEncoder(model, tokenizer)
+
+
+def _template(kind: str) -> Any:
+    if kind == "Roberta":
+        return processors.RobertaProcessing(sep=("</s>", 2), cls=("<s>", 0))
+    if kind == "Bert":
+        single, pair, special = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ("[CLS]", "[SEP]")
+    else:  # its types are in the file, and the model has none
+        single, pair, special = "<s> $A </s>", "<s> $A </s> </s> $B:1 </s>:1", ("<s>", "</s>")
+    ids = [(mark, MARKS[kind].index(mark)) for mark in special]
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
