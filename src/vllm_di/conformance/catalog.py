@@ -35,6 +35,7 @@ CHECKS = (
     Check(15, "weights", "runtime", "Weights: every tensor is taken, wrong ones are refused"),
     Check(16, "golden", "runtime", "Greedy tokens of tiny models"),
     Check(17, "logprobs", "runtime", "Log-probabilities of tiny models"),
+    Check(29, "pooling", "runtime", "Vectors of prompts: the last token, the mean, the first"),
     Check(18, "batching", "runtime", "Answers do not depend on the batch"),
     Check(19, "graphs", "runtime", "Captured graphs and padded shapes equal eager"),
     Check(20, "cache", "runtime", "Prefix cache, preemption, abort"),

@@ -53,6 +53,11 @@ def _slot(slot: str, place: str, reason: str, *killers: str, more: tuple[str, ..
     return Mutant(place, (f"{slot}._target_={HERE}.{place}", *more), killers, reason)
 
 
+def _pooler(option: str, place: str, reason: str, killer: str) -> Mutant:
+    """A pooler in place of that of an option."""
+    return _slot("pooler", place, reason, f"pooling/{killer}", more=(f"pooler={option}",))
+
+
 LOGPROBS = "logprobs/test_logprobs[{}-float32]"
 GOLDEN = "golden/test_tokens[gqa-float32]"
 OFF = "Tensor-likes are not close|cosine"
@@ -274,6 +279,18 @@ SAMPLER = (
     _slot("sampler", "sampling.Hoards", "resident bytes more", "soak/test_mixed_load"),
 )
 
+POOLING = (
+    _pooler("last", "pooling.LastButOne", "alone, 2 tokens: off by", "test_vectors[last]"),
+    _pooler("mean", "pooling.PadInTheMean", "alone, 2 tokens: off by", "test_vectors[mean]"),
+    _pooler("mean", "pooling.LastChunkAlone", "in chunks, 33 tokens: off by", "test_chunks[mean]"),
+    _pooler(
+        "mean",
+        "pooling.MeanOfTheUncached",
+        "from the prefix cache, .* tokens: off by",
+        "test_prefix_hits[mean]",
+    ),
+)
+
 ENGINE = (
     _slot("kv_cache_manager", "engine.NoSalt", "salt 'b'", "cache/test_salts_do_not_share"),
     _slot(
@@ -443,4 +460,7 @@ LEAKS = (
     ),
 )
 
-MUTANTS = (*OPS, *ATTENTION, *DEVICE, *SAMPLER, *ENGINE, *HANDOVER, *QUANTIZATION, *LEAKS)
+MUTANTS = (
+    *(*OPS, *ATTENTION, *DEVICE, *SAMPLER, *POOLING),
+    *(*ENGINE, *HANDOVER, *QUANTIZATION, *LEAKS),
+)

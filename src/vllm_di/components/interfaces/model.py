@@ -195,7 +195,8 @@ class Model(ABC):
 
         raise ConfigError(
             f"{type(self).__name__} has no give_hidden(), and gives nothing to pool; take "
-            "pooler=none"
+            "pooler=none",
+            key="pooler",
         )
 
     def named_weights(self) -> Iterator[NamedWeight]:
