@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.containers.two_platforms import config_dir
 
 from vllm_di import LLM, SamplingParams
 
@@ -38,16 +40,18 @@ VARIANTS = [
     ["scheduler.max_num_batched_tokens=16", "scheduler.max_num_seqs=3"],
     ["drafter._target_=tests.growth.parts.PromptLookup"],
     ["executor=multiprocess", "executor.tensor_parallel_size=2"],
+    ["platform=two"],  # a pipeline of two stages
     ["ops=torch", "attention=sdpa"],
 ]
 
 
-def answers(overrides: list[str]) -> list[tuple[str, str | None]]:
+def answers(overrides: list[str], folder: Path | None = None) -> list[tuple[str, str | None]]:
     params = [
         SamplingParams(temperature=0.8, seed=i, max_tokens=90, structured_output=asked)
         for i, asked in enumerate(ASKED)
     ]
-    with LLM("tiny", overrides=[*TINY, *overrides]) as llm:
+    folders = [config_dir(folder)] if folder else []
+    with LLM("tiny", overrides=[*TINY, *overrides], config_dirs=folders) as llm:
         done = llm.generate(PROMPTS, params)
         return [(one.outputs[0].text, one.outputs[0].finish_reason) for one in done]
 
@@ -69,9 +73,9 @@ def test_each_answer_follows_its_grammar(plain: list[tuple[str, str | None]]) ->
 
 @pytest.mark.parametrize("overrides", VARIANTS, ids=" ".join)
 def test_however_the_steps_are_cut(
-    overrides: list[str], plain: list[tuple[str, str | None]]
+    overrides: list[str], plain: list[tuple[str, str | None]], tmp_path: Path
 ) -> None:
-    assert answers(overrides) == plain
+    assert answers(overrides, tmp_path) == plain
 
 
 def test_a_preempted_answer_goes_on_where_it_was() -> None:

@@ -11,6 +11,7 @@ import pytest
 from vllm_di import LLM, SamplingParams
 from vllm_di.components.interfaces import ParserRequest
 from vllm_di.components.tool_parser.asked import read_tools
+from vllm_di.components.tool_parser.json_calls import HermesParser
 from vllm_di.errors import RequestError
 from vllm_di.server.parsing import ChoiceParser, MessageParts
 from vllm_di.server.required import RequiredCalls
@@ -103,6 +104,64 @@ def test_a_schema_that_cannot_be_honoured_is_refused_with_its_place(choice: Any)
         assert caught.value.param == "tools"
         assert "[1].function.parameters" in caught.value.message
         assert "/properties/a" in caught.value.message
+
+
+def allowed(mode: Any, *names: Any) -> dict[str, Any]:
+    listed = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": listed}}
+
+
+def test_calls_of_allowed_tools_alone() -> None:
+    parser = required(allowed("required", "now", "spell"))
+    seen = set()
+    with LLM("tiny", overrides=TINY) as llm:
+        for one in answers(llm, parser, 24):
+            assert one.finish_reason == "stop"
+            ((name, arguments),) = called(parser, one.text)
+            assert fits(name, arguments)
+            seen.add(name)
+    assert seen == {"now", "spell"}
+
+
+def test_of_the_allowed_tools_one_may_be_called() -> None:
+    """Another one, that a model calls all the same, comes back as text."""
+    fields = {"tools": TOOLS, "tool_choice": allowed("auto", "spell")}
+    asked = read_tools(fields)
+    assert (asked.choice, [tool.name for tool in asked.tools]) == ("auto", ["spell"])
+    for name, is_call in (("spell", True), ("weather", False)):
+        text = f'<tool_call>{{"name": "{name}", "arguments": {{"word": "a"}}}}</tool_call>'
+        choice = ChoiceParser(None, HermesParser(), ParserRequest(fields, ""))
+        parts = MessageParts()
+        parts.add(choice.feed(text, is_last=True))
+        message = parts.message()
+        assert ("tool_calls" in message) == is_call
+        assert is_call or message["content"] == text
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        (allowed("none", "now"), "expected .*mode"),
+        (allowed(None, "now"), "expected .*mode"),
+        (allowed("auto"), "a tool or more"),
+        (allowed("auto", "spel"), r"tools\[0\]: no tool is called 'spel'; did you mean 'spell'"),
+        (allowed("auto", "now", 7), r"tools\[1\]: expected"),
+        ({"type": "allowed_tools"}, "expected .*mode"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [3]}}, "expected"),
+        ({"type": "custom", "custom": {"name": "now"}}, "expected auto, none, required"),
+    ],
+    ids=str,
+)
+def test_choices_that_fit_no_tool(choice: Any, words: str) -> None:
+    with pytest.raises(RequestError, match=words) as caught:
+        read_tools({"tools": TOOLS, "tool_choice": choice})
+    assert caught.value.param == "tool_choice"
+
+
+def test_tools_of_another_type_are_refused_by_name() -> None:
+    with pytest.raises(RequestError, match=r"tools\[0\]\.type: 'custom' is not") as caught:
+        read_tools({"tools": [{"type": "custom", "custom": {"name": "now"}}]})
+    assert caught.value.param == "tools"
 
 
 def test_several_calls_where_they_may_come() -> None:

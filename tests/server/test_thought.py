@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import msgspec
 import pytest
 from anthropic import Anthropic
 from openai import OpenAI
+from tests.containers.two_platforms import config_dir
 from tests.server.fakes import EchoEngine, chat, client_of, make_server, with_client
 from tests.server.served import served
 from tests.server.tag_parsers import ThinkParser
@@ -132,12 +134,16 @@ VARIANTS = [
         "drafter._target_=tests.growth.parts.PromptLookup",
     ],
     ["executor=multiprocess", "executor.tensor_parallel_size=2"],
+    ["platform=two"],  # a pipeline of two stages
+    ["platform=two", "executor.processes=true"],
     ["worker.num_blocks=16", "kv_layout.block_size=16", "model.max_model_len=160"],
 ]
 
 
-def test_however_the_steps_are_cut() -> None:
-    """Chunked prompts, drafts, two ranks and preemption give the tokens of a plain run."""
+def test_however_the_steps_are_cut(tmp_path: Path) -> None:
+    """Chunked prompts, drafts, two ranks, a pipeline and preemption give the tokens of a plain
+    run."""
+    folders = [config_dir(tmp_path)]
     thought = msgspec.to_builtins(
         Thought(
             begins="inside", opening=["<think>"], closing=["</think>"], closing_ids=CLOSE, budget=13
@@ -155,7 +161,7 @@ def test_however_the_steps_are_cut() -> None:
     found, preemptions = [], []
     for overrides in [[], *VARIANTS]:
         settings = ["platform=cpu", "model.dtype=float32", "trust=[tests]", *overrides]
-        with LLM("tiny", overrides=settings) as llm:
+        with LLM("tiny", overrides=settings, config_dirs=folders) as llm:
             done = llm.generate(["ab</think>" * (i + 1) for i in range(6)], params)
             found.append([one.outputs[0].token_ids for one in done])
             preemptions.append(llm.engine.step().stats.num_preemptions)

@@ -50,14 +50,15 @@ async def begin_chat(
         defaults=service.config.sampling,
     )
     tool_parser: ToolParser | None = service.tool_parser if wants_tools(request) else None
-    if request.tool_choice not in (None, "auto", "none"):
+    asked = read_tools(fields) if request.tool_choice not in (None, "auto", "none") else None
+    if asked is not None and asked.choice in ("required", "named"):
         if params.structured_output is not None:
             raise RequestError(
                 "tool_choice makes the answer a call, and another constraint is asked for as well: "
                 "leave one out",
                 param="tool_choice",
             )
-        tool_parser = required = RequiredCalls(read_tools(fields))
+        tool_parser = required = RequiredCalls(asked)
         params = msgspec.structs.replace(params, structured_output={"tools": required.constraint()})
     prompt = await render_chat(service, request)
     parser_request = ParserRequest(fields, prompt)

@@ -263,6 +263,11 @@ def _tool(tool: Object) -> Object:
 def _tool_choice(choice: Any) -> Any:
     if isinstance(choice, dict) and choice.get("type") == "function" and "name" in choice:
         return {"type": "function", "function": {"name": choice["name"]}}
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        listed = choice.get("tools")
+        tools = [_tool_choice(tool) for tool in listed] if isinstance(listed, list) else listed
+        allowed = {"mode": choice.get("mode"), "tools": tools}
+        return {"type": "allowed_tools", "allowed_tools": allowed}
     return choice  # the tool parser checks it
 
 
