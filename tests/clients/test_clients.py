@@ -30,9 +30,16 @@ def tiny() -> Iterator[str]:
         yield url
 
 
-def run(name: str, url: str) -> None:
+@pytest.fixture(scope="module")
+def pooled() -> Iterator[str]:
+    """A model that makes embeddings."""
+    with served([*SMALL, "pooler=mean"]) as url:
+        yield url
+
+
+def run(name: str, url: str, case: str = "case") -> None:
     done = subprocess.run(
-        [interpreter(name), "run.py", f"{name}_case", url],
+        [interpreter(name), "run.py", f"{name}_{case}", url],
         cwd=CASES,
         capture_output=True,
         text=True,
@@ -45,6 +52,11 @@ def run(name: str, url: str) -> None:
 @pytest.mark.parametrize("name", [name for name in CLIENTS if name != "schemathesis"])
 def test_client(name: str, demo: str) -> None:
     run(name, demo)
+
+
+@pytest.mark.parametrize("name", ["openai", "langchain", "litellm"])
+def test_embeddings(name: str, pooled: str) -> None:
+    run(name, pooled, "pooled")
 
 
 def test_openapi_is_true(tiny: str) -> None:

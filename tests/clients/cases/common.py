@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-MODEL = "smollm2"
+MODEL, POOLED = "smollm2", "tiny"
 QUESTION = [{"role": "user", "content": "Invent a pet."}]
 PET: dict[str, Any] = {
     "type": "object",
@@ -23,3 +23,8 @@ TOOL: dict[str, Any] = {
 
 def is_pet(value: Any) -> bool:
     return set(value) == {"kind", "age"} and value["kind"] in ("cat", "dog") and value["age"] <= 20
+
+
+def is_unit(vector: list[float]) -> bool:
+    """Whether it has the size and the length of the model's."""
+    return len(vector) == 64 and abs(sum(x * x for x in vector) - 1) < 1e-4
