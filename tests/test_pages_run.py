@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.server.served import served
+
+from vllm_di import cli
 
 DOCS = Path(__file__).parents[1] / "docs"
 SETTINGS = ["model=tiny", "platform=cpu", "model.dtype=float32", "reasoning_parser=qwen3"]
@@ -19,10 +22,15 @@ def url() -> Iterator[str]:
         yield f"{address}/v1"
 
 
-@pytest.mark.parametrize("page", ["structured-output.md", "tools.md", "reasoning.md"])
+PAGES = ["structured-output", "tools", "reasoning", "messages-api", "responses-api"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_run(page: str, url: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"URL": url, "MODEL": "tiny"}
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    text = (DOCS / f"{page}.md").read_text()
+    text = text.replace("http://127.0.0.1:8000", url.removesuffix("/v1"))
+    blocks = re.findall(r"```python\n(.*?)```", text.replace('"smollm2"', '"tiny"'), re.DOTALL)
     assert blocks
     for block in blocks:
         before = len(capsys.readouterr().out)
@@ -30,3 +38,20 @@ def test_the_blocks_run(page: str, url: str, capsys: pytest.CaptureFixture[str])
         assert len(capsys.readouterr().out) > before or "print(" not in block
     if "client" in names:
         names["client"].close()  # type: ignore[attr-defined]
+
+
+def test_the_file_of_requests_is_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r"```json\n(.*?)```", (DOCS / "batch.md").read_text(), re.DOTALL)
+    requests, out = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
+    requests.write_text(block)
+    settings = ["model=tiny", "platform=cpu", "model.dtype=float32"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run-batch", str(requests), "-o", str(out), *settings])
+    assert ended.value.code == 0, capsys.readouterr().err
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {one["custom_id"]: one["response"]["status_code"] for one in results} == {
+        "1": 200,
+        "2": 200,
+    }

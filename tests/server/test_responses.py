@@ -16,7 +16,12 @@ from tests.server.tag_parsers import TagToolParser, ThinkParser
 from tests.server.test_parsers import Speaker
 
 from vllm_di.errors import RequestError
-from vllm_di.server.responses.request import EXTENSIONS, ResponsesRequest, chat_request, messages_of
+from vllm_di.server.responses.request import (
+    AS_THEY_ARE,
+    ResponsesRequest,
+    chat_request,
+    messages_of,
+)
 from vllm_di.server.responses.store import ResponseStore
 
 RESPONSES = "/v1/responses"
@@ -284,7 +289,8 @@ def test_fields_of_a_chat_request_reach_the_engine() -> None:
 
     with_client(test)
     others = {"structured_outputs", "chat_template_kwargs", "thinking_token_budget"}
-    assert {*EXTENSIONS} == {*fields} | others
+    others |= {"model", "stream", "temperature", "top_p", "parallel_tool_calls"}
+    assert {*AS_THEY_ARE} == {*fields} | others
     asked = ResponsesRequest(input="x", thinking_token_budget=5, chat_template_kwargs={"a": 1})
     chat = chat_request(asked, [{"role": "user", "content": "x"}])
     assert (chat.thinking_token_budget, chat.chat_template_kwargs) == (5, {"a": 1})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any, ClassVar
@@ -38,10 +37,10 @@ from vllm_di.models.hf_config import FAMILIES
 from vllm_di.models.layers import Linear, Norm, Target, VocabParallel
 from vllm_di.models.moe import Experts
 from vllm_di.models.rope import cos_sin_table
+from vllm_di.models.tensors import check_all_there, check_once, check_shape, random_tensor
 
 log = logging.getLogger(__name__)
 
-INIT_STD = 0.02
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INV_FREQ = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 VISION = (
@@ -198,16 +197,10 @@ class Decoder(nn.Module, Model):
                     self._check_left_out(name, tensor, targets)
                     left_out.append(name)
                 continue
-            if name not in missing:
-                raise CheckpointError(f"tensor {name} comes twice, once as {raw}")
+            check_once(name, raw, name in missing)
             self._fill(name, target, tensor)
             missing.discard(name)
-        if missing:
-            names = sorted(missing)
-            raise CheckpointError(
-                f"the checkpoint lacks {len(names)} tensors: {', '.join(names[:5])}"
-                + (", ..." if len(names) > 5 else "")
-            )
+        check_all_there(missing)
         if own_head is not None:
             if table is not None and self._same(own_head, table):
                 left_out.append(f"{HEAD} (equal to {TABLE})")
@@ -226,11 +219,7 @@ class Decoder(nn.Module, Model):
         return self.takes_quantized and (own in self._takes or self._is_elsewhere(own))
 
     def _fill(self, name: str, target: Target, tensor: Any) -> None:
-        if tuple(tensor.shape) != target.shape:
-            raise CheckpointError(
-                f"tensor {name} has shape {list(tensor.shape)}, "
-                f"the config asks for {list(target.shape)}"
-            )
+        check_shape(name, tensor.shape, target.shape)
         if isinstance(tensor, QuantizedWeight) and not target.quantized:
             tensor = tensor.dequantize(self.dtype)
         try:
@@ -298,17 +287,9 @@ class Decoder(nn.Module, Model):
 
     def random_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors in fp32, by their names: each depends on its name and the seed alone."""
+        one = 1.0 - (self.config.norm_offset or 0.0)
         for name, target in self.targets().items():
-            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-            if target.kind == "norm":
-                one = 1.0 - (self.config.norm_offset or 0.0)
-                tensor = torch.full(target.shape, one, dtype=torch.float32)
-            elif target.kind == "bias":
-                tensor = torch.zeros(target.shape, dtype=torch.float32)
-            else:
-                tensor = torch.empty(target.shape, dtype=torch.float32)
-                tensor.normal_(0, INIT_STD, generator=generator)
-            yield name, tensor
+            yield name, random_tensor(name, seed, target.shape, target.kind, one)
 
     def finalize(self) -> None:
         """Hand the linear weights to the quantization; from here on the model can run."""

@@ -8,7 +8,6 @@ torch's: the table of ops has none of them.
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -33,10 +32,10 @@ from vllm_di.components.messages import KvSpec
 from vllm_di.errors import CheckpointError, ConfigError, UnsupportedModelError, nearest
 from vllm_di.models.config import DecoderConfig
 from vllm_di.models.encoder_config import CROSS_ENCODERS, ENCODERS
+from vllm_di.models.tensors import Kind, check_all_there, check_once, check_shape, random_tensor
 
 log = logging.getLogger(__name__)
 
-INIT_STD = 0.02
 PREFIXES = ("bert.", "roberta.")
 """Of names in checkpoints that were saved with a head."""
 UNUSED = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids", "embeddings.token_type_ids")
@@ -161,19 +160,10 @@ class Encoder(Model):
                     f"tensor {raw} is in the checkpoint but not in the model"
                     f"{nearest(name, self._shapes)}"
                 )
-            if name in self._weights:
-                raise CheckpointError(f"tensor {name} comes twice, once as {raw}")
-            if tuple(tensor.shape) != self._shapes[name]:
-                raise CheckpointError(
-                    f"tensor {raw} has shape {list(tensor.shape)}, the config asks for "
-                    f"{list(self._shapes[name])}"
-                )
+            check_once(name, raw, name not in self._weights)
+            check_shape(raw, tensor.shape, self._shapes[name])
             self._weights[name] = tensor.to(self._on, self.dtype)
-        if missing := sorted(self._shapes.keys() - self._weights.keys()):
-            raise CheckpointError(
-                f"the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:5])}"
-                + (", ..." if len(missing) > 5 else "")
-            )
+        check_all_there(self._shapes.keys() - self._weights.keys())
         if left_out:
             log.warning("%d tensors are left out: %s", len(left_out), ", ".join(left_out[:5]))
         self._finalize()
@@ -181,13 +171,12 @@ class Encoder(Model):
     @torch.no_grad()
     def load_random(self, seed: int) -> None:
         for name, shape in self._shapes.items():
-            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-            tensor = torch.zeros(shape, dtype=torch.float32)
-            if "LayerNorm.weight" in name:
-                tensor += 1.0
-            elif name.endswith(".weight"):
-                tensor.normal_(0, INIT_STD, generator=generator)
-            self._weights[name] = tensor.to(self._on, self.dtype)
+            kind: Kind = "weight"
+            if name.endswith(".bias"):
+                kind = "bias"
+            elif "LayerNorm" in name:
+                kind = "norm"
+            self._weights[name] = random_tensor(name, seed, shape, kind).to(self._on, self.dtype)
         self._finalize()
 
     def _finalize(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vllm_di.components.interfaces import Activation, Communicator, Quantization, WeightPart
 from vllm_di.components.quantized import QuantizedWeight
 from vllm_di.errors import ConfigError
+from vllm_di.models.tensors import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Target:
     """As it stands in the checkpoint, whole."""
     fill: Callable[[Any], None]
     """Copies this rank's share of a Tensor or, with ``quantized``, of a QuantizedWeight."""
-    kind: str = "weight"
+    kind: Kind = "weight"
     """``norm`` starts at one in a random model, ``weight`` at random, ``bias`` at zero."""
     quantized: bool = False
     """Whether it takes a QuantizedWeight as it is."""

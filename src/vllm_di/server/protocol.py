@@ -56,6 +56,8 @@ LogitBias = Annotated[
     ),
 ]
 Budget = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Priority = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+CacheSalt = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Object = dict[str, Any]
 """JSON that is passed on unchanged. The limits on the body's length and depth hold for it."""
 Messages = Annotated[list[Object], msgspec.Meta(max_length=16_384)]
@@ -73,13 +75,10 @@ class StreamRequest(msgspec.Struct, kw_only=True):
     stream: bool | None = None
 
 
-class GenerateRequest(StreamRequest, kw_only=True):
-    """What chat and plain completions have in common."""
+class SamplingRequest(StreamRequest, kw_only=True):
+    """What OpenAI's three kinds of requests for text have in common, vLLM's extensions among it."""
 
     model: str | None = None
-    stream_options: StreamOptions | None = None
-    # sampling
-    n: Int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Int | None = None
@@ -91,17 +90,28 @@ class GenerateRequest(StreamRequest, kw_only=True):
     seed: Int | None = None
     stop: ShortText | Stops | None = None
     stop_token_ids: FewTokenIds | None = None
-    include_stop_str_in_output: bool | None = None
     min_tokens: Int | None = None
-    max_tokens: Int | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    structured_outputs: Object | None = None
+    """The engine accepts or refuses it."""
+    priority: Priority | None = None
+    cache_salt: CacheSalt | None = None
+
+
+class GenerateRequest(SamplingRequest, kw_only=True):
+    """What chat and plain completions have in common."""
+
+    stream_options: StreamOptions | None = None
+    # sampling
+    n: Int | None = None
+    include_stop_str_in_output: bool | None = None
+    max_tokens: Int | None = None
     prompt_logprobs: Int | None = None
     allowed_token_ids: VocabularyIds | None = None
     bad_words: BadWords | None = None
-    skip_special_tokens: bool | None = None
     # structured output: the engine accepts or refuses it
     response_format: Object | None = None
-    structured_outputs: Object | None = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
@@ -109,8 +119,6 @@ class GenerateRequest(StreamRequest, kw_only=True):
     # the rest
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
-    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None
-    cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
     # known, and refused when given
     best_of: Any = None
     use_beam_search: Any = None
@@ -164,8 +172,8 @@ class PoolingRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Int | None = None
-    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None
-    cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
+    priority: Priority | None = None
+    cache_salt: CacheSalt | None = None
 
 
 class EmbeddingRequest(PoolingRequest, kw_only=True):
@@ -383,16 +391,16 @@ def _check_supported(request: GenerateRequest) -> None:
         value = getattr(request, name, None)
         # `in` would take 0, which is a value, for False
         if not (value is None or value is False or value == ""):
-            raise _unsupported(name)
+            raise unsupported(name)
     if request.best_of not in (None, request.n or 1):
-        raise _unsupported("best_of")
+        raise unsupported("best_of")
     if request.spaces_between_special_tokens is False:
-        raise _unsupported("spaces_between_special_tokens")
+        raise unsupported("spaces_between_special_tokens")
     if isinstance(request, ChatRequest):
         if request.echo:
-            raise _unsupported("echo")
+            raise unsupported("echo")
         if request.modalities not in (None, ["text"]):
-            raise _unsupported("modalities")
+            raise unsupported("modalities")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options goes only with stream=true", param="stream_options")
     if request.stream and request.prompt_logprobs is not None:
@@ -401,7 +409,8 @@ def _check_supported(request: GenerateRequest) -> None:
         )
 
 
-def _unsupported(name: str) -> RequestError:
+def unsupported(name: str) -> RequestError:
+    """For a field that is known, and that this server cannot honour."""
     return RequestError(
         f"{name} is not supported by this server", param=name, code="unsupported_parameter"
     )

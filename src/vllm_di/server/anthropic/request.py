@@ -9,7 +9,16 @@ import msgspec
 import orjson
 
 from vllm_di.errors import RequestError, nearest
-from vllm_di.server.protocol import ChatRequest, Int, Object, ShortText, Stops, StreamRequest, Tools
+from vllm_di.server.protocol import (
+    ChatRequest,
+    Int,
+    Object,
+    ShortText,
+    Stops,
+    StreamRequest,
+    Tools,
+    unsupported,
+)
 
 
 class Text(msgspec.Struct, tag="text"):
@@ -90,7 +99,7 @@ def chat_request(request: ConversationRequest) -> ChatRequest:
     """The same request in OpenAI's form. Raises RequestError for what has none."""
     for name in ("mcp_servers", "container"):
         if getattr(request, name):
-            raise RequestError(f"{name} is not supported by this server", param=name)
+            raise unsupported(name)
     fields: dict[str, Any] = {"model": request.model, "messages": list(_messages(request))}
     if fields["messages"][-1]["role"] == "assistant":
         fields["continue_final_message"] = True

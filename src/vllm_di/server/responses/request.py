@@ -11,14 +11,12 @@ from vllm_di.errors import RequestError, nearest
 from vllm_di.server.protocol import (
     Budget,
     ChatRequest,
-    FewTokenIds,
     Int,
-    LogitBias,
     Object,
+    SamplingRequest,
     ShortText,
-    Stops,
-    StreamRequest,
     Tools,
+    unsupported,
 )
 
 Items = Annotated[list[Object], msgspec.Meta(max_length=16_384)]
@@ -36,18 +34,15 @@ class Output(msgspec.Struct):
     """Without effect."""
 
 
-class ResponsesRequest(StreamRequest, kw_only=True):
+class ResponsesRequest(SamplingRequest, kw_only=True):
     """``POST /v1/responses``."""
 
-    model: str | None = None
     input: str | Items
     instructions: str | None = None
     previous_response_id: ShortText | None = None
     store: bool | None = None
     background: bool | None = None
     max_output_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     tools: Tools | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
@@ -59,24 +54,9 @@ class ResponsesRequest(StreamRequest, kw_only=True):
     too long is refused."""
     include: list[ShortText] | None = None
     """Without effect, but for ``LOGPROBS``, which is refused."""
-    # vLLM's extensions: those of a chat request
-    top_k: Int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: LogitBias | None = None
-    seed: Int | None = None
-    stop: ShortText | Stops | None = None
-    stop_token_ids: FewTokenIds | None = None
-    min_tokens: Int | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    structured_outputs: Object | None = None
+    # vLLM's extensions, beside those of every request for text
     chat_template_kwargs: Object | None = None
     thinking_token_budget: Budget | None = None
-    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None
-    cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
     # known, and refused when given
     conversation: Any = None
     prompt: Any = None
@@ -88,26 +68,13 @@ class ResponsesRequest(StreamRequest, kw_only=True):
 
 
 LOGPROBS = "message.output_text.logprobs"
-EXTENSIONS = (
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "min_tokens",
-    "ignore_eos",
-    "skip_special_tokens",
-    "structured_outputs",
+AS_THEY_ARE = (
+    *SamplingRequest.__struct_fields__,
+    "parallel_tool_calls",
     "chat_template_kwargs",
     "thinking_token_budget",
-    "priority",
-    "cache_salt",
 )
-"""Fields that go into the chat request as they are."""
+"""Fields that go into the chat request unchanged."""
 
 
 class Text(msgspec.Struct):
@@ -150,7 +117,7 @@ def chat_request(request: ResponsesRequest, conversation: Sequence[Object]) -> C
     Raises RequestError for what has none."""
     for name in ("conversation", "prompt", "top_logprobs"):
         if getattr(request, name):
-            raise RequestError(f"{name} is not supported by this server", param=name)
+            raise unsupported(name)
     if LOGPROBS in (request.include or ()):
         raise RequestError(f"include: {LOGPROBS} is not supported by this server", param="include")
     if request.truncation not in (None, "auto", "disabled"):
@@ -159,19 +126,14 @@ def chat_request(request: ResponsesRequest, conversation: Sequence[Object]) -> C
     if request.instructions:  # they hold for this response alone, so they are not kept
         messages.insert(0, {"role": "system", "content": request.instructions})
     fields: dict[str, Any] = {
-        "model": request.model,
         "messages": messages,
-        "stream": request.stream,
         "max_tokens": request.max_output_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
         "tools": [_tool(tool) for tool in request.tools or ()] or None,
         "tool_choice": _tool_choice(request.tool_choice),
-        "parallel_tool_calls": request.parallel_tool_calls,
         "reasoning_effort": request.reasoning.effort if request.reasoning else None,
         "response_format": _format(request.text.format if request.text else None),
     }
-    fields |= {name: value for name in EXTENSIONS if (value := getattr(request, name)) is not None}
+    fields |= {name: value for name in AS_THEY_ARE if (value := getattr(request, name)) is not None}
     return msgspec.convert(fields, ChatRequest)
 
 
