@@ -177,3 +177,43 @@ def test_a_steady_decode_copies_what_changed_and_makes_no_tensor(
     assert len(copies) <= SIZE * (2 + 3 * len(GROUPS))
     assert all(a is b for some in views for a, b in zip(some, views[0], strict=True))
     assert torch.equal(plan.query_start, torch.arange(4, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_types_of_tokens(on_host: bool) -> None:
+    """Those of each pair; 0 for a prompt that is none, and in a warm-up."""
+    device = HostDevice(threads=1, memory_budget=None, default_dtype="float32")
+    batch = Batch(
+        max_num_seqs=3,
+        max_num_tokens=16,
+        max_model_len=MAX_LEN,
+        block_size=SIZE,
+        groups=GROUPS[:1],
+        device=device if on_host else CopyingDevice(),
+        has_types=True,
+    )
+    types = [[0, 0, 1], [], [0, 1, 1, 1]]
+    new = [
+        NewSequence(
+            seq_id=i,
+            params=SamplingParams(),
+            token_ids=[7] * (len(one) or 2),
+            prompt_len=len(one) or 2,
+            token_type_ids=one,
+        )
+        for i, one in enumerate(types)
+    ]
+    for step, chunk in enumerate((new, new[1:])):
+        shares = [
+            ScheduledSequence(n.seq_id, 0, n.prompt_len, [[n.seq_id + 1]], [], True, True)
+            for n in chunk
+        ]
+        plan = StepPlan(step, [] if step else new, shares, [0] if step else [])
+        batch.update(plan)
+        built = batch.build(shares, [0])
+        assert built.token_types is not None
+        wanted = [t for n in chunk for t in n.token_type_ids or [0, 0]]
+        assert built.token_types.tolist() == wanted
+    blank = batch.blank(PlanShape(tokens=5, rows=1, seqs=1, columns=2, queries=5))
+    assert blank.token_types is not None
+    assert blank.token_types.tolist() == [0] * 5
