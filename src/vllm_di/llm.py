@@ -153,9 +153,10 @@ class LLM:
         scorer, name = scorer_of(self._pooling()), f"llm-{next(self._numbers)}"
         requests = scorer.requests(name, pairs, max_tokens=truncate_prompt_tokens)
         scores = scorer.scores(self._pool(requests), pairs)
+        last = requests[len(requests) - len(others) :]
         return [
             ScoringRequestOutput(request.request_id, request.prompt_token_ids, ScoringOutput(score))
-            for request, score in zip(requests[-len(others) :], scores, strict=True)
+            for request, score in zip(last, scores, strict=True)
         ]
 
     def stream(

@@ -115,8 +115,8 @@ class CrossEncoder(Scorer):
 
 def scorer_of(processor: PoolingProcessor) -> Scorer:
     """The one that suits the model."""
-    kind = CrossEncoder if processor.pooling.kind == "score" else Cosines
-    return kind(processor)
+    scores_pairs = processor.pooling.kind == "score"
+    return CrossEncoder(processor) if scores_pairs else Cosines(processor)
 
 
 def cosine(one: Sequence[float], other: Sequence[float]) -> float:
