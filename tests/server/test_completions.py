@@ -187,3 +187,19 @@ def test_an_integer_with_a_point_beside_a_bias() -> None:
         assert engine.requests[0].params.logit_bias == {65: 1.0}
 
     with_client(test)
+
+
+@pytest.mark.parametrize("name", ["suffix", "best_of"])
+def test_what_cannot_be_honoured_is_refused_by_its_name(name: str) -> None:
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        fields = {"suffix": "the end"} if name == "suffix" else {"n": 2, "best_of": 3}
+        response = await client.post(COMPLETIONS, json=completion("ab", **fields))
+        error = response.json()["error"]
+        assert response.status_code == 400
+        assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+        assert error["message"] == f"{name} is not supported by this server"
+        assert not engine.requests
+        plain = completion("ab", max_tokens=2, suffix="", best_of=1)
+        assert (await client.post(COMPLETIONS, json=plain)).status_code == 200
+
+    with_client(test)
