@@ -73,7 +73,7 @@ def make(kind: str, folder: Path, **changes: Any) -> CrossEncoder:
 
 def _template(kind: str) -> Any:
     if kind == "Roberta":
-        return processors.RobertaProcessing(sep=("</s>", 2), cls=("<s>", 0))
+        return processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     if kind == "Bert":
         single, pair, special = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ("[CLS]", "[SEP]")
     else:  # its types are in the file, and the model has none

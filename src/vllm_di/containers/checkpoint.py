@@ -132,7 +132,7 @@ def _choose_pooler(tree: ConfigTree, composition: Composition, config: dict[str,
         replace_option(tree, composition, "pooler", option := said.option, said.why)
     if option == "none" or said.option == "none":
         return
-    told = {"normalize": said.normalize, "dimensions": said.dimensions}
+    told: dict[str, Any] = {"normalize": said.normalize, "dimensions": said.dimensions}
     if said.activation is not None:
         told["activation"] = said.activation
     for key, value in told.items():
