@@ -20,7 +20,13 @@ def server(
 ) -> Iterator[tuple[httpx.Client, CrossEncoder]]:
     folder = tmp_path_factory.mktemp("cross")
     it = make("Bert", folder)
-    settings = [f"model={folder}", "platform=cpu", "model.dtype=float32", "server.max_inputs=50"]
+    settings = [
+        "model=local",
+        f"model.path={folder}",
+        "platform=cpu",
+        "model.dtype=float32",
+        "server.max_inputs=50",
+    ]
     with served(settings) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client, it
 
