@@ -81,7 +81,9 @@ def test_an_answer_is_streamed_and_measured(page: BrowserPage) -> None:
     assert "tokens/s" in page.text(".assistant .note")
     assert "first after" in page.text(".assistant .note")
     page.wait("document.querySelector('#blocks').textContent.includes(' of ')")
-    assert page.text(".container[data-container=EngineContainer] .live").count("waiting") == 1
+    page.wait("document.querySelector('#running').textContent === '0'")
+    assert "0 running, 0 waiting" in page.text("[data-container=EngineContainer] .live")
+    assert page.run("document.querySelector('#line').points.length") > 1
     ask(page, "And of Italy?", count=2)
     roles = [message["role"] for message in page.bodies()[-1]["messages"]]
     assert roles == ["user", "assistant", "user"]

@@ -111,14 +111,19 @@ const CONTAINERS = {
   WorkerContainer: ["Worker", "tensors; one per rank"],
 };
 const CHOOSERS = { default: "default", platform: "platform", model: "model", checkpoint: "checkpoint", auto: "auto", "command line": "person" };
-const short = (target) => target.replace(/^vllm_di\.(components\.)?/, "");
+
+/** A class without the part that all of this project share; lines break at its dots. */
+function shortClass(target) {
+  const parts = target.replace(/^vllm_di\.(components\.)?/, "").split(/(?<=\.)/);
+  return parts.flatMap((part) => [part, make("wbr")]);
+}
 
 function slotNode(slot) {
   const chooser = CHOOSERS[slot.chosen_by] ?? "other";
   const summary = make("summary", {},
     make("span", { className: "name" }, slot.slot),
     make("span", { className: `chooser ${chooser}`, title: slot.place }, slot.chosen_by),
-    make("code", { className: "class", title: slot.target }, short(slot.target) || "–"));
+    make("code", { className: "class", title: slot.target }, ...shortClass(slot.target || "–")));
   if (slot.missing) summary.append(make("span", { className: "missing" }, slot.missing));
   const others = slot.alternatives.join(", ");
   summary.append(make("span", { className: "others", title: others }, others ? `also: ${others}` : "no other option here"));
