@@ -139,10 +139,24 @@ def use_openvino(folder: Path) -> None:
 def use_xla(folder: Path) -> None:
     """As program.py uses it, with a program of one addition."""
     jax = pytest.importorskip("jax")
-    from vllm_di.ports.tpu.program import kept_programs
+    from vllm_di.ports.tpu.kept import kept_programs
 
     with kept_programs(jax, str(folder)):
         assert int(jax.jit(lambda x: x + 1).lower(1).compile()(1)) == 2
+
+
+def use_steps(folder: Path) -> None:
+    """As program.py uses it, with a program of one addition."""
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("flatbuffers")
+    from vllm_di.ports.tpu.kept import KeptSteps
+
+    kept = KeptSteps(
+        jax, str(folder), "key", backend="cpu", num_chips=1, write=lambda *_given: None
+    )
+    given = np.ones(2, np.float32)
+    lowered = kept.lowered(jax.jit(lambda x: x + 1), "step", (), [given])
+    assert lowered.compile()(given).tolist() == [2, 2]
 
 
 def use_paths(folder: Path) -> None:
@@ -163,7 +177,8 @@ WRITERS = {
     "components/ops/cpu_paths.py": "paths",
     "models/checkpoint.py": "conversion",
     "ports/openvino/device.py": "openvino",
-    "ports/tpu/program.py": "xla",
+    "ports/tpu/kept.py": "xla",
+    "ports/tpu/kept.py:steps": "steps",
 }
 
 
@@ -176,11 +191,12 @@ def use(request: pytest.FixtureRequest) -> Use:
         "openvino": use_openvino,
         "paths": use_paths,
         "xla": use_xla,
+        "steps": use_steps,
     }
     if request.param in ("kernels", "prebuilt", "simulated"):
         request.getfixturevalue("sources")
         return plain[request.param]
-    if request.param in ("openvino", "paths", "xla"):
+    if request.param in ("openvino", "paths", "xla", "steps"):
         return plain[request.param]
     request.getfixturevalue("quick_conversion")
     file = request.getfixturevalue("file")

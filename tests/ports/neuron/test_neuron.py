@@ -132,7 +132,7 @@ def test_steps_are_kept_under_keys_that_hold_no_machine(
         assert "stablehlo" in (entry / "step.stablehlo.mlir").read_text()
         assert (entry / "step.hlo.pb").stat().st_size > 1000
     with monkeypatch.context() as patched:  # what was found is executed: nothing is exported
-        patched.setattr("vllm_di.ports.neuron.program.NeuronProgram._exported", None)
+        patched.setattr("vllm_di.ports.tpu.kept.export", None)
         again = logits(*TINY, f"program.cache_dir={tmp_path / 'one'}")
     assert differ(again, tiny) < 1e-5
 

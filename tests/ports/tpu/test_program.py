@@ -110,13 +110,42 @@ def test_no_rows_and_dead_weights() -> None:
         assert max(t.numel() for t in held if isinstance(t, torch.Tensor)) <= 64, "norms alone"
 
 
-def test_compiled_programs_are_kept(tmp_path: Path, tiny: list[torch.Tensor]) -> None:
+def test_steps_and_compiled_programs_are_kept(
+    tmp_path: Path, tiny: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = (*TINY, f"program.cache_dir={tmp_path}")
     assert differ(logits(*kept), tiny) < 1e-5
-    files = {path for path in tmp_path.iterdir() if path.name.endswith("-cache")}
-    assert files
+    steps, xla = tmp_path / "steps", tmp_path / "xla"
+    files = {path for path in xla.iterdir() if path.name.endswith("-cache")}
+    assert files and len(list(steps.glob("*/step.jax"))) == len(files)
+    with monkeypatch.context() as patched:  # what was found is compiled: nothing is lowered anew
+        patched.setattr("vllm_di.ports.tpu.kept.export", None)
+        assert differ(logits(*kept), tiny) < 1e-5
+    assert {path for path in xla.iterdir() if path.name.endswith("-cache")} == files
+
+
+def test_a_step_that_other_code_would_lower_is_another(
+    tmp_path: Path, tiny: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = (*TINY, f"program.cache_dir={tmp_path}")
+    logits(*kept)
+    before = {path.parent for path in tmp_path.glob("steps/*/step.jax")}
+    monkeypatch.setattr("vllm_di.ports.tpu.program.sources_hash", lambda: "another")
     assert differ(logits(*kept), tiny) < 1e-5
-    assert {path for path in tmp_path.iterdir() if path.name.endswith("-cache")} == files
+    assert len({path.parent for path in tmp_path.glob("steps/*/step.jax")}) == 2 * len(before)
+
+
+def test_the_warm_up_compiles_what_steps_run() -> None:
+    """Without running it, on the host: logits of the shape and dtype that a run gives."""
+    with running(*TINY) as one:
+        for rows in (2, 0):
+            plan = one.shapes.pad(one.plan([(0, tokens(0, 37))]))
+            plan.logits_rows = plan.logits_rows[:rows]
+            found = one.program.warm_up(plan)
+            made = one.program.num_compiles
+            ran = one.program.run(plan)
+            assert (found.shape, found.dtype) == (ran.shape, ran.dtype)
+            assert one.program.num_compiles == made
 
 
 def test_prefixes_are_shared_and_tokens_are_those_of_the_cpu() -> None:

@@ -308,4 +308,10 @@ class ModelProgram(ABC):
         states [tokens, hidden] for the next one, in the model's dtype. Padding rows may hold
         anything."""
 
+    def warm_up(self, plan: BatchPlan) -> Tensor:
+        """Have the shape of ``plan`` ready, called after ``allocate`` for each plan of
+        ``ShapePolicy.warm_up_plans`` -> as ``run``, of which the shape and dtype alone matter. By
+        default it is run."""
+        return self.run(plan)
+
     def close(self) -> None: ...

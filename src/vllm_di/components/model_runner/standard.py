@@ -163,7 +163,7 @@ class StandardModelRunner(ModelRunner):
         decodes: set[int] = set()
         sampled: set[int] = set()
         for plan in self._warm_up_plans():
-            out = self._run(plan)
+            out = self._program.warm_up(plan)
             if plan.max_query_len <= 1:
                 decodes.add(len(plan.token_ids))
             wants_tokens = self._samples and self._model.last and self._pooler is None

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Sequence
+from importlib import util
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vllm_di.cache import foreign_folder
 from vllm_di.components.interfaces import (
     AttentionBackend,
     BatchPlan,
@@ -27,6 +27,7 @@ from vllm_di.components.interfaces import (
 )
 from vllm_di.components.kv_groups import Groups
 from vllm_di.components.messages import KvGroup
+from vllm_di.components.program.compile_cache import compile_key
 from vllm_di.components.program.traced import (
     TracedStep,
     check_traceable,
@@ -38,8 +39,9 @@ from vllm_di.errors import ConfigError
 from vllm_di.ports.tpu.attention import TpuAttention, mark
 from vllm_di.ports.tpu.chips import Chips
 from vllm_di.ports.tpu.device import XlaDevice
+from vllm_di.ports.tpu.kept import KeptSteps, kept_programs, sources_hash
 
-CACHE = "jax.experimental.compilation_cache.compilation_cache"
+log = logging.getLogger(__name__)
 
 
 class TpuProgram(ModelProgram):
@@ -48,7 +50,8 @@ class TpuProgram(ModelProgram):
     donated, so that the new one is written where the old one lay.
 
     XLA knows the number of blocks when it compiles: all is compiled in the warm-up, not before the
-    cache is sized. ``cache_dir``: where JAX keeps compiled programs; null: nowhere.
+    cache is sized. ``cache_dir``: where steps are kept, as JAX exports them, with what XLA made of
+    them; null: nowhere.
     """
 
     option = "tpu"
@@ -86,6 +89,7 @@ class TpuProgram(ModelProgram):
         self.arrays: list[Any] = []
         """The cache: the tensors of each place of the pool, in order."""
         self._compiled: dict[Any, Any] = {}
+        self._kept: KeptSteps | None = None
 
     @property
     def compiled(self) -> Sequence[Any]:
@@ -117,9 +121,41 @@ class TpuProgram(ModelProgram):
         }
         for name in self.constants:  # its nodes live on in what is lowered
             delattr(step.graph, name)
+        self._kept = self._kept_steps(step)
         self._step, self._head = self.lower(step)
         self._model.release()
         gc.collect()
+
+    def _kept_steps(self, step: TracedStep) -> KeptSteps | None:
+        if self.cache_dir is None:
+            return None
+        if util.find_spec("flatbuffers") is None or len(self._device.chips) > 1:
+            log.warning(
+                "program.cache_dir: compiled programs are kept; steps are not, and each start "
+                "lowers them again: to keep them takes one chip, and the Python package flatbuffers"
+            )
+            return None
+        key = compile_key(
+            step,
+            target=self._device.backend,
+            versions={
+                "jax": self._jax.__version__,
+                "jaxlib": version("jaxlib"),
+                "lowering": sources_hash(),
+            },
+            with_weights=False,
+        )
+        return KeptSteps(
+            self._jax,
+            self.cache_dir,
+            key,
+            backend=self._device.backend,
+            num_chips=len(self._device.chips),
+            write=self.write,
+        )
+
+    def write(self, entry: Path, exported: Any, lowered: Any) -> None:
+        """Put more into a new entry of ``cache_dir`` than what JAX reads back."""
 
     def lower(self, step: TracedStep) -> tuple[Any, Any]:
         """-> two functions to compile: the step to hidden states, which has a shape for each number
@@ -206,66 +242,75 @@ class TpuProgram(ModelProgram):
 
     @torch.inference_mode()
     def run(self, plan: BatchPlan) -> Tensor:
-        from vllm_di.ports.tpu.arrays import to_numpy, to_torch
+        from vllm_di.ports.tpu.arrays import to_torch
+
+        rows, *given = self._given(plan)
+        args = (self.constants, self.arrays, *given)
+        out, self.arrays = self._ready(self._step, *args)(*args)
+        if not self._model.last:
+            return to_torch(out)
+        if not len(plan.logits_rows):
+            return torch.zeros(0, self._model.vocab_size, dtype=torch.float32)
+        args = (self.constants, out, rows)
+        return to_torch(self._ready(self._head, *args)(*args))
+
+    @torch.inference_mode()
+    def warm_up(self, plan: BatchPlan) -> Tensor:
+        """On the host a program is ready once it is compiled; a chip loads it when it first
+        runs."""
+        if self._device.backend != "cpu":
+            return self.run(plan)
+        rows, *given = self._given(plan)
+        step = self._ready(self._step, self.constants, self.arrays, *given)
+        out = step.out_info[0]
+        if not self._model.last:
+            return torch.zeros(out.shape, dtype=self._model.dtype)
+        if len(plan.logits_rows):
+            hidden = self._jax.ShapeDtypeStruct(
+                out.shape, out.dtype, sharding=step.output_shardings[0]
+            )
+            self._ready(self._head, self.constants, hidden, rows)
+        return torch.zeros(len(plan.logits_rows), self._model.vocab_size, dtype=torch.float32)
+
+    def _given(self, plan: BatchPlan) -> tuple[Any, list[Any], list[Any]]:
+        """-> the rows whose logits are wanted, the step's inputs, the slots of each KvGroup."""
+        from vllm_di.ports.tpu.arrays import to_numpy
 
         given = {
             name: to_numpy(x) for name, x in step_inputs(self._model, self._build, plan).items()
         }
         slots = [to_numpy(plan.of_group(g).slot_mapping) for g in range(plan.num_groups)]
-        inputs = [given[name] for name in self._names]
-        out, self.arrays = self._call(self._step, self.constants, self.arrays, inputs, slots)
-        if not self._model.last:
-            return to_torch(out)
-        if not len(plan.logits_rows):
-            return torch.zeros(0, self._model.vocab_size, dtype=torch.float32)
-        return to_torch(self._call(self._head, self.constants, out, given["rows"]))
+        return given.get("rows"), [given[name] for name in self._names], slots
 
-    def _call(self, function: Any, *args: Any) -> Any:
+    def _ready(self, function: Any, *args: Any) -> Any:
         """``function`` as compiled for the shapes of ``args``."""
         key = (function, *(x.shape for x in self._jax.tree.leaves(args[1:])))
         if key not in self._compiled:
             self._compiled[key] = self.compile_for(function, args)
-        return self._compiled[key](*args)
+        return self._compiled[key]
 
     def compile_for(self, function: Any, args: Sequence[Any]) -> Any:
         """The jitted ``function``, a part of the step, compiled for the shapes of ``args``."""
-        with kept_programs(self._jax, self.cache_dir):
-            return self.compiled_of(function.lower(*args))
+        return self.compiled_of(self.lowered_for(function, args))
+
+    def lowered_for(self, function: Any, args: Sequence[Any]) -> Any:
+        if self._kept is None:
+            return function.lower(*args)
+        is_step = function is self._step
+        return self._kept.lowered(function, "step" if is_step else "head", [1] * is_step, args)
 
     def compiled_of(self, lowered: Any) -> Any:
         """What XLA makes of it."""
-        return lowered.compile(compiler_options=self._device.compiler_options)
+        with kept_programs(self._jax, self.cache_dir):
+            return lowered.compile(compiler_options=self._device.compiler_options)
 
     def close(self) -> None:
         for function, *_ in self._compiled:  # JAX itself would keep what it traced
             function.clear_cache()
+        if self._compiled and self._kept is not None:
+            self._jax.clear_caches()  # of what was exported it keeps more than its functions' own
         self._compiled.clear()
         self.arrays.clear()
-
-
-@contextmanager
-def kept_programs(jax: Any, cache_dir: str | None) -> Iterator[None]:
-    """What is compiled in the block is looked for, and kept, in that folder by JAX itself."""
-    if cache_dir is None:
-        yield
-        return
-    with foreign_folder(Path(cache_dir).expanduser()) as folder:
-        options = {
-            "jax_compilation_cache_dir": None if folder is None else str(folder),
-            "jax_persistent_cache_min_compile_time_secs": 0.0,
-            "jax_persistent_cache_min_entry_size_bytes": -1,
-        }
-        forget = importlib.import_module(
-            CACHE
-        ).reset_cache  # JAX keeps the first folder's files open
-        for name, value in options.items():
-            jax.config.update(name, value)
-        forget()
-        try:
-            yield
-        finally:
-            jax.config.update("jax_compilation_cache_dir", None)
-            forget()
 
 
 def _after(out: Any, slots: Any) -> Any:
