@@ -359,8 +359,13 @@ def _authenticate(token_file: str | None) -> None:
         os.environ.pop("RAY_AUTH_TOKEN", None)  # would win
         os.environ["RAY_AUTH_TOKEN_PATH"] = token_file
     raylet = importlib.import_module("ray._raylet")
-    raylet.Config.initialize("")
-    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+    except AttributeError as error:
+        raise ConfigError(
+            f"executor=ray needs a Ray with token authentication, 2.52 or later ({one_line(error)})"
+        ) from None
 
 
 def _check_there(want: Want, nodes: Sequence[dict[str, Any]]) -> None:
