@@ -22,7 +22,7 @@ def url() -> Iterator[str]:
         yield f"{address}/v1"
 
 
-PAGES = ["structured-output", "tools", "reasoning", "messages-api", "responses-api"]
+PAGES = ["../README", "index", "structured-output", "tools", "reasoning", "messages-api", "responses-api"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_di.commands.arguments import (
     ALIASES,
@@ -87,22 +87,13 @@ def _overview(tree: ConfigFiles, verb: str) -> None:
 
 def _option(tree: ConfigFiles, group: str, name: str, path: Path) -> None:
     """One option: its summary, then its keys with default and text, shared ones too."""
-    files = tree.with_included(path)
-    file, sources = tree.read(path), [(tree.read(f), tree.values(f)) for f in files]
-    print(f"{group}={name}: {file.summary}" if file.summary else f"{group}={name}")
-    rows, seen = [], set()
-    for source, content in sources:
-        for key in source.lines:
-            if key in seen or key.endswith("_target_") or key.split(".")[0] == "defaults":
-                continue
-            seen.add(key)
-            value: Any = content
-            for part in key.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-            if not isinstance(value, dict):
-                text = source.texts.get(key, "")
-                prefix = "" if group == "platform" else f"{group}."
-                rows.append([prefix + key, "null" if value is None else str(value), text])
+    summary = tree.read(path).summary
+    print(f"{group}={name}: {summary}" if summary else f"{group}={name}")
+    prefix = "" if group == "platform" else f"{group}."
+    rows = [
+        [prefix + key.name, "null" if key.default is None else str(key.default), key.text]
+        for key in tree.keys(path)
+    ]
     if rows:
         print_table(["key", "default", "what it is"], rows)
     print()

@@ -18,7 +18,6 @@ import sys
 import typing
 from abc import ABCMeta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -28,6 +27,7 @@ from vllm_di.components.interfaces import Executor
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.forms import misfit
 from vllm_di.containers.manifest import literals
+from vllm_di.containers.signatures import hint_of
 from vllm_di.containers.slots import (
     DERIVED,
     GIVEN,
@@ -341,19 +341,7 @@ class _Inspector:
             part.values[name] = self._convert(path, value, hint)
 
     def _hint(self, cls: type, parameter: inspect.Parameter) -> Any:
-        """The annotation of one constructor parameter, evaluated where the class was written."""
-        if parameter.annotation is parameter.empty:
-            return Any
-        owner = next((c for c in cls.__mro__ if "__init__" in vars(c)), cls)
-        key = owner.__module__, str(parameter.annotation)
-        if key in self._hints:
-            return self._hints[key]
-        holder = SimpleNamespace(__annotations__={"x": parameter.annotation})
-        namespace = vars(sys.modules[owner.__module__])
-        hint = typing.get_type_hints(holder, namespace, include_extras=True)["x"]
-        if isinstance(parameter.annotation, str):
-            self._hints[key] = hint
-        return hint
+        return hint_of(cls, parameter, self._hints)
 
     def _convert(self, path: str, value: Any, hint: Any) -> Any:
         try:

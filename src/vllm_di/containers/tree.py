@@ -21,6 +21,19 @@ from vllm_di.containers.ports import Port, conf_of_project, find_ports
 from vllm_di.errors import ConfigError, PortError, one_line
 
 
+class Key(msgspec.Struct, frozen=True):
+    """One key of an option, as ``help`` and the reference show it."""
+
+    name: str
+    """Dotted, within the file: ``library.isa``."""
+    default: Any
+    """As the YAML has it: nothing interpolated."""
+    text: str
+    """The comment behind it, or behind the mapping in which it stands."""
+    file: Path
+    """The one that has the default: the option's own, or one that it builds on."""
+
+
 class ConfigFiles:
     """The project's ``conf/``, those of ports, those of the user."""
 
@@ -105,6 +118,24 @@ class ConfigFiles:
                 files += [f for f in self.with_included(included) if f not in files]
         return files
 
+    def keys(self, path: Path) -> list[Key]:
+        """The keys of an option's file and of those that it builds on, each once: the nearest
+        default, and the nearest comment. Raises ConfigError."""
+        sources = [(self.read(file), self.values(file)) for file in self.with_included(path)]
+        names = dict.fromkeys(key for file, _ in sources for key in file.lines)
+        found = []
+        for name in names:
+            if name.endswith("_target_") or name.split(".")[0] == "defaults":
+                continue
+            file, content = next((f, c) for f, c in sources if name in f.lines)
+            default: Any = content
+            for part in name.split("."):
+                default = default.get(part) if isinstance(default, dict) else None
+            if isinstance(default, dict) and default:
+                continue  # its keys are listed
+            found.append(Key(name, default, _text(name, [f for f, _ in sources]), file.path))
+        return found
+
     def port_of(self, path: Path) -> Port | None:
         """The port that a config file belongs to."""
         return next((p for p in self.ports if p.conf and path.is_relative_to(p.conf)), None)
@@ -161,6 +192,15 @@ class ConfigFiles:
             if port.problem
         ]
         return [*broken, *dict.fromkeys(self.clashes.values())]
+
+
+def _text(key: str, files: Sequence[YamlFile]) -> str:
+    """The nearest comment behind a key, or behind the mapping in which it stands."""
+    while key:
+        if text := next((file.texts[key] for file in files if key in file.texts), ""):
+            return text
+        key = key.rpartition(".")[0]
+    return ""
 
 
 def _with_ops(file: YamlFile) -> YamlFile:
