@@ -28,7 +28,7 @@ from vllm_di.commands.arguments import (
 )
 from vllm_di.components.interfaces import OpLibrary, OpTable
 from vllm_di.containers import replicas
-from vllm_di.containers.manifest import Capabilities, CompileTargets, Detect, Manifest
+from vllm_di.containers.manifest import Capabilities, CompileTargets, Detect, Manifest, RayNeeds
 from vllm_di.containers.ports import conf_of_project
 from vllm_di.containers.schema import find_class
 from vllm_di.containers.signatures import Parameter, keys_of
@@ -52,6 +52,7 @@ MANIFEST: dict[str, type[msgspec.Struct]] = {
     "platform.detect": Detect,
     "platform.capabilities": Capabilities,
     "platform.compile": CompileTargets,
+    "platform.ray": RayNeeds,
 }
 
 
