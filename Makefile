@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test docs test-docs fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu tpu-env test-tpu-compile test-compile xpu-env test-xpu test-opencl test-families test-ray vllm-env test-vllm clients test-clients record-vllm test-mutants test-page page-picture test-aarch64 sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
+.PHONY: serve test docs test-docs fuzz faults soak vendor-schemas vendor-llama-cpp test-vocabularies test-templates test-slow test-tpu tpu-env test-tpu-compile nixl-env test-nixl test-compile xpu-env test-xpu test-opencl test-families test-ray vllm-env test-vllm clients test-clients record-vllm test-mutants test-page page-picture test-aarch64 sanitize check format venv interfaces matrix bench bench-gpu gpu-bundle bench-peers bench-vllm clean help
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -45,6 +45,14 @@ tpu-env: venv  ## libtpu and the kernels of tpu-inference in .tpu, to compile fo
 
 test-tpu-compile: tpu-env  ## the whole step of platform=tpu for v5e, v6e and v7x: memory, code, caches in place
 	PYTHONPATH=.tpu $(BIN)/vllm-di conform platform=tpu --only compile $(ARGS)
+
+nixl-env: venv  ## NIXL with its UCX in .nixl, beside the torch of .venv (250 MB)
+	test -e .nixl/.done || $(BIN)/python -m pip install --quiet --no-deps --target .nixl nixl==1.5.1 nixl-cu12==1.5.1
+	touch .nixl/.done
+
+test-nixl: nixl-env  ## kv_transfer=nixl between two processes of this host, without a GPU
+	PYTHONPATH=$(CURDIR)/.nixl $(BIN)/python -m pytest tests/components/executor/test_handover.py \
+	  tests/components/executor/test_disaggregated.py -k nixl $(ARGS)
 
 test-compile: venv  ## every Triton kernel for every GPU that we name: registers, spills, memory
 	$(BIN)/vllm-di conform platform=cuda --only compile $(ARGS)
@@ -172,4 +180,4 @@ venv: .venv/.done  ## set up .venv alone
 	touch $@
 
 clean:  ## remove .venv and caches
-	rm -rf .venv site .vendor .peers .xpu .tpu .clients gpu-bundle gpu-logs gpu.json .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf .venv site .vendor .peers .xpu .tpu .nixl .clients gpu-bundle gpu-logs gpu.json .mypy_cache .ruff_cache .pytest_cache build dist

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.components.executor.nixl import needs_nixl
 
 from vllm_di.components.executor.disaggregated import DisaggregatedExecutor
 from vllm_di.components.messages import EngineRequest, SamplingParams, TokenOutput
@@ -111,6 +112,7 @@ def want() -> dict[str, list[int]]:
         [*UNLIKE, *CHUNKS, "executor.prefill_replicas=2"],
         ["prefill.kv_layout.block_size=64", "decode.kv_layout.block_size=48", *CHUNKS],
         [*CHUNKS, "worker.num_blocks=10", "kv_transfer=tcp"],  # few blocks: some are preempted
+        pytest.param([*UNLIKE, *CHUNKS, "kv_transfer=nixl"], marks=needs_nixl, id="nixl"),
     ],
 )
 def test_tokens_are_those_of_one_worker(overrides: list[str], want: dict[str, list[int]]) -> None:
@@ -173,7 +175,7 @@ def test_heads_are_joined_and_split(
     role: str, want: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks on one side, one on the other."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]), prepend=os.pathsep)
     ranks = [
         f"executor.{role}_tensor_parallel_size=2",
         f"{role}.communicator=torch_distributed",
@@ -246,11 +248,13 @@ def kill_one(split: Served, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transfer", ["shared_memory", "tcp"])
+@pytest.mark.parametrize(
+    "transfer", ["shared_memory", "tcp", pytest.param("nixl", marks=needs_nixl)]
+)
 def test_a_prompt_worker_that_dies_costs_no_answer(
     transfer: str, want: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]), prepend=os.pathsep)
     replicas = 2 if transfer == "tcp" else 1
     processes = ["executor.processes=true", f"executor.prefill_replicas={replicas}"]
     with served(*SPLIT, *CHUNKS, *processes, f"kv_transfer={transfer}") as split:
@@ -275,12 +279,14 @@ def test_a_prompt_worker_that_dies_costs_no_answer(
             split.executor.check_alive()
 
 
+@pytest.mark.parametrize("transfer", ["shared_memory", pytest.param("nixl", marks=needs_nixl)])
 def test_processes_and_the_end_of_one(
-    want: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+    transfer: str, want: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]), prepend=os.pathsep)
     few = dict(list(prompts(16).items())[:5])
-    with served(*SPLIT, "executor.processes=true", *CHUNKS) as split:
+    processes = ["executor.processes=true", f"kv_transfer={transfer}"]
+    with served(*SPLIT, *processes, *CHUNKS) as split:
         for name, prompt in few.items():
             split.add(name, prompt)
         split.step()

@@ -10,11 +10,14 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tests.components.executor.nixl import needs_nixl
+from tests.test_sockets import addresses, is_loopback
 
 from vllm_di.components.executor.lanes import Lane
 from vllm_di.components.executor.sequence_book import SequenceBook
 from vllm_di.components.executor.side_blocks import BlockLedger, SideBlocks
 from vllm_di.components.interfaces import Executor, KvTransfer
+from vllm_di.components.kv_transfer.nixl import NixlTransfer
 from vllm_di.components.kv_transfer.shared_memory import SharedMemoryTransfer
 from vllm_di.components.kv_transfer.tcp import TcpTransfer
 from vllm_di.components.messages import (
@@ -77,14 +80,19 @@ def test_a_lane_that_has_a_sequence_looks_nothing_up(monkeypatch: pytest.MonkeyP
     assert book.lacking(one, 1, 100) == []
 
 
+NIXL = pytest.param("nixl", marks=needs_nixl)
+
+
 def transfers(kind: str) -> tuple[KvTransfer, KvTransfer]:
+    if kind == "nixl":
+        return NixlTransfer(devices=["lo"], timeout=5), NixlTransfer(devices=["lo"], timeout=5)
     if kind == "tcp":
         one, other = (TcpTransfer(bind="127.0.0.1", secret_file=None, timeout=5) for _ in "12")
         return one, other
     return SharedMemoryTransfer(), SharedMemoryTransfer()
 
 
-@pytest.mark.parametrize("kind", ["tcp", "shared_memory"])
+@pytest.mark.parametrize("kind", ["tcp", "shared_memory", NIXL])
 def test_bytes_arrive(kind: str) -> None:
     sender, receiver = transfers(kind)
     for one in (sender, receiver):
@@ -108,7 +116,7 @@ def test_bytes_arrive(kind: str) -> None:
         pass
 
 
-@pytest.mark.parametrize("kind", ["tcp", "shared_memory"])
+@pytest.mark.parametrize("kind", ["tcp", "shared_memory", NIXL])
 def test_an_error_of_the_taker_is_its_own(kind: str) -> None:
     """Also while it holds views of the bytes, as a tensor over them does."""
 
@@ -152,6 +160,33 @@ def test_tcp_listens_on_loopback_alone_and_only_with_an_offer() -> None:
     finally:
         sender.close()
     assert not {a for a in listening() if a.endswith(f":{port}")}
+
+
+@needs_nixl
+def test_nixl_listens_on_loopback_alone() -> None:
+    before = set(addresses(os.getpid(), listening=True))
+    one, _ = transfers("nixl")
+    one.open(b"s" * 32)
+    try:
+        found = set(addresses(os.getpid(), listening=True)) - before
+        assert found and all(is_loopback(address) for address, _ in found)
+    finally:
+        one.close()
+
+
+def test_nixl_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match="devices: name one network device"):
+        NixlTransfer(devices=[], timeout=5)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    NixlTransfer(devices=["lo"], timeout=5).check()
+    assert not caplog.messages
+    NixlTransfer(devices=["eth0"], timeout=5).check()
+    assert "listens on eth0: UCX neither encrypts" in caplog.text
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'vllm-di\[nixl\]'; or take kv_transfer"):
+        NixlTransfer(devices=["lo"], timeout=5).check()
 
 
 def test_tcp_gives_nothing_to_whoever_does_not_know_the_session() -> None:
