@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -96,21 +95,6 @@ def test_every_page_is_there(site: Path) -> None:
 def test_code_in_lists_stays_code(site: Path) -> None:
     text = (site / "interface-versions.html").read_text()
     assert re.search(r"<code>…/conf/platform/mychip.yaml:10", text)
-
-
-@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
-def test_it_is_searched_from_the_disk(site: Path, tmp_path: Path) -> None:
-    """No server: the page is a file, and the index is found all the same."""
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    command += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000"]
-    done = subprocess.run(
-        [*command, f"{(site / 'index.html').as_uri()}?q=tokens_per_split"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    found = re.findall(r'<a href="([^"]+)" class="md-search-result__link"', done.stdout)
-    assert any("writing-a-component.html" in link or "reference/" in link for link in found), found
 
 
 def test_the_target_and_the_extra_are_those_of_the_test() -> None:
