@@ -23,10 +23,12 @@ from vllm_di.components.executor.multiprocess import MultiprocessExecutor
 from vllm_di.components.executor.processes import LocalProcess, Process, WorkerHost, WorkerProcess
 from vllm_di.components.executor.ray_cluster import Room, Want
 from vllm_di.components.heartbeat import Listener
-from vllm_di.components.interfaces import Placement, WorkerLauncher
+from vllm_di.components.interfaces import Node, Placement, WorkerLauncher
 from vllm_di.components.lines import LineListener
 from vllm_di.components.messages import StepPlan
 from vllm_di.containers.assembly import assemble
+from vllm_di.containers.fill import Launcher, opened
+from vllm_di.containers.slots import WorkerContainer
 from vllm_di.errors import ConfigError, EngineDeadError
 
 WORKER = """
@@ -169,8 +171,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> type[MadeUpCluster]:
     return fresh
 
 
-def tokens(*overrides: str, config: str | None = None) -> list[Any]:
-    with LLM("tiny", overrides=overrides, config_dirs=[config] if config else []) as llm:
+def tokens(*overrides: str) -> list[Any]:
+    with LLM("tiny", overrides=overrides) as llm:
         return [a.outputs[0].token_ids for a in llm.generate(PROMPTS, GREEDY)]
 
 
@@ -181,24 +183,27 @@ def test_ranks_on_two_nodes_give_the_tokens_of_one(cluster: type[MadeUpCluster])
     assert "conf/platform/cpu.yaml:" in cluster.wants[0].place
 
 
-def test_shared_memory_between_nodes_is_refused(cluster: type[MadeUpCluster]) -> None:
-    ranks = "executor.tensor_parallel_size=2"
-    with pytest.raises(ConfigError) as caught:
-        tokens(*TINY, *RAY, ranks, "communicator=shared_memory")
+def test_shared_memory_between_nodes_is_refused() -> None:
+    assembly = assemble(["model=tiny", *TINY, "communicator=shared_memory"])
+    placement = Placement(0, 2, "cluster://x", node=Node("10.0.0.1", num_nodes=2))
+    with (
+        pytest.raises(ConfigError) as caught,
+        opened(WorkerContainer, assembly, only=["communicator"], placement=placement),
+    ):
+        pass
     text = str(caught.value)
     assert "command line: communicator=shared_memory" in text
     assert "the 2 ranks are on 2 nodes, which share no memory" in text
     assert "take communicator=torch_distributed, or executor.strategy=STRICT_PACK" in text
-    assert "(node " in text
 
 
-def test_stages_name_their_own_resource(cluster: type[MadeUpCluster], tmp_path: Path) -> None:
-    found = tokens(
-        "platform=two", "model.dtype=float32", *RAY, "executor.amount=0.5",
-        config=config_dir(tmp_path),
-    )  # fmt: skip
-    assert found == tokens("platform=cpu", "model.dtype=float32")
-    assert [want.amount for want in cluster.wants] == [0.5, 0.5]
+def test_stages_name_their_own_resource(tmp_path: Path) -> None:
+    overrides = ["model=tiny", "platform=two", "executor=ray"]
+    launcher = Launcher(assemble(overrides, [config_dir(tmp_path)]))
+    found = [launcher.resource(stage) for stage in range(launcher.num_stages)]
+    assert [resource.name for resource in found] == ["CPU", "CPU"]
+    assert "stages.1.platform.ray.resource" in found[1].place
+    assert "conf/platform/cpu.yaml:" in found[1].place
 
 
 def test_a_worker_that_cannot_reach_the_engine(cluster: type[MadeUpCluster]) -> None:
