@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
-import os
-import signal
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from tests.containers.two_platforms import config_dir
 from tests.ray.nodes import Nodes, reason_against, two_nodes
-
-from vllm_di.components.listening import processes_of
 
 WHY_NOT = reason_against()
 pytestmark = [
@@ -141,53 +134,6 @@ def test_a_lost_node_is_noticed_and_named(nodes: Nodes, want: Any, harm: str) ->
         sys.stdout.write(f"{harm}: noticed after {found['s']:.1f} s: {found['text'][:300]}\n")
     finally:
         nodes.stop(node)
-
-
-def test_a_replica_is_placed_anew(nodes: Nodes) -> None:
-    """Two engines behind one API, a worker on each node; one worker is killed."""
-    unix = nodes.folder / "api"
-    command = [str(Path(sys.executable).parent / "vllm-di"), "serve", "model=tiny", *TINY]
-    command += [*on(nodes), "executor.data_parallel_size=2", f"server.unix_socket={unix}"]
-    log = nodes.folder / "serve.log"
-    with log.open("w") as out:
-        server = nodes.popen("a", command, stdout=out, stderr=out)
-    body = {"model": "tiny", "prompt": "hello", "max_tokens": 4, "temperature": 0}
-    transport = httpx.HTTPTransport(uds=str(unix))
-    with httpx.Client(transport=transport, base_url="http://localhost", timeout=60) as client:
-        try:
-            wait_for(client, server, log, deaths=0)
-            first = client.post("/v1/completions", json=body).json()
-            pids = processes_of("ray::NodeWorker") & {*nodes.pids("b")}
-            assert len(pids) == 1
-            os.kill(pids.pop(), signal.SIGKILL)
-            while states(client) == ["ready", "ready"]:
-                time.sleep(0.1)
-            for _ in range(4):  # while the other is placed
-                again = client.post("/v1/completions", json=body)
-                assert again.json()["choices"] == first["choices"], again.text
-            wait_for(client, server, log, deaths=1)
-        finally:
-            server.terminate()
-            server.wait(60)
-    text = log.read_text()
-    assert "worker 0 (node 10.231.7.2)" in text, text[-3000:]
-
-
-def states(client: httpx.Client) -> list[str]:
-    return [replica["status"] for replica in client.get("/health").json()["replicas"]]
-
-
-def wait_for(client: httpx.Client, server: Any, log: Path, *, deaths: int) -> None:
-    """Until both replicas are ready, after so many deaths."""
-    end = time.monotonic() + 150
-    while True:
-        assert server.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < end, log.read_text()[-3000:]
-        with suppress(httpx.TransportError, KeyError, ValueError):
-            died = log.read_text().count("the engine died")
-            if states(client) == ["ready", "ready"] and died >= deaths:
-                return
-        time.sleep(0.3)
 
 
 def test_a_node_with_another_secret_or_without_a_package(nodes: Nodes, tmp_path: Path) -> None:
