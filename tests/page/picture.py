@@ -20,7 +20,7 @@ def main(file: Path) -> None:
         served(OVERRIDES) as url,
         browser(Path(profile)) as running,
     ):
-        page = running.open(f"{url}/", width=1300, height=780)
+        page = running.open(f"{url}/", width=1300, height=720)
         page.wait("document.querySelectorAll('.slot').length > 20")
         page.run(
             "document.querySelector('#temperature').value = 0;"
