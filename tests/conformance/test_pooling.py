@@ -12,7 +12,7 @@ PADDED = (
     "platform=cpu",
     *("attention=sdpa", "graph=eager", "limits.mixed_steps=false", "limits.drafts=false"),
     *("limits.max_prefill_rows=2", "shapes=grid", "shapes.decode_seqs=[8]"),
-    *("shapes.prefill_seqs=[2]", "shapes.prefill_queries=[16,128]", "shapes.columns=[8]"),
+    *("shapes.prefill_seqs=[2]", "shapes.prefill_queries=[16,256]", "shapes.columns=[8]"),
 )
 CASES = {
     "cpu": (("platform=cpu",), ("pooling",)),
