@@ -199,6 +199,7 @@ def main() -> None:
             RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(results)))
             report.show(figures)
             sys.stdout.flush()
+    report.show_goals(machine)
     report.write(results)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.peers import goals
 from benchmarks.peers.chart import draw
 from benchmarks.peers.environments import ROOT
 from benchmarks.peers.roofline import Roofline
@@ -59,6 +60,10 @@ def rows(figures: list[Figure]) -> list[list[str]]:
 
 def show(figures: list[Figure]) -> None:
     print_table(HEAD, rows(figures))
+
+
+def show_goals(machine: Machine) -> None:
+    print_table(goals.HEAD, goals.lines(machine.figures))
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -123,7 +128,9 @@ def each(results: Results, level: str, table: Callable[[Machine], str]) -> str:
 
 def full(machine: Machine) -> str:
     table = markdown(HEAD, rows(machine.figures))
-    return f"{limits(machine.rooflines)}\n\n{table}" if machine.rooflines else table
+    wanted = markdown(goals.HEAD, goals.lines(machine.figures))
+    parts = [table, "What is wanted, and what these figures say:", wanted]
+    return "\n\n".join([limits(machine.rooflines), *parts] if machine.rooflines else parts)
 
 
 def write(results: Results) -> None:
