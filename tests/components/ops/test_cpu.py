@@ -83,6 +83,25 @@ def test_linear_of_many_rows_takes_every_path(isa: str) -> None:
 
 
 @every_isa
+@every_dtype
+@pytest.mark.parametrize(("inputs", "gap"), [(1024, 0), (2048, 0), (2048, 2048), (2046, 2)])
+def test_linear_of_rows_whole_pages_apart(
+    isa: str, dtype: torch.dtype, inputs: int, gap: int
+) -> None:
+    """Where they are many they are copied: to the same numbers, and nothing beside them."""
+    ops, weight = library(isa), random(33, inputs, dtype=dtype)
+    packed = ops.pack_linear(weight)
+    wide = random(40, inputs + gap, dtype=dtype)
+    wide[:, inputs:] = float("nan")
+    for rows in (3, 12, 13, 40):
+        x = wide[:rows, :inputs]
+        got = ops.linear(x, packed)
+        close(got, x.float() @ weight.float().T, inputs**0.5)
+        near = torch.cat([x, x.new_zeros(rows, 34)], 1)[:, :inputs]
+        assert torch.equal(got, ops.linear(near, packed))
+
+
+@every_isa
 def test_a_product_does_not_depend_on_the_rows_beside_it(isa: str) -> None:
     """Else a request's tokens would depend on the batch."""
     ops, weight = library(isa), random(130, 576, dtype=torch.bfloat16)

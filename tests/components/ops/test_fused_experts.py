@@ -39,7 +39,9 @@ def test_the_cases_of_the_suite(isa: str, dtype: torch.dtype) -> None:
 
 @every_isa
 @every_dtype
-@pytest.mark.parametrize(("hidden", "inter"), [(31, 17), (64, 33), (300, 48), (576, 290)])
+@pytest.mark.parametrize(
+    ("hidden", "inter"), [(31, 17), (64, 33), (300, 48), (576, 290), (2048, 1024)]
+)
 def test_pieces_that_are_not_full(isa: str, dtype: torch.dtype, hidden: int, inter: int) -> None:
     """More tokens than a span, more inputs than a packed piece, an odd number of both."""
     make = Maker(dtype, hidden)

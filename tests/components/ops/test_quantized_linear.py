@@ -31,7 +31,9 @@ def as_bytes(x: Tensor, part: int) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 40])
-@pytest.mark.parametrize(("inputs", "outputs"), [(32, 1), (64, 16), (96, 33), (576, 130)])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(32, 1), (64, 16), (96, 33), (576, 130), (4096, 33)]
+)
 def test_products(
     isa: str, kind: str, dtype: torch.dtype, rows: int, inputs: int, outputs: int
 ) -> None:

@@ -106,7 +106,11 @@ struct FusedExperts {
   Gate gate;
 
   int64_t pairs() const { return tokens * k; }
-  static int64_t steps_of(int64_t size) { return (size + PER * kUnit - 1) / (PER * kUnit) * kUnit; }
+  // With zeros at the end, so that rows begin where registers want it and not on the same lines of the cache.
+  static int64_t steps_of(int64_t size) {
+    const int64_t steps = (size + PER * kUnit - 1) / (PER * kUnit) * kUnit;
+    return spaced(steps * int64_t(sizeof(S))) / int64_t(sizeof(S));
+  }
   int64_t x_steps() const { return steps_of(hidden); }
   int64_t h_steps() const { return steps_of(inter); }
   bool tiles() const { return kCanTile && tile_rows > 0; }

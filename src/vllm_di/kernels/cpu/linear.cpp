@@ -13,10 +13,11 @@ struct Linear {
   int64_t work() const { return rows * to.pairs() * kPair * steps; }
   void run(const Team& team) const {
     const int64_t size = steps * kPair;
+    const SpacedRows<S> in = SpacedRows<S>::make(team, x, rows, steps, x_stride);
     const auto tile = [&](auto count, int64_t row, int64_t pair, Ahead ahead) {
       const int ROWS = decltype(count)::value;
       floats sums[ROWS][2] = {};
-      multiply<S, ROWS>(sums, x + row * x_stride, x_stride, weights + pair * size, steps, ahead);
+      multiply<S, ROWS>(sums, in.x + row * in.stride, in.stride, weights + pair * size, steps, ahead);
       for (int r = 0; r < ROWS; r++) to.put(sums[r][0], sums[r][1], row + r, pair);
     };
     over_pairs<kTileRows>(team, rows, to.pairs(), weights, size * sizeof(S), tile);
@@ -48,6 +49,7 @@ EXPORT void linear(int dtype, const void* x, const void* weights, const void* bi
                    int64_t rows, int64_t n, int64_t k, int64_t x_stride, int out_dtype, int gate, int tiled, int threads) {
   const Output to{out, bias, n, out_dtype, bias_dtype, Gate(gate)};
   if (dtype == 0) {
+    reserve(SpacedRows<float>::workspace(rows, k, x_stride));
     submit(Linear<float>{(const float*)x, (const float*)weights, rows, k, x_stride, to}, threads);
     return;
   }
@@ -58,6 +60,7 @@ EXPORT void linear(int dtype, const void* x, const void* weights, const void* bi
     return;
   }
 #endif
+  reserve(SpacedRows<uint32_t>::workspace(rows, k / 2, x_stride / 2));
   submit(Linear<uint32_t>{(const uint32_t*)x, (const uint32_t*)weights, rows, k / 2, x_stride / 2, to}, threads);
 }
 

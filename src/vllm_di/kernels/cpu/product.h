@@ -63,6 +63,31 @@ struct Output {
   }
 };
 
+// Bytes from one row to the next, for rows of as many bytes. Rows a multiple of 4 KiB apart fall on the same eight lines of a
+// first-level cache of 32 KiB, where each of a tile's twelve drives out another: they lie a line further apart.
+static inline int64_t spaced(int64_t bytes) { return bytes % 4096 ? bytes : bytes + kLine; }
+
+// x as tiles read it: where many rows are, and badly spaced, they are copied to the team's workspace.
+template <typename S>
+struct SpacedRows {
+  const S* x;
+  int64_t stride;
+
+  static int64_t far(int64_t stride) { return spaced(stride * int64_t(sizeof(S))) / int64_t(sizeof(S)); }
+  static bool copies(int64_t rows, int64_t stride) { return rows > kTileRows && far(stride) != stride; }
+  static size_t workspace(int64_t rows, int64_t steps, int64_t stride) {
+    return copies(rows, stride) ? size_t(rows * far(steps)) : 0;
+  }
+  static SpacedRows make(const Team& team, const S* x, int64_t rows, int64_t steps, int64_t stride) {
+    if (!copies(rows, stride)) return SpacedRows{x, stride};
+    S* to = (S*)team.shared->workspace.data();
+    for (int64_t r = team.first(rows); r < team.last(rows); r++)
+      std::memcpy(to + r * far(steps), x + r * stride, size_t(steps) * sizeof(S));
+    team.barrier();
+    return SpacedRows{to, far(steps)};
+  }
+};
+
 // Calls tile(ROWS as a constant, row) over [row, end), in tiles of like height: 8 rows are 4 and 4, not 6 and 2.
 template <int MOST, typename Body>
 static inline void over_rows(int64_t row, int64_t end, const Body& tile) {

@@ -69,21 +69,22 @@ static int32_t quantize(const T* x, int64_t count, int8_t* out, float& scale) {
   return sum;
 }
 
-// Activations as bytes, in the team's workspace: [rows, k] bytes, then scales and sums [rows, parts].
+// Activations as bytes, in the team's workspace: scales and sums [rows, parts], then bytes [rows, k], `stride` apart.
 struct Bytes {
   int8_t* x;
+  int64_t stride;
   float *scales, *sums;  // sums: of the bytes, times their scale
 
-  static size_t workspace(int64_t rows, int64_t k, int64_t part) { return size_t(rows * k / 4 + 2 * rows * (k / part)); }
+  static size_t workspace(int64_t rows, int64_t k, int64_t part) { return size_t(rows * spaced(k) / 4 + 2 * rows * (k / part)); }
 
   template <typename T>
   static Bytes make(const Team& team, const T* x, int64_t rows, int64_t k, int64_t x_stride, int64_t part) {
     const int64_t parts = k / part;
     float* base = team.shared->workspace.data();
-    const Bytes made{(int8_t*)(base + 2 * rows * parts), base, base + rows * parts};
+    const Bytes made{(int8_t*)(base + 2 * rows * parts), spaced(k), base, base + rows * parts};
     for (int64_t i = team.first(rows * parts); i < team.last(rows * parts); i++) {
       const int64_t row = i / parts, at = i % parts * part;
-      const int32_t sum = quantize(x + row * x_stride + at, part, made.x + row * k + at, made.scales[i]);
+      const int32_t sum = quantize(x + row * x_stride + at, part, made.x + row * made.stride + at, made.scales[i]);
       made.sums[i] = float(sum) * made.scales[i];
     }
     team.barrier();
@@ -108,7 +109,7 @@ struct ByChannel {
     over_pairs<kTileRows>(team, rows, to.pairs(), weights, 4 * size, [&](auto count, int64_t row, int64_t pair, Ahead ahead) {
       const int ROWS = decltype(count)::value;
       ints sums[ROWS][2] = {};
-      multiply<bytes4, ROWS>(sums, (const bytes4*)in.x + row * steps, steps, weights + pair * size, steps, ahead);
+      multiply<bytes4, ROWS>(sums, (const bytes4*)(in.x + row * in.stride), in.stride / 4, weights + pair * size, steps, ahead);
       for (int r = 0; r < ROWS; r++) put(in, sums[r][0], sums[r][1], row + r, pair);
     });
   }
@@ -131,7 +132,7 @@ struct TiledByChannel {
   size_t workspace() const { return bytes() + TileRows::workspace(p.rows, p.k / 4); }
   void run(const Team& team) const {
     const Bytes bytes_in = Bytes::make(team, p.x, p.rows, p.k, p.x_stride, p.k);
-    const TileRows in = TileRows::make<4>(team, bytes_in.x, p.rows, p.k, p.k, team.shared->workspace.data() + bytes());
+    const TileRows in = TileRows::make<4>(team, bytes_in.x, p.rows, p.k, bytes_in.stride, team.shared->workspace.data() + bytes());
     const int64_t steps = p.k / 4, size = steps * kPair;
     const uint32_t* weights = (const uint32_t*)p.weights;
     over_blocks<DotInt8>(team, in, p.rows, p.to.pairs(), steps, size, [&](int64_t pair) { return weights + pair * size; },
@@ -193,8 +194,8 @@ struct ByGroup {
   template <int ROWS>
   inline __attribute__((always_inline)) void add(const Bytes& in, int64_t row, const uint8_t* at, Ahead ahead,
                                                  floats (&sums)[ROWS][2]) const {
-    const int64_t groups = k / kGroup, width = k / 4;
-    const uint32_t* x_at = (const uint32_t*)(in.x + row * k);
+    const int64_t groups = k / kGroup, width = in.stride / 4;
+    const uint32_t* x_at = (const uint32_t*)(in.x + row * in.stride);
     const float *scale_at = in.scales + row * groups, *sum_at = in.sums + row * groups;
     for (int64_t g = 0; g < groups; g++, at += 2 * G::kSize) {
       const int64_t share = ahead.lines * G::kSize;  // of the two that a pair's group takes
