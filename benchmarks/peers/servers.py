@@ -51,6 +51,12 @@ class Server:
                 time.sleep(0.02)
             return time.perf_counter() - begin
 
+    @property
+    def group(self) -> int:
+        """The process group of the server that was started."""
+        assert self._processes is not None
+        return self._processes.main.pid
+
     def measure(self, seed: int) -> dict[str, float]:
         """Figures of one round by their names in ``bench serve``."""
         assert self._processes is not None

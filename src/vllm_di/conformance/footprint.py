@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import threading
@@ -62,8 +61,7 @@ def resident() -> int:
     """Bytes, after a garbage collection, without what the allocator holds free: it would hide a
     leak that fits in it, and look like one where it grows."""
     gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
-        trim(0)
+    system.return_freed_memory()
     return system.resident_bytes()
 
 

@@ -19,6 +19,8 @@ class StatefulClient(EngineClient):
         self.report: WorkerReport | None = None
         self._error: VllmDiError | None = None
         self._settled, self._dead = asyncio.Event(), asyncio.Event()
+        self._change = asyncio.Event()
+        """Set, and replaced by a new one, at the next change of state, stage or silence."""
 
     async def wait_ready(self) -> None:
         await self._settled.wait()
@@ -29,6 +31,11 @@ class StatefulClient(EngineClient):
         await self._dead.wait()
         assert self._error is not None
         raise self._error
+
+    def _changed(self) -> None:
+        """To be called after each change of state, stage or silence."""
+        self._change.set()
+        self._change = asyncio.Event()
 
     def _check_ready(self) -> None:
         """Raises what ended it, or EngineDeadError while it starts."""

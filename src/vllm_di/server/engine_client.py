@@ -18,7 +18,6 @@ from vllm_di.server.sharing import Lender
 
 RESTART_SECONDS = 600.0
 """The limit of restarts counts those within this time."""
-_POLL_SECONDS = 0.02
 ENGINE = (sys.executable, "-m", "vllm_di.containers.engine_process")
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class ProcessEngineClient(StatefulClient):
             self._replacing = True
             self._engine.hang_up()
         while self._replacing or self.state == "starting":
-            await asyncio.sleep(_POLL_SECONDS)
+            await self._change.wait()
 
     @property
     def pid(self) -> int:
@@ -176,6 +175,7 @@ class ProcessEngineClient(StatefulClient):
         self._changed()
 
     def _changed(self) -> None:
+        super()._changed()
         if self.on_change is not None:
             self.on_change()
 
@@ -207,10 +207,9 @@ class ProcessEngineClient(StatefulClient):
             log.warning("%sthe engine is replaced", self._name)
         elif was_ready:
             what = "a new engine starts" if will_restart else self._last_words
-            died = "the engine died: %s. Requests lost: %d; %s"
-            if self._name:
-                died = "the engine died: %s. Requests in flight: %d; %s"
-            log.error("%s" + died, self._name, error, num_open, what)
+            fate = "in flight" if self._name else "lost"
+            died = "%sthe engine died: %s. Requests %s: %d; %s"
+            log.error(died, self._name, error, fate, num_open, what)
         if not will_restart:
             self._settled.set()
             self._dead.set()

@@ -45,7 +45,6 @@ class ReplicatedEngineClient(StatefulClient):
         self._lines = [_Line(i, make(f"replica {i}", last_words=lost)) for i in range(count)]
         self._open: set[str] = set()
         self._last_death: str | None = None
-        self._change = asyncio.Event()
         self._starting: asyncio.Task[None] | None = None
         for line in self._lines:
             line.client.on_stats = partial(self._on_stats, line)
@@ -216,8 +215,7 @@ class ReplicatedEngineClient(StatefulClient):
             waiting = [line for line in lines if line.client.state != "ready"]
             for line in waiting[:1]:
                 self.stage = f"replica {line.number} of {len(lines)}: {line.client.stage}"
-        self._change.set()
-        self._change = asyncio.Event()
+        super()._changed()
 
     def _unite(self, clients: Sequence[ProcessEngineClient]) -> None:
         ready = [client for client in clients if client.state == "ready"]

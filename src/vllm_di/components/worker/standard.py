@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 
 from vllm_di.components.attention.spec import check_block_size
+from vllm_di.components.device import system
 from vllm_di.components.device.sizes import parse_size, show_size
 from vllm_di.components.interfaces import (
     AttentionBackend,
@@ -104,6 +105,7 @@ class StandardWorker(Worker):
         begin = time.perf_counter()
         self._loader.load(self._model)
         self._device.synchronize()
+        system.return_freed_memory()  # the checkpoint's tensors, which were packed
         seconds = time.perf_counter() - begin
         model, layout = self._model, self._layout
         memory = self._device.memory()
