@@ -154,7 +154,7 @@ def test_explain_says_in_its_row_what_is_missing(
     assert missing.keys() == waiting | {"device"}
     assert missing["loader"].startswith("missing: model.path; set it to ")
     assert "torch_npu is not installed" in missing["device"]
-    assert len(rows) == 30
+    assert len(rows) == 31
     assert rows["attention"]["target"].startswith("vllm_di.ports.ascend.")
     status, out, _ = call(capsys, "explain", "--no-ops", *words)
     assert status == 0

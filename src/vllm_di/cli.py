@@ -11,11 +11,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from vllm_di.commands.arguments import VERBS, Arguments, UsageError, parse
+from vllm_di.commands.arguments import EXIT_USAGE, VERBS, Arguments, UsageError, parse
 from vllm_di.errors import ConfigError, VllmDiError, nearest
 from vllm_di.version import __version__
-
-EXIT_USAGE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> None:

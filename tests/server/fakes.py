@@ -22,6 +22,7 @@ from vllm_di.components.metrics.prometheus import PrometheusMetrics
 from vllm_di.components.reasoning_parser.none import NoReasoningParser
 from vllm_di.components.tokenizer.bytes import BytesTokenizer
 from vllm_di.components.tool_parser.none import NoToolParser
+from vllm_di.components.tracing.none import NoTracing
 from vllm_di.errors import EngineDeadError, RequestError
 from vllm_di.server.app import OpenAiServer
 from vllm_di.server.config import ServerConfig
@@ -187,6 +188,7 @@ def make_server(engine: EngineClient, **settings: Any) -> OpenAiServer:
         settings.pop("tool_parser", None) or NoToolParser(),
         settings.pop("reasoning_parser", None) or NoReasoningParser(),
         PrometheusMetrics(model_name="echo", components={"platform": "test"}),
+        settings.pop("tracing", None) or NoTracing(),
         engine,
         config=ServerConfig(model_name="echo", **settings),
     )

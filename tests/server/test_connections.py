@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import resource
 import signal
 import socket
@@ -47,6 +48,7 @@ def error_of(answer: bytes) -> tuple[int, dict[str, Any]]:
     """Status and error of an answer as it came over the wire."""
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"content-type: application/json" in head.lower()
+    assert re.search(rb"\r\nx-request-id: [\w.-]+", head.lower())
     error = json.loads(body)["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     return int(head.split()[1]), error

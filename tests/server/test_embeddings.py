@@ -24,8 +24,10 @@ from tests.server.fakes import (
     with_client,
 )
 from tests.server.served import served
+from tests.server.test_observers import Kept
 
 from vllm_di.components.messages import EngineRequest, Pooling, TokenOutput
+from vllm_di.components.tracing.attributes import attributes, span_name
 from vllm_di.server import answers
 
 PAGE = Path(__file__).parents[2] / "docs/embeddings.md"
@@ -186,6 +188,21 @@ def test_each_replica_counts_for_itself() -> None:
     ended = re.findall(r'vllm:request_success_total\{engine="(\d)",[^}]*\} ([1-9]\S*)', text)
     assert ended == [("1", "3.0")]
     assert 'http_requests_total{handler="/v1/score",status="2xx"} 1.0' in text
+
+
+def test_a_span_has_the_texts_that_were_pooled() -> None:
+    kept = Kept()
+
+    async def main() -> None:
+        async with client_of(make_server(SecondReplica(), tracing=kept)) as client:
+            assert (await client.post(PATH, json={"input": ["abc", "d"]})).status_code == 200
+
+    asyncio.run(main())
+    (one,) = kept.requests
+    found = attributes(one)
+    assert span_name(one) == "embeddings echo"
+    assert (found["gen_ai.usage.input_tokens"], found["gen_ai.usage.output_tokens"]) == (6, 0)
+    assert "gen_ai.latency.time_to_first_token" not in found
 
 
 def test_a_model_that_generates_says_so() -> None:

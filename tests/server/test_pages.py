@@ -98,9 +98,18 @@ def test_request_ids() -> None:
         names = {r.request_id for r in engine.requests}
         assert len(names) == 7, "ids in the engine are always the server's own"
         assert all(re.fullmatch(r"chatcmpl-[0-9a-f]{32}", n) for n in names)
-        assert "x-request-id" in (await client.get("/nothing")).headers
+        sent = {"x-request-id": "mine"}
+        for refused in ("/nothing", CHAT, "/v1/models/other"):
+            assert (await client.get(refused, headers=sent)).headers["x-request-id"] == "mine"
+        streamed = chat(max_tokens=1, stream=True)
+        answer = await client.post(CHAT, json=streamed, headers=sent)
+        assert answer.headers["x-request-id"] == "mine"
+        page = {"origin": "https://a.example", "access-control-request-method": "POST"}
+        for origin in ("https://a.example", "https://b.example"):
+            answer = await client.options(CHAT, headers={**page, **sent, "origin": origin})
+            assert answer.headers["x-request-id"] == "mine"
 
-    with_client(test)
+    with_client(test, cors_origins=["https://a.example"])
 
 
 @pytest.mark.parametrize(

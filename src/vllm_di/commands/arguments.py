@@ -40,12 +40,20 @@ WITHOUT_OVERRIDES = ("matrix", "new-port")
 """Verbs that compose no config."""
 
 
+EXIT_USAGE = 2
+"""Exit status for what the user got wrong."""
+
+
 class UsageError(VllmDiError):
     """The command line cannot be understood."""
 
 
 def _tensor_parallel(value: str) -> list[str]:
     return ["executor=multiprocess", f"executor.tensor_parallel_size={value}"]
+
+
+def _otlp(value: str) -> list[str]:
+    return ["tracing=otlp", f"tracing.endpoint={value}"]
 
 
 def _key(key: str) -> Callable[[str], list[str]]:
@@ -58,6 +66,10 @@ ALIASES: dict[str, tuple[Callable[[str], list[str]], str]] = {
     "--port": (_key("server.port"), "server.port"),
     "--api-key-file": (_key("server.api_key_file"), "server.api_key_file"),
     "--served-model-name": (_key("server.served_model_name"), "server.served_model_name"),
+    "--ssl-certfile": (_key("server.tls.cert"), "server.tls.cert"),
+    "--ssl-keyfile": (_key("server.tls.key"), "server.tls.key"),
+    "--ssl-ca-certs": (_key("server.tls.client_ca"), "server.tls.client_ca"),
+    "--otlp-traces-endpoint": (_otlp, "tracing=otlp tracing.endpoint"),
     "--max-model-len": (_key("model.max_model_len"), "model.max_model_len"),
     "--max-num-seqs": (_key("scheduler.max_num_seqs"), "scheduler.max_num_seqs"),
     "--dtype": (_key("model.dtype"), "model.dtype"),

@@ -8,7 +8,7 @@ import logging
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -22,7 +22,7 @@ from vllm_di.server.replicas import ReplicatedEngineClient
 CONCURRENCY = 256
 """Requests at once, where --concurrency does not say: the scheduler takes what fits."""
 _KEYS = ("unix_socket", "api_key_file", "api_key_env")
-_OF_LISTENING = {"host": "127.0.0.1", **dict.fromkeys(_KEYS)}
+_OF_LISTENING: dict[str, Any] = {"host": "127.0.0.1", "tls": {}, **dict.fromkeys(_KEYS)}
 """Keys of the server that say who may reach it, and where."""
 
 

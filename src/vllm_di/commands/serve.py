@@ -10,13 +10,15 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
-from vllm_di.commands.arguments import Arguments, no_words
+from vllm_di.commands.arguments import EXIT_USAGE, Arguments, no_words
 from vllm_di.commands.engines import start_engine
 from vllm_di.commands.say import say, warn
 from vllm_di.components.interfaces import EngineClient
 from vllm_di.components.messages import WorkerReport
 from vllm_di.components.warm_ups import shown
 from vllm_di.containers.assembly import Assembly, assemble
+from vllm_di.errors import ConfigError, VllmDiError
+from vllm_di.logs import JSON, held_back
 from vllm_di.server.replicas import ReplicatedEngineClient
 from vllm_di.server.sockets import check_address
 
@@ -26,14 +28,32 @@ log = logging.getLogger(__name__)
 def run(arguments: Arguments) -> int:
     """Serve until a signal. Errors of the engine's start end here too."""
     no_words(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    assembly = assemble(arguments.overrides, arguments.config_dirs)
+    with held_back() as held:
+        assembly = assemble(arguments.overrides, arguments.config_dirs)
+        held.format = assembly.log_format
+    if assembly.log_format == JSON:
+        return _serve_with_json(assembly, arguments.config_dirs)
     warn(assembly.warnings)
-    asyncio.run(_serve(assembly, arguments.config_dirs))
+    asyncio.run(_serve(assembly, arguments.config_dirs, say))
     return 0
 
 
-async def _serve(assembly: Assembly, config_dirs: Sequence[str]) -> None:
+def _serve_with_json(assembly: Assembly, config_dirs: Sequence[str]) -> int:
+    """All that is said is a log line, errors that end the server too."""
+    log.setLevel(logging.INFO)
+    for text in assembly.warnings:
+        log.warning("%s", text)
+    try:
+        asyncio.run(_serve(assembly, config_dirs, lambda text: log.info("%s", text)))
+    except VllmDiError as error:
+        log.critical("%s", error)
+        return EXIT_USAGE if isinstance(error, ConfigError) else 1
+    return 0
+
+
+async def _serve(
+    assembly: Assembly, config_dirs: Sequence[str], tell: Callable[[str], None]
+) -> None:
     _check_address(assembly.server["server"])
     client = await start_engine(assembly)
     try:
@@ -49,7 +69,7 @@ async def _serve(assembly: Assembly, config_dirs: Sequence[str]) -> None:
             def address() -> str | None:
                 return server.address if isinstance(server, OpenAiServer) else None
 
-            watching = asyncio.create_task(_announce(assembly, client, address))
+            watching = asyncio.create_task(_announce(assembly, client, address, tell))
             try:
                 if isinstance(client, ReplicatedEngineClient):
                     client.router = container.router()
@@ -92,23 +112,28 @@ def _check_address(server: dict[str, Any]) -> None:
 
 
 async def _announce(
-    assembly: Assembly, client: EngineClient, address: Callable[[], str | None]
+    assembly: Assembly,
+    client: EngineClient,
+    address: Callable[[], str | None],
+    tell: Callable[[str], None],
 ) -> None:
     """Say what starts, how far it is, and where it listens; again for an engine that follows one
     that died."""
     server = assembly.server["server"]
-    say(f"model {assembly.settings['model_name']}, {assembly.announcement}")
+    tell(f"model {assembly.settings['model_name']}, {assembly.announcement}")
     stage = ""
     while client.state != "dead":
         if client.stage != stage:
             stage = client.stage
             if client.state == "ready" and client.report is not None:
-                say(_ready(client.report))
+                tell(_ready(client.report))
                 if replicas := client.replicas():
-                    say(f"{len(replicas)} replicas of that, requests by router={_router(assembly)}")
-                say(f"listening on {_where(server, address())} (API under /v1)")
+                    tell(
+                        f"{len(replicas)} replicas of that, requests by router={_router(assembly)}"
+                    )
+                tell(f"listening on {_where(server, address())} (API under /v1)")
             else:
-                say(f"engine: {_STAGES.get(stage, stage)}")
+                tell(f"engine: {_STAGES.get(stage, stage)}")
         await asyncio.sleep(0.1 if client.state == "starting" else 1.0)
 
 
@@ -128,7 +153,8 @@ def _where(server: dict[str, Any], address: str | None) -> str:
     if address is not None:
         return address
     if "host" in server and "port" in server:
-        return f"http://{server['host']}:{server['port']}"
+        scheme = "https" if (server.get("tls") or {}).get("cert") else "http"
+        return f"{scheme}://{server['host']}:{server['port']}"
     return f"an address of its own ({server['_target_']})"
 
 

@@ -108,6 +108,12 @@ class Assembly(msgspec.Struct):
         return self.engine if container is EngineContainer else self.stages[stage]
 
     @property
+    def log_format(self) -> str:
+        """``server.log_format``, for every process; a server of another class may have no such
+        key, and a wrong value is found with the others."""
+        return str(self.server["server"].get("log_format", "text"))
+
+    @property
     def platform(self) -> Manifest:
         """The platform's manifest, as it was checked."""
         return msgspec.convert(self.settings["platform"], Manifest)

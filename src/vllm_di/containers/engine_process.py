@@ -8,6 +8,7 @@ The process ends when the socket does, or with a last message when the engine fa
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import signal
 import sys
@@ -24,6 +25,7 @@ from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.checks import Checked, Checks
 from vllm_di.containers.fill import open_engine
 from vllm_di.errors import EngineDeadError, RequestError
+from vllm_di.logs import configure_child
 from vllm_di.progress import shown
 from vllm_di.server import wire
 from vllm_di.server.sharing import Borrower
@@ -36,10 +38,15 @@ Inbox = queue.SimpleQueue[wire.ToEngine | Checked | None]
 def main() -> None:
     # an interrupt at the keyboard reaches the whole group: the API process decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    heart = Heart(sys.argv[1])
     assembly = Assembly.decode(sys.stdin.buffer.read())
+    name = "engine" if assembly.replica is None else f"engine {assembly.replica}"
+    configure_child(assembly.log_format, name, level=logging.WARNING)  # the API process says stages
     codec: Codec[wire.ToEngine] = Codec(wire.ToEngine)
-    connection = Connection(connect(sys.argv[1]), codec)
+    try:
+        heart = Heart(sys.argv[1])
+        connection = Connection(connect(sys.argv[1]), codec)
+    except (FileNotFoundError, ConnectionRefusedError):
+        sys.exit(1)  # the API process is gone already: it could not be built
     failed = False
     try:
         connection.send(wire.Stage("load"))

@@ -23,6 +23,7 @@ class ServerContainer(DeclarativeContainer):
     reasoning_parser = Dependency(instance_of=i.ReasoningParser)
     router = Dependency(instance_of=i.Router)
     metrics = Dependency(instance_of=i.Metrics)
+    tracing = Dependency(instance_of=i.Tracing)
     server = Dependency(instance_of=i.Server)
     # given
     engine_client = Dependency(instance_of=i.EngineClient)

@@ -21,13 +21,14 @@ import msgspec
 
 from vllm_di.components.executor import rpc
 from vllm_di.components.heartbeat import Heart
-from vllm_di.components.interfaces import Placement, Worker
+from vllm_di.components.interfaces import DEFAULT_ROLE, Placement, Worker
 from vllm_di.components.lines import Line, descriptor
 from vllm_di.components.remote import RemoteMethods
 from vllm_di.components.transport import Connection, Failure, connect
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.fill import open_worker
 from vllm_di.errors import RequestError
+from vllm_di.logs import JSON, configure_child
 from vllm_di.progress import print_line, shown
 
 
@@ -55,10 +56,11 @@ def run_on_node(placement: bytes, assembly: bytes, line: bytes) -> None:
 
 def run(assembly: Assembly, placement: Placement, sock: socket.socket) -> None:
     """Open the worker's container, then answer calls that come over ``sock`` until it closes."""
+    configure_child(assembly.log_format, _name(placement, assembly))
     connection = Connection(sock, rpc.GREETING)
     try:
         with ExitStack() as stack:
-            with shown(print_line):
+            with shown(_ignore if assembly.log_format == JSON else print_line):
                 worker = stack.enter_context(open_worker(assembly, placement))
             serve(worker, placement, connection)
     except Exception as error:
@@ -94,6 +96,18 @@ def serve(worker: Worker, placement: Placement, connection: Connection[Any]) -> 
             connection.send(answer)
         except (TypeError, OverflowError) as error:  # no plain data
             connection.send(_refused(method.broken(error)))
+
+
+def _name(placement: Placement, assembly: Assembly) -> str:
+    """For log lines: ``worker 1``, with what tells it from others."""
+    of_engine = "" if assembly.replica is None else f" of engine {assembly.replica}"
+    role = "" if placement.role == DEFAULT_ROLE else f"{placement.role} "
+    stage = f", stage {placement.stage}" if placement.num_stages > 1 else ""
+    return f"{role}worker {placement.rank}{stage}{of_engine}"
+
+
+def _ignore(_line: str) -> None:
+    """The line is a log record, which the root logger has written."""
 
 
 def _refused(error: Exception) -> rpc.Refused:

@@ -195,14 +195,18 @@ class Tokens(msgspec.Struct):
     token_strs: list[str] | None
 
 
-class TokenizerInfo(msgspec.Struct):
+class TokenizerInfo(msgspec.Struct, omit_defaults=True):
+    """With whatever else the checkpoint's ``tokenizer_config.json`` says."""
+
+    tokenizer_class: str
     bos_token: str | None
     eos_token: str | None
     eos_token_id: int | None
-    pad_token: None
-    """No request is padded here."""
+    pad_token: str | None
     vocab_size: int
     model_max_length: int
+    """Of the engine: ``model.max_model_len``."""
+    chat_template: str | None = None
 
 
 class Prompt(msgspec.Struct):

@@ -19,6 +19,7 @@ from vllm_di.components.interfaces import (
     Server,
     Tokenizer,
     ToolParser,
+    Tracing,
 )
 from vllm_di.server.auth import ApiKeys
 from vllm_di.server.config import ServerConfig
@@ -27,10 +28,12 @@ from vllm_di.server.errors import unavailable
 from vllm_di.server.hosts import Hosts
 from vllm_di.server.listen import Listener, quiet_accepts, signals
 from vllm_di.server.middleware import RequestMiddleware
+from vllm_di.server.observers import AccessLog, Observer, Tracer
 from vllm_di.server.overview import Overview
 from vllm_di.server.routes import on_http_exception, operations, routes
 from vllm_di.server.service import Service
 from vllm_di.server.sockets import listen
+from vllm_di.server.tls import Tls
 
 _LAST_WORDS_SECONDS = 2.0
 """Time for interrupted streams to send their error event."""
@@ -48,6 +51,7 @@ class OpenAiServer(Server):
         tool_parser: ToolParser,
         reasoning_parser: ReasoningParser,
         metrics: Metrics,
+        tracing: Tracing,
         engine_client: EngineClient,
         *,
         config: ServerConfig,
@@ -57,6 +61,7 @@ class OpenAiServer(Server):
         hosts = Hosts(config.allowed_hosts, is_open=not config.checks_hosts(has_keys=bool(keys)))
         logging.getLogger("vllm_di.server").setLevel(config.log_level.upper())
         self._config = config
+        self._tls = _tls(config)
         self._engine = engine_client
         engine_client.on_stats = lambda stats: metrics.of(stats.replica).engine(stats)
         engine_client.restarts = config.engine_restarts
@@ -70,19 +75,26 @@ class OpenAiServer(Server):
             config,
             has_keys=bool(keys),
         )
-        offered = operations(self._service)
+        offered = operations(self._service, tokenizer_info=config.tokenizer_info)
         self.batch_urls = [one.path for one in offered if one.is_batch]
         """Paths that a line of a batch file may ask for."""
         endpoints = routes(offered)
         templates: dict[object, str] = {}
         for page in endpoints:  # an endpoint with several paths goes by the first
             templates.setdefault(page.endpoint, page.path)
+        observers: list[Observer] = [AccessLog()] if config.access_log else []
+        observers += [Tracer(tracing, config.name)] if tracing.records else []
         self.app = Starlette(
             routes=endpoints,
             middleware=[
                 *([Middleware(Cors, origins=config.cors_origins)] if config.cors_origins else []),
                 Middleware(
-                    RequestMiddleware, keys=keys, hosts=hosts, metrics=metrics, handlers=templates
+                    RequestMiddleware,
+                    keys=keys,
+                    hosts=hosts,
+                    metrics=metrics,
+                    handlers=templates,
+                    observers=observers,
                 ),
             ],
             exception_handlers={HTTPException: on_http_exception},
@@ -110,8 +122,8 @@ class OpenAiServer(Server):
         when the address is taken or cannot be bound, EngineDeadError when the engine does not
         start, or died and is not restarted."""
         config = self._config
-        listener = Listener(self.app, config)
-        listening = listen(config.host, config.port, config.unix_socket)
+        listener = Listener(self.app, config, self._tls)
+        listening = listen(config.host, config.port, config.unix_socket, config.scheme)
         self.address = listening.address
         with closing(listening), signals(self.stop), quiet_accepts():
             serving = asyncio.create_task(listener.serve(sockets=[listening.socket]))
@@ -160,6 +172,17 @@ class OpenAiServer(Server):
             await asyncio.wait((idle,), timeout=_LAST_WORDS_SECONDS)
         for task in (idle, hurry):
             task.cancel()
+
+
+def _tls(config: ServerConfig) -> Tls | None:
+    """Raises ConfigError."""
+    config.tls.check()
+    if config.tls.cert is None:
+        return None
+    if config.unix_socket:
+        log.warning("server.tls is for a TCP port: server.unix_socket speaks plain HTTP")
+        return None
+    return Tls(config.tls)
 
 
 async def _first_to_end(*tasks: asyncio.Task[object], or_to_fail: asyncio.Task[None]) -> None:

@@ -8,6 +8,7 @@ import msgspec
 
 from vllm_di.errors import ConfigError
 from vllm_di.server.hosts import is_loopback
+from vllm_di.server.tls import TlsConfig
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)]
@@ -20,6 +21,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65_535)] = 8000
     unix_socket: str | None = None
+    tls: TlsConfig = TlsConfig()
     model_name: str | None = None
     served_model_name: str | None = None
     platform: str | None = None
@@ -48,12 +50,20 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: Seconds = 30.0
     engine_restarts: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 1
     response_store_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**34)] = 16 * 2**20
+    tokenizer_info: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    access_log: bool = False
 
     @property
     def name(self) -> str:
         """The name that clients use for the model."""
         return self.served_model_name or self.model_name or "model"
+
+    @property
+    def scheme(self) -> Literal["http", "https"]:
+        """Of the URLs of a TCP port."""
+        return "http" if self.tls.cert is None else "https"
 
     def checks_hosts(self, *, has_keys: bool) -> bool:
         """Whether to check the Host header: where ``allowed_hosts`` is set, and on loopback without

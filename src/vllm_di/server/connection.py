@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from vllm_di.errors import ConfigError, RequestError
+from vllm_di.server import request_id
 from vllm_di.server.config import ServerConfig
 from vllm_di.server.errors import openai_error, retry_after
 from vllm_di.server.rarely import Rarely
@@ -25,14 +26,14 @@ HIGH_WATER = 32 * 1024
 _LINGER_SECONDS = 1.0
 """A refused client may still be sending: closing at once would reset the connection and lose the
 response."""
-_MAX_REFUSALS = 64
+MAX_REFUSALS = 64
 """Connections beyond the limit that get a 503; further ones are closed without a response."""
 ACCEPTED_AT_ONCE = 32
 """Connections accepted in one iteration of its loop. One beyond the limit is closed four
 iterations later."""
 _OWN_FILES = 64
 """Open files that the API process needs for itself."""
-RESERVED_FILES = 4 * ACCEPTED_AT_ONCE + _MAX_REFUSALS + _OWN_FILES
+RESERVED_FILES = 4 * ACCEPTED_AT_ONCE + MAX_REFUSALS + _OWN_FILES
 _MOST_CONNECTIONS = 4096
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class Connection(H11Protocol):
             "all %d connections are in use (server.max_connections): further ones get 503",
             self._limits.connections,
         )
-        if beyond > _MAX_REFUSALS:
+        if beyond > MAX_REFUSALS:
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -176,6 +177,7 @@ class Connection(H11Protocol):
     def _refuse(self, error: RequestError | None) -> None:
         """Send an error instead of the application, if a response is still possible, and close the
         connection."""
+        sent = dict(self.headers) if self._is_answering else {}
         if self._is_answering:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -186,6 +188,7 @@ class Connection(H11Protocol):
         headers = [
             *self.server_state.default_headers,
             (b"content-type", b"application/json"),
+            (request_id.HEADER, request_id.request_id(sent)),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
@@ -196,7 +199,8 @@ class Connection(H11Protocol):
         for event in (head, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self._lingers_since = self.loop.time()
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # TLS has no half-closed connection
+            self.transport.write_eof()
 
 
 def _too_many(limit: int) -> RequestError:

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 
 from vllm_di.errors import RequestError
 from vllm_di.server.errors import openai_error
+from vllm_di.server.request_id import HEADER, request_id
 
 
 class Cors(CORSMiddleware):
@@ -29,10 +30,12 @@ class Cors(CORSMiddleware):
 
     def preflight_response(self, request_headers: Headers) -> Response:
         response = super().preflight_response(request_headers)
+        own = {HEADER.decode(): request_id(dict(request_headers.raw)).decode()}
         if response.status_code < 400:
+            response.headers.update(own)
             return response
         error = RequestError(
             f"{bytes(response.body).decode()} (server.cors_origins)", code="cors_refused"
         )
-        headers = {"vary": response.headers["vary"], "content-type": "application/json"}
+        headers = {**own, "vary": response.headers["vary"], "content-type": "application/json"}
         return Response(openai_error(error), response.status_code, headers=headers)

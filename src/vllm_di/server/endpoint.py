@@ -12,6 +12,7 @@ from vllm_di.frontend.processor import Generation
 from vllm_di.server.answer import Answer
 from vllm_di.server.body import read_request
 from vllm_di.server.generation import running
+from vllm_di.server.observers import WORK
 from vllm_di.server.protocol import StreamRequest
 from vllm_di.server.sending import EventWriter, send_events, send_whole
 from vllm_di.server.service import Service
@@ -38,6 +39,7 @@ class GenerateEndpoint(Generic[G]):
         request = await read_request(Request(scope, receive), service, self._kind)
         service.check_generates()
         generations, answer = await self._start(service, request)
+        scope[WORK].generations = generations
         await respond(service, generations, answer, bool(request.stream), receive, send)
 
 

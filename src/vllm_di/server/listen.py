@@ -10,16 +10,18 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from vllm_di.server.config import ServerConfig
-from vllm_di.server.connection import ACCEPTED_AT_ONCE, Connection, Limits
+from vllm_di.server.connection import ACCEPTED_AT_ONCE, MAX_REFUSALS, Connection, Limits
 from vllm_di.server.middleware import MAX_HEAD_BYTES
 from vllm_di.server.rarely import Rarely
 from vllm_di.server.sockets import BACKLOG
+from vllm_di.server.tls import Tls
+from vllm_di.server.tls_accept import TlsAcceptor
 
 _CLOSING_SECONDS = 5
 """Time for clients to read their last bytes."""
@@ -31,10 +33,12 @@ log = logging.getLogger(__name__)
 
 
 class Listener(uvicorn.Server):
-    """uvicorn with ``Connection``; checks the deadlines of all connections twice a second."""
+    """uvicorn with ``Connection``; checks the deadlines of all connections twice a second. With
+    ``tls`` it speaks HTTPS."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
-        limits = Limits.of(config)
+    def __init__(self, app: ASGIApp, config: ServerConfig, tls: Tls | None = None) -> None:
+        limits = self._limits = Limits.of(config)
+        self._tls, self._refresh_at = tls, 0.0
         connection: Any = functools.partial(Connection, limits=limits)
         super().__init__(
             uvicorn.Config(
@@ -60,18 +64,49 @@ class Listener(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._tls is not None:
+            await self._startup_tls(sockets or [], self._tls)
+            return
         await super().startup(sockets)
         # asyncio uses one number for the kernel's backlog and for how many it accepts at once
         for listening in sockets or ():
             listening.listen(BACKLOG)
 
+    async def _startup_tls(self, sockets: list[socket.socket], tls: Tls) -> None:
+        """As uvicorn's, with our own acceptors: its servers keep one certificate for ever."""
+        config = self.config
+        await self.lifespan.startup()
+
+        def make_protocol() -> asyncio.Protocol:
+            kind: Any = config.http_protocol_class
+            made: asyncio.Protocol = kind(
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+            return made
+
+        def has_room(num_greeting: int) -> bool:
+            count = len(self.server_state.connections) + num_greeting
+            return count < self._limits.connections + MAX_REFUSALS
+
+        acceptors = [TlsAcceptor(sock, tls, make_protocol, has_room) for sock in sockets]
+        self.servers = cast(list[asyncio.base_events.Server], acceptors)
+        self.started = True
+
     async def on_tick(self, counter: int) -> bool:
+        now = asyncio.get_running_loop().time()
+        self._refresh(now)
         if counter % _TICKS_BETWEEN_CHECKS == 0:
-            now = asyncio.get_running_loop().time()
             for connection in list(self.server_state.connections):
                 assert isinstance(connection, Connection)
                 connection.check(now)
         return await super().on_tick(counter)
+
+    def _refresh(self, now: float) -> None:
+        tls = self._tls
+        if tls is None or not tls.reload_seconds or now < self._refresh_at:
+            return
+        self._refresh_at = now + tls.reload_seconds
+        tls.refresh()
 
 
 @contextmanager

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,10 +14,10 @@ from vllm_di.errors import RequestError
 from vllm_di.server.auth import OWNER, ApiKeys
 from vllm_di.server.errors import ClientGone, as_request_error, error_body, retry_after
 from vllm_di.server.hosts import Hosts, to_origin_form
+from vllm_di.server.observers import OTHER, WORK, EndedRequest, Observer, Work
+from vllm_di.server.request_id import HEADER, request_id
 from vllm_di.server.sending import send_json
-from vllm_di.server.service import new_id
 
-_SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 MAX_HEAD_BYTES = 32 * 1024
 _PART_BYTES = 32 * 1024
 _CLIENT_GONE = 499
@@ -28,8 +27,8 @@ log = logging.getLogger(__name__)
 
 
 class RequestMiddleware:
-    """Checks host and key, gives the request an id, counts it, and turns exceptions into error
-    responses in the form of the API that was asked."""
+    """Checks host and key, gives the request an id, counts it, tells the observers, and turns
+    exceptions into error responses in the form of the API that was asked."""
 
     def __init__(
         self,
@@ -39,28 +38,31 @@ class RequestMiddleware:
         hosts: Hosts,
         metrics: Metrics,
         handlers: Mapping[object, str],
+        observers: Sequence[Observer] = (),
     ) -> None:
         self._app = app
         self._keys = keys
         self._hosts = hosts
         self._metrics = metrics
         self._handlers = handlers
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return  # no WebSockets: the listener turns them off in uvicorn as well
-        started = time.monotonic()
+        began, started = time.time(), time.monotonic()
         to_origin_form(scope)
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        client_id = headers.get(b"x-request-id", b"")
-        request_id = client_id if _SAFE_ID.fullmatch(client_id) else new_id("req").encode()
+        own_id = request_id(headers)
+        scope[WORK] = Work()
         status = 0
+        code: str | None = None
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], (HEADER, own_id)]
             for part in _parts(message):
                 await send(part)
 
@@ -78,13 +80,16 @@ class RequestMiddleware:
             scope[OWNER] = owner
             await self._app(scope, receive, send_with_id)
         except (ClientGone, asyncio.CancelledError) as error:
-            status = status or _CLIENT_GONE
+            status, code = status or _CLIENT_GONE, "client_gone"
             if isinstance(error, asyncio.CancelledError):
                 raise
         except Exception as error:
             refusal = as_request_error(error)
+            code = refusal.code or str(refusal.status)
             if refusal.code == "internal_error":
-                log.error("request %s failed", request_id.decode(), exc_info=error)
+                name = own_id.decode()
+                fields = {"fields": {"request_id": name}}
+                log.error("request %s failed", name, exc_info=error, extra=fields)
             if status == 0:
                 await send_json(
                     send_with_id,
@@ -93,8 +98,21 @@ class RequestMiddleware:
                     _error_headers(refusal),
                 )
         finally:
-            handler = self._handlers.get(scope.get("endpoint"), "other")
-            self._metrics.http(handler, status or 500, time.monotonic() - started)
+            handler = self._handlers.get(scope.get("endpoint"), OTHER)
+            seconds = time.monotonic() - started
+            self._metrics.http(handler, status or 500, seconds)
+            if self._observers:
+                ended = EndedRequest(
+                    scope=scope,
+                    route=handler,
+                    request_id=own_id.decode(),
+                    status=status or 500,
+                    error=code,
+                    started=began,
+                    seconds=seconds,
+                )
+                for observer in self._observers:
+                    observer.ended(ended)
 
 
 def _check_head(scope: Scope) -> None:

@@ -141,12 +141,17 @@ class Endpoints:
     async def tokenizer_info(self, request: Request) -> Response:
         service = self._service
         tokenizer = service.tokenizer
+        told = dict(tokenizer.info())
+        if (template := service.chat_template.source) is not None:
+            told["chat_template"] = template
         return _json(
             {
+                "tokenizer_class": type(tokenizer).__qualname__,
+                "pad_token": None,
+                **told,
                 "bos_token": tokenizer.bos_token,
                 "eos_token": tokenizer.eos_token,
                 "eos_token_id": tokenizer.eos_token_id,
-                "pad_token": None,
                 "vocab_size": tokenizer.vocab_size,
                 "model_max_length": service.processor.max_model_len,
             }
@@ -203,8 +208,8 @@ def _shown(replica: Replica) -> dict[str, str]:
     return shown
 
 
-def operations(service: Service) -> list[Operation]:
-    """All that the server offers."""
+def operations(service: Service, *, tokenizer_info: bool = False) -> list[Operation]:
+    """All that the server offers, with ``/tokenizer_info`` or without."""
     offered: list[Operation] = []
     other = Endpoints(service, offered)
     chat = GenerateEndpoint(service, ChatRequest, start_chat)
@@ -271,13 +276,6 @@ def operations(service: Service) -> list[Operation]:
         ),
         post("/tokenize", other.tokenize, "The tokens of a text.", **tokens_types),
         post("/detokenize", other.detokenize, "The text of tokens.", **prompt_types),
-        get(
-            "/tokenizer_info",
-            other.tokenizer_info,
-            "The special tokens of the model.",
-            answer=answers.TokenizerInfo,
-            statuses=(503,),
-        ),
         get("/health", other.health, "Whether requests can be served.", **of_state),
         get("/load", other.load, "Requests running or waiting.", answer=answers.Load),
         get("/ping", other.health, "The same as /health.", **of_state),
@@ -291,6 +289,10 @@ def operations(service: Service) -> list[Operation]:
         get("/page.css", page.style, "Its style.", media_type="text/css", **of_page),
         get("/page.js", page.script, "Its script.", media_type="text/javascript", **of_page),
     ]
+    if tokenizer_info:
+        info_types: dict[str, Any] = {"answer": answers.TokenizerInfo, "statuses": (503,)}
+        text = "The tokenizer's settings and the chat template."
+        offered.append(get("/tokenizer_info", other.tokenizer_info, text, **info_types))
     return offered
 
 

@@ -27,7 +27,7 @@ class Listening:
     def __init__(self, bound: socket.socket, address: str, path: str | None = None) -> None:
         self.socket = bound
         self.address = address
-        """For people: ``http://HOST:PORT`` or ``unix:PATH``."""
+        """For people: ``http://HOST:PORT``, ``https://HOST:PORT`` or ``unix:PATH``."""
         self._path = path
         self._file = _identity(path) if path else None
 
@@ -40,13 +40,13 @@ class Listening:
         self.socket.close()
 
 
-def listen(host: str, port: int, unix_socket: str | None) -> Listening:
+def listen(host: str, port: int, unix_socket: str | None, scheme: str = "http") -> Listening:
     """Bind the address and listen. Raises ConfigError with the key and what to set instead."""
     if unix_socket:
         return Listening(_listen_unix(unix_socket), f"unix:{unix_socket}", unix_socket)
     bound = _listen_tcp(host, port)
     name = f"[{host}]" if ":" in host else host
-    return Listening(bound, f"http://{name}:{bound.getsockname()[1]}")
+    return Listening(bound, f"{scheme}://{name}:{bound.getsockname()[1]}")
 
 
 def check_address(host: str, port: int, unix_socket: str | None) -> None:

@@ -53,6 +53,7 @@ class RenderedTemplate(ChatTemplate):
     def __init__(self, sources: Sources, *, require_text: bool) -> None:
         """Runs the templates: a subclass calls it when ``_run`` works."""
         self._tokens, self._place = sources.tokens, sources.place
+        self.source = sources.templates.get("default")
         self._require_text = require_text
         self._forms: dict[str, Forms] = {}
         if sources.templates:

@@ -90,6 +90,8 @@ from vllm_di.components.interfaces.server import (
     ToolCallArguments,
     ToolCallBegun,
     ToolParser,
+    TracedRequest,
+    Tracing,
 )
 from vllm_di.components.interfaces.transfer import KvTransfer
 from vllm_di.components.interfaces.worker import (
@@ -175,6 +177,8 @@ __all__ = [
     "ToolCallBegun",
     "ToolParser",
     "TracedCache",
+    "TracedRequest",
+    "Tracing",
     "UnrotatedForward",
     "WeightPart",
     "Worker",

@@ -7,7 +7,13 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from vllm_di.components.messages import EngineRequest, EngineStats, TokenOutput, WorkerReport
+from vllm_di.components.messages import (
+    EngineRequest,
+    EngineStats,
+    SamplingParams,
+    TokenOutput,
+    WorkerReport,
+)
 from vllm_di.errors import RequestError
 
 
@@ -64,9 +70,17 @@ class Tokenizer(ABC):
     def is_special(self, token_id: int) -> bool:
         return False
 
+    def info(self) -> Mapping[str, Any]:
+        """Plain values for clients that tokenise by themselves, by the names of
+        ``tokenizer_config.json``; no paths."""
+        return {}
+
 
 class ChatTemplate(ABC):
     """Messages to a prompt."""
+
+    source: str | None = None
+    """The template in Jinja, for clients that render by themselves; None where there is none."""
 
     @abstractmethod
     def render(
@@ -249,6 +263,51 @@ class Metrics(ABC):
     @abstractmethod
     def render(self) -> tuple[bytes, str]:
         """(body, content type) in Prometheus' text form."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedRequest:
+    """One HTTP request that has ended, for a span. Nothing here is text of a prompt or an
+    answer."""
+
+    method: str
+    route: str
+    """The path's template: ``/v1/chat/completions``, ``/v1/responses/{id}``."""
+    operation: Literal["chat", "text_completion", "embeddings"] | None
+    """What OpenTelemetry calls it; None for what it has no name for."""
+    model: str
+    """As clients call it."""
+    request_id: str
+    """The answer's ``X-Request-Id``."""
+    response_id: str | None
+    """The answer's own id, by which the engine's log calls it."""
+    status: int
+    """Of HTTP; 499 where the client closed the connection first."""
+    error: str | None
+    """The code of the error that ended it; of one within a stream, too."""
+    started: float
+    """Seconds since the epoch, as ``ended``."""
+    ended: float
+    headers: Mapping[str, str]
+    """``traceparent`` and ``tracestate``, where the client sent them; not checked."""
+    params: SamplingParams | None
+    """None where nothing was generated."""
+    choices: Sequence[RequestTimes]
+    """Of each choice of each prompt, or of each text that was pooled; none where the request did
+    not get so far."""
+
+
+class Tracing(ABC):
+    """Sends spans of requests to whatever collects them."""
+
+    records: ClassVar[bool] = True
+    """Whether ``record`` is called at all."""
+
+    @abstractmethod
+    def record(self, request: TracedRequest) -> None:
+        """Called in the event loop, once for each request that has ended, and must not wait: what
+        cannot be sent at once is queued or dropped. What it raises is logged, and no request
+        fails."""
 
 
 @dataclass(frozen=True, slots=True)

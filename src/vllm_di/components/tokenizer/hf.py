@@ -42,7 +42,7 @@ class HfTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        config = _read_config(file.parent)
+        config = self._config = _read_config(file.parent)
         self.bos_token = _token_name(config.get("bos_token"))
         self.eos_token = _token_name(config.get("eos_token"))
         self.eos_token_id: int | None = (
@@ -124,6 +124,11 @@ class HfTokenizer(Tokenizer):
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
 
+    def info(self) -> dict[str, Any]:
+        kept = {k: v for k, v in self._config.items() if not k.endswith(("_file", "_path"))}
+        kept.pop("chat_template", None)
+        return {key: _plain(value) for key, value in kept.items()}
+
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """``tokenizer_config.json``, completed by ``special_tokens_map.json``; both are optional."""
@@ -136,6 +141,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
             except msgspec.MsgspecError as error:
                 raise CheckpointError(f"{file} is damaged: {error}") from None
     return merged
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with each token as its text, as transformers shows it."""
+    if isinstance(value, dict):
+        if isinstance(text := value.get("content"), str):
+            return text
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    is_huge = isinstance(value, int) and not -(2**63) <= value < 2**63  # "no limit", in some files
+    return float(value) if is_huge else value
 
 
 def _token_name(value: Any) -> str | None:

@@ -13,6 +13,7 @@ from vllm_di.components.messages import EngineRequest, TokenOutput
 from vllm_di.errors import RequestError
 from vllm_di.frontend.pooling import PoolingProcessor, Text
 from vllm_di.server.body import read_request
+from vllm_di.server.observers import WORK
 from vllm_di.server.pooling.running import run_all
 from vllm_di.server.protocol import PoolingRequest
 from vllm_di.server.sending import send_json
@@ -46,7 +47,7 @@ class PoolingEndpoint(ABC, Generic[P]):
         request = await read_request(Request(scope, receive), service, self.kind)
         service.check_model(request.model)
         answer = await self.start(request, service.pooling)
-        outputs = await run_all(service, answer.requests, receive)
+        outputs = await run_all(service, answer.requests, receive, scope[WORK].pooled.append)
         await send_json(send, orjson.dumps(answer.body(outputs)))
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 
 from starlette.types import Receive
@@ -21,11 +21,14 @@ MOST_AT_ONCE = 256
 
 
 async def run_all(
-    service: Service, requests: Sequence[EngineRequest], receive: Receive
+    service: Service,
+    requests: Sequence[EngineRequest],
+    receive: Receive,
+    ended_one: Callable[[RequestTimes], None],
 ) -> list[TokenOutput]:
-    """The outputs, in the order of ``requests``. What still runs is aborted when one fails, when
-    the client has gone and when the server stops. Raises RequestError, and what
-    ``Admission.enter`` raises."""
+    """The outputs, in the order of ``requests``; ``ended_one`` hears of each. What still runs is
+    aborted when one fails, when the client has gone and when the server stops. Raises RequestError,
+    and what ``Admission.enter`` raises."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
     outputs: list[TokenOutput | None] = [None] * len(requests)
@@ -41,7 +44,7 @@ async def run_all(
 
     async def work() -> None:
         for index in todo:
-            outputs[index] = await _run(service, requests[index])
+            outputs[index] = await _run(service, requests[index], ended_one)
 
     def worked(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -60,7 +63,9 @@ async def run_all(
     return [output for output in outputs if output is not None]
 
 
-async def _run(service: Service, request: EngineRequest) -> TokenOutput:
+async def _run(
+    service: Service, request: EngineRequest, ended: Callable[[RequestTimes], None]
+) -> TokenOutput:
     """Raises RequestError where the engine refuses the request or fails on it."""
     begin, num_prompt = time.monotonic(), len(request.prompt_token_ids)
     reason, queued, metrics = "abort", 0.0, service.metrics.of(0)
@@ -79,16 +84,16 @@ async def _run(service: Service, request: EngineRequest) -> TokenOutput:
         raise RequestError("the engine gave no vector", status=500)
     finally:
         seconds = time.monotonic() - begin
-        metrics.finished(
-            RequestTimes(
-                finish_reason=reason,
-                num_prompt_tokens=num_prompt,
-                num_generated_tokens=0,
-                max_tokens=None,
-                n=1,
-                end_to_end=seconds,
-                queue=queued,
-                prefill=max(0.0, seconds - queued),
-                decode=0.0,
-            )
+        times = RequestTimes(
+            finish_reason=reason,
+            num_prompt_tokens=num_prompt,
+            num_generated_tokens=0,
+            max_tokens=None,
+            n=1,
+            end_to_end=seconds,
+            queue=queued,
+            prefill=max(0.0, seconds - queued),
+            decode=0.0,
         )
+        metrics.finished(times)
+        ended(times)

@@ -19,6 +19,7 @@ from vllm_di.server.chat import begin_chat
 from vllm_di.server.endpoint import respond
 from vllm_di.server.errors import as_request_error
 from vllm_di.server.generation import running
+from vllm_di.server.observers import WORK
 from vllm_di.server.responses.answer import ResponsesAnswer
 from vllm_di.server.responses.request import ResponsesRequest, chat_request, messages_of
 from vllm_di.server.responses.store import Entry, ResponseStore
@@ -74,6 +75,7 @@ class Responses:
             body = await self._begin(owner, generation, answer, conversation)
             await send_json(send, body)
         else:
+            scope[WORK].generations = [generation]
             await respond(service, [generation], answer, bool(request.stream), receive, send)
 
     async def get(self, request: Request) -> Response:

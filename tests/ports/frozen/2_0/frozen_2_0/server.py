@@ -23,6 +23,8 @@ from vllm_di.components.interfaces import (
     Server,
     Tokenizer,
     ToolParser,
+    TracedRequest,
+    Tracing,
 )
 from vllm_di.components.messages import (
     EngineRequest,
@@ -118,6 +120,16 @@ class FrozenRouter(Router):
 
     def choose(self, request: EngineRequest, loads: Sequence[ReplicaLoad]) -> int:
         return min(loads, key=lambda load: load.num_requests).replica
+
+
+class FrozenTracing(Tracing):
+    """Counts requests by status."""
+
+    def __init__(self) -> None:
+        self.statuses: dict[int, int] = {}
+
+    def record(self, request: TracedRequest) -> None:
+        self.statuses[request.status] = self.statuses.get(request.status, 0) + 1
 
 
 class FrozenMetrics(Metrics):
