@@ -17,6 +17,7 @@ ALLOWED = {
     "components/remote.py": "which methods a class declares as calls",
     "containers/forms.py": "compares signatures, to refuse the form of older interfaces",
     "containers/schema.py": "signatures are the schema of YAML; names for messages",
+    "containers/signatures.py": "signatures are the schema of YAML",
     "conformance/bad_values.py": "values of plain types that a signature refuses",
     "conformance/hygiene.py": "compares a process before and after an import",
     "conformance/probes.py": "makes probes of the chosen classes",
