@@ -92,7 +92,6 @@ async def _round(address: str, row: Row, length: int, seed: int) -> None:
             "max_tokens": count,
             "temperature": 0,
             "ignore_eos": True,
-            "stream": True,
         }
         await stream(host, int(port), body, timing)
         if timing.failed:

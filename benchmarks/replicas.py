@@ -179,7 +179,6 @@ async def _ask(
             "max_tokens": wanted,
             "temperature": 0,
             "ignore_eos": True,
-            "stream": True,
         }
         async with gate:
             await stream(host, int(port), body, timing)

@@ -17,6 +17,10 @@ from vllm_di.commands.arguments import Arguments, UsageError
 from vllm_di.errors import VllmDiError
 
 START_SECONDS = 600
+STREAMED = {
+    "stream": True,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+}
 VOCABULARY = 256
 """Prompts are drawn from ids that every model has."""
 
@@ -27,6 +31,13 @@ class Timing:
 
     tokens: list[float] = field(default_factory=list)
     failed: str | None = None
+
+    def came(self, seconds: float, count: int) -> None:
+        """So many tokens have come by now, of those before. Several in one event share the time
+        since the last: text may be held back until a character is whole."""
+        more = count - len(self.tokens)
+        last = self.tokens[-1] if self.tokens else seconds
+        self.tokens += [last + (seconds - last) * i / more for i in range(1, more + 1)]
 
 
 def measure(arguments: Arguments) -> dict[str, list[float]]:
@@ -102,7 +113,6 @@ async def _round(
             "max_tokens": wanted,
             "temperature": 0,
             "ignore_eos": True,
-            "stream": True,
         }
         for ids in prompts(count, given, VOCABULARY, number)
     ]
@@ -151,7 +161,7 @@ async def model_name(host: str, port: int) -> str:
 
 async def stream(host: str, port: int, body: dict[str, object], timing: Timing) -> None:
     """One streamed completion; fills ``timing`` with its events as they arrive."""
-    payload = json.dumps(body).encode()
+    payload = json.dumps(body | STREAMED).encode()
     begin = time.perf_counter()
     async with _connection(host, port) as (reader, writer):
         writer.write(_head("POST", "/v1/completions", host, len(payload)) + payload)
@@ -166,7 +176,8 @@ async def stream(host: str, port: int, body: dict[str, object], timing: Timing) 
                 if b'"error"' in line[:20]:
                     timing.failed = line.decode(errors="replace").strip()
                     return
-                timing.tokens.append(time.perf_counter() - begin)
+                seconds = time.perf_counter() - begin
+                timing.came(seconds, json.loads(line[6:])["usage"]["completion_tokens"])
     if not timing.tokens:
         timing.failed = "no token came"
 
