@@ -72,7 +72,7 @@ def of_limit(figures: Figures, row: str, weights: str) -> Found | None:
 def itself(figures: Figures, row: str, weights: str) -> Found | None:
     """The figure as it is."""
     ours = _measured(figures, row, weights)
-    return ours and Found(ours.median, f"{ours.median:,.1f} {ours.unit}")
+    return Found(ours.median, f"{ours.median:,.1f} {ours.unit}") if ours is not None else None
 
 
 def of_row(other: str) -> Callable[[Figures, str, str], Found | None]:
