@@ -86,6 +86,7 @@ SHUT: dict[str, str] = {
     "names a whole scheduler",
     "kv_layout": "vLLM's blocks have one layout; the attention's adapter reads it as hnd",
     "kv_transfer": "vLLM's flag --kv-transfer-config chooses among its own",
+    "tracing": "vLLM traces its requests itself, with --otlp-traces-endpoint",
     "router": "vLLM shares requests out over the engines of --data-parallel-size itself",
     "pooler": "vLLM's flag --pooler-config does",
     "structured_output": "vLLM's flag --structured-outputs-config chooses among its own",

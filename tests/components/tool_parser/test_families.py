@@ -264,7 +264,7 @@ def test_the_family_is_found_in_the_template(sign: str, family: str) -> None:
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [TOOLS[0], TOOLS[1], TOOLS[0]]}, "tools", r"tools\[2\].*tools\[0\]"),
-    ({"tools": [{"type": "web_search"}]}, "tools", r"tools\[0\]: expected"),
+    ({"tools": [{"type": "web_search"}]}, "tools", r"tools\[0\].type: 'web_search'.*: expected"),
     ({"tools": [{"type": "function"}]}, "tools", "expected"),
     ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools", "name"),
     (

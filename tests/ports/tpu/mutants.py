@@ -56,7 +56,7 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
-    Mutant("program", DeadBuffer, "golden/test_tokens[gqa-float32]", "deleted or donated"),
+    Mutant("program", DeadBuffer, "golden/test_tokens[gqa-float32]", "has been deleted"),
     Mutant(
         "shapes",
         LastBucketForgotten,
