@@ -83,7 +83,7 @@ def test_an_answer_is_streamed_and_measured(page: BrowserPage) -> None:
     page.wait("document.querySelector('#blocks').textContent.includes(' of ')")
     page.wait("document.querySelector('#running').textContent === '0'")
     assert "0 running, 0 waiting" in page.text("[data-container=EngineContainer] .live")
-    assert page.run("document.querySelector('#line').points.length") > 1
+    page.wait("document.querySelector('#line').points.length > 1")
     ask(page, "And of Italy?", count=2)
     roles = [message["role"] for message in page.bodies()[-1]["messages"]]
     assert roles == ["user", "assistant", "user"]

@@ -367,7 +367,8 @@ function requestBody() {
   const system = byId("system").value.trim(), temperature = byId("temperature").value;
   const most = byId("max-tokens").value, tools = byId("tools").value.trim();
   const body = {
-    model, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true },
+    model: model || undefined, // not known yet: the server's own
+    stream: true, stream_options: { include_usage: true, continuous_usage_stats: true },
     messages: system ? [{ role: "system", content: system }, ...messages] : messages,
   };
   if (temperature !== "") body.temperature = Number(temperature);
