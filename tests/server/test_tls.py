@@ -3,6 +3,7 @@ certificates, and what does not speak TLS holds nobody up."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shutil
@@ -10,7 +11,7 @@ import socket
 import ssl
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from tests.server.test_connections import error_of, read_to_end
 from tests.server.test_live import Live, wait_until
 
 from vllm_di.errors import ConfigError
+from vllm_di.server import tls as tls_module
+from vllm_di.server.connection import ACCEPTED_AT_ONCE
 from vllm_di.server.tls import Tls, TlsConfig, not_after
+from vllm_di.server.tls_accept import TlsAcceptor
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="it makes certificates")
 
@@ -107,6 +111,25 @@ def test_a_new_certificate_serves_new_connections(
             wait_until(lambda: serial(live, authority) != after)
 
 
+def test_a_key_that_vanishes_between_two_looks(
+    authority: Authority, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cert, key = authority.issue("vanishing")
+    tls = Tls(TlsConfig(cert=str(cert), key=str(key)))
+    before, read = tls.context, tls_module._read
+
+    def read_and_remove(name: str, file: Path) -> str:
+        text = read(name, file)
+        file.unlink()
+        return text
+
+    monkeypatch.setattr(tls_module, "_read", read_and_remove)
+    authority.issue("vanishing")
+    tls.refresh()
+    assert tls.context is before
+    assert "is not used" in caplog.text
+
+
 def test_a_stream_outlives_its_certificate(authority: Authority) -> None:
     cert, key = authority.issue("streamed")
     tls = TlsConfig(cert=str(cert), key=str(key), reload_seconds=0.01)
@@ -175,6 +198,40 @@ def test_handshakes_count_as_connections(
         for one in silent:
             one.close()
         wait_until(lambda: _is_well(live, authority))
+
+
+def test_many_that_connect_at_once_leave_the_loop_its_turns(authority: Authority) -> None:
+    cert, key = authority.issue("flood")
+    turns: list[int] = []
+
+    async def test() -> None:
+        loop, asked = asyncio.get_running_loop(), 0
+
+        def has_room(num_greeting: int) -> bool:
+            nonlocal asked
+            asked += 1
+            return False
+
+        def turn() -> None:
+            nonlocal asked
+            turns.append(asked)
+            asked = 0
+            if sum(turns) < len(clients):
+                loop.call_soon(turn)
+
+        with socket.create_server((HOST, 0), backlog=128) as listening, ExitStack() as stack:
+            address = listening.getsockname()
+            clients = [stack.enter_context(socket.create_connection(address)) for _ in range(100)]
+            tls = Tls(TlsConfig(cert=str(cert), key=str(key)))
+            acceptor = TlsAcceptor(listening, tls, asyncio.Protocol, has_room)
+            loop.call_soon(turn)
+            while sum(turns) < len(clients):
+                await asyncio.sleep(0)
+            acceptor.close()
+            await acceptor.wait_closed()
+
+    asyncio.run(test())
+    assert max(turns) <= ACCEPTED_AT_ONCE
 
 
 def _is_well(live: Live, authority: Authority) -> bool:

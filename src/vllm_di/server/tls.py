@@ -80,7 +80,7 @@ class Tls:
         self._seen = signature
         try:
             self._context = self._load()
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:  # a file may vanish between two looks at it
             log.error("the new certificate is not used, the one before stays: %s", error)
         else:
             log.info("new connections get the certificate that %s holds now", self._cert)

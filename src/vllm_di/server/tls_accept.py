@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import logging
 import socket
 from collections.abc import Callable
 from contextlib import suppress
 
 from vllm_di.errors import RequestError
+from vllm_di.server.connection import ACCEPTED_AT_ONCE
 from vllm_di.server.errors import openai_error
 from vllm_di.server.rarely import Rarely
 from vllm_di.server.request_id import request_id
@@ -56,7 +58,9 @@ class TlsAcceptor:
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
+        for count in itertools.count(1):
+            if count % ACCEPTED_AT_ONCE == 0:  # where one waits already, sock_accept does not yield
+                await asyncio.sleep(0)
             try:
                 sock, _ = await loop.sock_accept(self._listening)
             except OSError as error:
