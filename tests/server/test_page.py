@@ -75,7 +75,7 @@ def test_it_can_be_turned_off(path: str, key_file: str) -> None:
 @pytest.mark.parametrize("path", [*TYPES, "/assembly"])
 def test_without_keys_it_is_for_loopback_alone(path: str) -> None:
     async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
-        for there in ("http://127.0.0.1", "http://[::1]:8000"):
+        for there in ("http://127.0.0.1", "http://[::1]:8000", "http://[::ffff:127.0.0.1]"):
             assert (await client.get(there + path)).status_code == 200
         answer = await client.get(f"http://10.0.0.1{path}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "page_off")
