@@ -149,6 +149,23 @@ def test_samples() -> None:
         assert [span.trace_id.hex() for span in collector.spans] == [TRACE]
 
 
+@with_otlp
+def test_what_clients_send_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    parent = f"00-{TRACE}-{PARENT}-01"
+    sent = [
+        {"traceparent": parent, "tracestate": "no member"},
+        {"traceparent": parent, "tracestate": ",".join(f"a{i}=1" for i in range(40))},
+        {"traceparent": parent, "tracestate": "a=1," * 5000},
+        {"traceparent": f"{parent}-{'x' * 1000}"},
+    ]
+    with collecting() as collector:
+        with closing(tracing(collector.url)) as spans:
+            for headers in sent:
+                spans.record(request(headers=headers))
+        assert len(collector.spans) == len(sent)
+    assert not [r.getMessage() for r in caplog.records if "urllib3" not in r.name]
+
+
 def closed_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

@@ -13,7 +13,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import SpanKind, Status, StatusCode
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.trace import span as span_module
+from opentelemetry.trace.propagation import tracecontext
 
 from vllm_di.components.tracing.attributes import Value
 from vllm_di.version import __version__
@@ -37,7 +38,8 @@ class Spans:
         delay_seconds: float,
         timeout_seconds: float,
     ) -> None:
-        logging.getLogger(trace_exporter.__name__).addFilter(_silent)
+        for module in (trace_exporter, tracecontext, span_module):
+            logging.getLogger(module.__name__).addFilter(_silent)
         exporter: Any = trace_exporter.OTLPSpanExporter(endpoint=endpoint, timeout=timeout_seconds)
         self._exporter = WatchedExporter(exporter, endpoint)
         self._max_queue, self._num_queued, self._is_full = max_queue, 0, False
@@ -56,7 +58,7 @@ class Spans:
         )
         self._provider.add_span_processor(processor)
         self._tracer: Any = self._provider.get_tracer("vllm_di", __version__)
-        self._parents: Any = TraceContextTextMapPropagator()
+        self._parents: Any = tracecontext.TraceContextTextMapPropagator()
 
     def begin(self, name: str, started: float, headers: Mapping[str, str]) -> Any:
         """A span of a server, whose parent is the ``traceparent`` among ``headers``; None where it
@@ -135,5 +137,6 @@ class WatchedExporter:
 
 
 def _silent(_record: logging.LogRecord) -> bool:
-    """The exporter says each failure and each retry; ``WatchedExporter`` says it once."""
+    """The exporter says each failure and each retry; ``WatchedExporter`` says it once. The others
+    repeat whatever a client sent as ``traceparent`` or ``tracestate``."""
     return False
