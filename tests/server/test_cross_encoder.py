@@ -63,6 +63,12 @@ def test_scores_and_rankings(server: tuple[httpx.Client, CrossEncoder]) -> None:
             "truncate_prompt_tokens",
             "no room",
         ),
+        (
+            "/v1/rerank",
+            {"query": "w6 " * 500_000, "documents": ["w5"] * 50, "truncate_prompt_tokens": -1},
+            "query",
+            "1500000 characters with each of 50 texts",
+        ),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -16,6 +16,10 @@ from vllm_di.server.pooling.endpoint import PoolingAnswer, PoolingEndpoint, opti
 from vllm_di.server.protocol import PoolingRequest, RerankRequest, ScoreRequest
 from vllm_di.server.service import new_id
 
+MOST_REPEATED = 2**26
+"""Characters of a text that a cross-encoder's tokenizer reads again with each of its partners: half
+a minute, where 8 MiB of a body could ask for hours."""
+
 
 class Scored:
     """Pairs, and the requests that score them."""
@@ -28,6 +32,8 @@ class Scored:
         cls, processor: PoolingProcessor, name: str, pairs: Pairs, request: PoolingRequest
     ) -> Scored:
         """Tokenises on a thread. Raises RequestError."""
+        if processor.pooling.kind == "score":
+            _check_repeated(pairs)
         scorer, chosen = scorer_of(processor), options(request)
         made = await asyncio.to_thread(lambda: scorer.requests(name, pairs, **chosen))
         return cls(scorer, pairs, made)
@@ -111,3 +117,15 @@ class RankingAnswer(PoolingAnswer):
                 result["document"] = {"text": self._texts[index]}
             results.append(result)
         return self._head | {"usage": self._scored.usage, "results": results}
+
+
+def _check_repeated(pairs: Pairs) -> None:
+    if len(pairs.ones) > 1:
+        return
+    count, num_others = sum(map(len, pairs.ones)), len(pairs.others)
+    if count * num_others > MOST_REPEATED:
+        raise RequestError(
+            f"{pairs.param_one}: a cross-encoder reads its {count} characters with each of "
+            f"{num_others} texts; expected {MOST_REPEATED // num_others} at most with so many",
+            param=pairs.param_one,
+        )
