@@ -130,9 +130,18 @@ def _kill_what_runs(pool: RenderPool) -> None:
 def test_a_stopped_process_is_given_up(pool: RenderPool, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_di.components.chat_template import pool as module
 
+    start = module._Worker.start
+
+    def patient(worker: module._Worker) -> None:
+        monkeypatch.setattr(module, "_SILENCE_SECONDS", 60.0)  # a busy machine starts no faster
+        start(worker)
+
     monkeypatch.setattr(module, "_SILENCE_SECONDS", 0.2)
-    os.kill(_pid_of_next(pool), signal.SIGSTOP)
+    monkeypatch.setattr(module._Worker, "start", patient)
+    stopped = _pid_of_next(pool)
+    os.kill(stopped, signal.SIGSTOP)
     assert pool.render(job("x")) == "x"
+    assert not psutil.pid_exists(stopped)
 
 
 def test_long_texts_pass_whole(pool: RenderPool) -> None:
