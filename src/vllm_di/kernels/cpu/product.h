@@ -2,7 +2,7 @@
 #pragma once
 #include "tile.h"
 
-static const int64_t kSpan = 192;   // rows of a piece of work
+static const int64_t kSpan = 192;   // the most rows of a piece of work
 static const int64_t kLine = 64;    // bytes of a cache line
 static const int64_t kSoon = 8192;  // bytes that a stream of weights is ahead of its use
 
@@ -112,13 +112,15 @@ static inline void over_rows(int64_t row, int64_t end, const Body& tile) {
 }
 
 // Calls body(begin, end, row, last) for this thread's share of `units` of weights times spans of rows. Few rows: each thread
-// takes one run of units. Many: a span of rows stays in the second-level cache while all units pass by.
-template <typename Body>
+// takes one run of units. Many: a span of rows stays in the second-level cache while all units pass by. Spans are of like
+// height, so that threads have as much to do, and begin at a multiple of STEP rows.
+template <int STEP = 1, typename Body>
 static inline void share_out(const Team& team, int64_t rows, int64_t units, const Body& body) {
-  const int64_t spans = (rows + kSpan - 1) / kSpan, last = team.last(units * spans);
+  const int64_t spans = (rows + kSpan - 1) / kSpan, steps = (rows + STEP - 1) / STEP, last = team.last(units * spans);
+  const auto start = [&](int64_t span) { return std::min(rows, steps * span / spans * STEP); };
   for (int64_t i = team.first(units * spans); i < last;) {
-    const int64_t begin = i % units, end = std::min(units, begin + last - i), row = i / units * kSpan;
-    body(begin, end, row, std::min(rows, row + kSpan));
+    const int64_t begin = i % units, end = std::min(units, begin + last - i), span = i / units;
+    body(begin, end, start(span), start(span + 1));
     i += end - begin;
   }
 }

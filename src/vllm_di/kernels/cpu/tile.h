@@ -92,18 +92,25 @@ struct Ahead {
   int lines;  // 0 to 2
 };
 
-// sums += x times weights.
+// sums += x times weights. Rows are reached in fours from three pointers: twelve of their own would not fit in the registers
+// for addresses, and the compiler would keep some of them in those for sums.
 template <typename S, int ROWS>
 static inline __attribute__((always_inline)) void multiply(typename Sum<S>::type (&sums)[ROWS][2], const S* x,
                                                            int64_t x_stride, const S* weights, int64_t steps,
                                                            Ahead ahead = {nullptr, 0}) {
+  const S *first = x, *second = x + 4 * x_stride, *third = x + 8 * x_stride;
+  const int64_t thrice = 3 * x_stride;
   for (int64_t k = 0; k < steps; k++) {
     if (ahead.lines) __builtin_prefetch(ahead.at + 64 * ahead.lines * k, 0, 2);
     if (ahead.lines == 2) __builtin_prefetch(ahead.at + 128 * k + 64, 0, 2);
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++) {
+      const S* four = r < 4 ? first : r < 8 ? second : third;
+      const S& operand = four[r % 4 == 3 ? thrice : r % 4 * x_stride];
 #pragma GCC unroll 2
-      for (int c = 0; c < 2; c++)
-        sums[r][c] = multiply_add(sums[r][c], x[r * x_stride + k], weights + k * kPair + c * kLanes);
+      for (int c = 0; c < 2; c++) sums[r][c] = multiply_add(sums[r][c], operand, weights + k * kPair + c * kLanes);
+    }
+    first++, second++, third++;
+    __asm__("" : "+r"(first), "+r"(second), "+r"(third));  // the compiler may not take them for one
   }
 }

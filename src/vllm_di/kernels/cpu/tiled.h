@@ -83,7 +83,7 @@ static inline void over_blocks(const Team& team, const TileRows& in, int64_t row
   alignas(64) uint32_t tail[kTileHeight * kPair] = {};
   alignas(64) typename Dot::Sum sums[kBlockRows * kPair];
   tile_config();
-  share_out(team, rows, pairs, [&](int64_t pair, int64_t last, int64_t row, int64_t end) {
+  share_out<kBlockRows>(team, rows, pairs, [&](int64_t pair, int64_t last, int64_t row, int64_t end) {
     // the next pair comes from memory meanwhile, a part of it by each block
     const int64_t blocks = (end - row + kBlockRows - 1) / kBlockRows;
     const int64_t part = (4 * size / blocks / in.columns + kLine - 1) / kLine * kLine;
