@@ -4,23 +4,6 @@
 
 static const int64_t kFewRows = 8;  // rows up to which this way is taken
 
-#if defined(__AVX512F__)
-// The sums of four vectors.
-static inline __m128 sum_lanes(const floats (&v)[4]) {
-  const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], e = (__m512)v[3];
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 ce = _mm512_add_ps(_mm512_unpacklo_ps(c, e), _mm512_unpackhi_ps(c, e));
-  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, ce, 0x44), _mm512_shuffle_ps(ab, ce, 0xee));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-static inline void store_sums(float* to, const floats (&v)[4]) { _mm_storeu_ps(to, sum_lanes(v)); }
-#else
-static inline void store_sums(float* to, const floats (&v)[4]) {
-  for (int j = 0; j < 4; j++) to[j] = total(v[j]);
-}
-#endif
-
 // sum += a[:32] * b[:32], lane by lane.
 static inline floats dot_step(floats sum, const float* a, const float* b) {
   sum += load16(a) * load16(b);
@@ -151,12 +134,9 @@ struct KeySpan {
         for (int c = 0; c < 4; c++)
 #pragma GCC unroll 4
           for (int r = 0; r < ROWS; r++) dots[r][c] = dot_step(dots[r][c], q[r] + i, here.keys[j + c] + i);
-      for (int r = 0; r < ROWS; r++) store_sums(scores[r] + j, dots[r]);
+      for (int r = 0; r < ROWS; r++) totals(scores[r] + j, dots[r]);
     }
-    for (int r = 0; r < ROWS; r++) {
-      shrink[r] = soften(p, position + (row + r) / p.group(), here.start, here.count, scores[r], states[r]);
-      for (int j = 0; j < kChunk; j += kLanes) store16(weights[r] + j, load16(scores[r] + j));
-    }
+    soften<ROWS>(p, row, ROWS, position, here.start, here.count, scores, weights, states, shrink);
     int64_t at = 0;
     for (; at + 64 <= d; at += 64) gather<ROWS, 2>(weights, shrink, here, next, at, sums);
     for (; at < d; at += 32) gather<ROWS, 1>(weights, shrink, here, next, at, sums);
@@ -198,7 +178,7 @@ static void merge(const Paged& p, int64_t seq, int64_t kv_head, int64_t count, f
     float* sums = parts + 2 * rows + r * d;
     for (int64_t n = 0; n < count; n++) {
       const Softmax part = ((const Softmax*)(parts + n * size))[r];
-      const float scale = fast_exp(part.top - all.top);
+      const float scale = exp2_below_127(splat(part.top - all.top))[0];
       all.mass += part.mass * scale;
 #pragma omp simd
       for (int64_t i = 0; i < d; i++) sums[i] = n ? sums[i] + sums[n * size + i] * scale : sums[i] * scale;

@@ -149,22 +149,26 @@ struct Span {
     alignas(64) E weights[By::kRows][kChunk];
     float shrink[By::kRows];
     const S *k = (const S*)keys.data(), *v = (const S*)values.data();
-    for (int64_t pair = 0; pair < kChunk / kPair; pair++)
+    const int64_t seen = std::min(chunk.count, position + last / group + 1 - chunk.start);  // keys that any row may see
+    for (int64_t pair = 0; pair * kPair < seen; pair++)
       By::add(scores[0] + pair * kPair, kChunk, nullptr, (const S*)q.data() + row * q_steps, q_steps,
               k + pair * q_steps * kPair, q_steps, last - row + 1);
-    for (int r = 0; r < By::kRows; r++) {
-      if (row + r > last) {  // a row that fills the tile
-        shrink[r] = 0.f;
-        std::fill(weights[r], weights[r] + kChunk, E{});
-        continue;
-      }
-      shrink[r] = soften(p, position + (row + r) / group, chunk.start, chunk.count, scores[r], states[row + r]);
-      for (int j = 0; j < kChunk; j += kLanes) store16(weights[r] + j, load16(scores[r] + j));
-    }
-    const int64_t steps = whole((chunk.count + PER - 1) / PER, By::kStep);
+    static const int kFew = By::kRows < 4 ? By::kRows : 4;
+    for (int r = 0; r < By::kRows; r += kFew)
+      soften<kFew>(p, row + r, last - row - r + 1, position, chunk.start, chunk.count, scores + r, weights + r,
+                   states.data() + row + r, shrink + r);
+    const int64_t steps = whole((seen + PER - 1) / PER, By::kStep);
     for (int64_t pair = 0; pair < width / kPair; pair++)
       By::add(sums.data() + row * width + pair * kPair, width, shrink, (const S*)weights[0], kValueSteps,
               v + pair * kValueSteps * kPair, steps, last - row + 1);
+  }
+
+  // Of the second-level cache, which they come to while tiles are multiplied.
+  void ask(const T* key, const T* value) const {
+    for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) {
+      __builtin_prefetch(key + i, 0, 2);
+      __builtin_prefetch(value + i, 0, 2);
+    }
   }
 
   // Queries [first, last) of a sequence.
@@ -175,17 +179,21 @@ struct Span {
     values.resize(size_t(kChunk * width));
     q.assign(size_t(padded * q_steps * PER), E{});
     sums.assign(size_t(padded * width), 0.f);
-    states.assign(size_t(rows), Softmax{kLowest, 0.f});
+    states.assign(size_t(padded), Softmax{kLowest, 0.f});
     for (int64_t r = 0; r < rows; r++) {
       const T* from = (const T*)p.q + p.element(seq, kv_head, first, r, p.q_stride);
       for (int64_t i = 0; i < d; i++) pack_to(q.data() + r * q_steps * PER + i, from[i]);
     }
-    const int64_t begin = p.first_seen(position), end = p.offset(seq) + last;
-    for (int64_t start = begin; start < end; start += kChunk) {
-      Chunk<T> chunk;
-      chunk.find(p, seq, kv_head, start, end);
-      pack(chunk);
-      for (int64_t row = 0; row < rows; row += By::kRows) tile(chunk, row, rows, position);
+    const int64_t begin = p.first_seen(position), end = p.offset(seq) + last, tiles = padded / By::kRows;
+    Chunk<T> chunks[2], *here = &chunks[0], *next = &chunks[1];
+    here->find(p, seq, kv_head, begin, end);
+    for (int64_t start = begin; start < end; start += kChunk, std::swap(here, next)) {
+      next->find(p, seq, kv_head, std::min(start + kChunk, end), end);
+      pack(*here);
+      for (int64_t t = 0; t < tiles; t++) {
+        tile(*here, t * By::kRows, rows, position);
+        for (int64_t j = next->count * t / tiles; j < next->count * (t + 1) / tiles; j++) ask(next->keys[j], next->values[j]);
+      }
     }
     for (int64_t r = 0; r < rows; r++) {
       T* to = (T*)p.out + p.element(seq, kv_head, first, r, p.heads * d);
