@@ -93,6 +93,7 @@ static inline void store16(bf16* p, floats v) {
 #if defined(__AVX512F__)
 static inline float largest(floats v) { return _mm512_reduce_max_ps((__m512)v); }
 static inline float total(floats v) { return _mm512_reduce_add_ps((__m512)v); }
+static inline int32_t total(ints v) { return _mm512_reduce_add_epi32((__m512i)v); }
 #elif defined(__ARM_FEATURE_DOTPROD)
 static inline float largest(floats v) {
   float32x4_t q[4];
@@ -104,6 +105,11 @@ static inline float total(floats v) {
   std::memcpy(q, &v, 64);
   return vaddvq_f32((q[0] + q[1]) + (q[2] + q[3]));
 }
+static inline int32_t total(ints v) {
+  int32x4_t q[4];
+  std::memcpy(q, &v, 64);
+  return vaddvq_s32((q[0] + q[1]) + (q[2] + q[3]));
+}
 #else
 static inline float largest(floats v) {
   float best = v[0];
@@ -112,6 +118,11 @@ static inline float largest(floats v) {
 }
 static inline float total(floats v) {
   float sum = 0.f;
+  for (int i = 0; i < kLanes; i++) sum += v[i];
+  return sum;
+}
+static inline int32_t total(ints v) {
+  int32_t sum = 0;
   for (int i = 0; i < kLanes; i++) sum += v[i];
   return sum;
 }

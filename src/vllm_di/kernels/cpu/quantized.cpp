@@ -27,13 +27,13 @@ static inline floats half_to_float(const uint16_t* p) {
 
 static inline floats absolute(floats v) { return (floats)((words)v & 0x7fffffffu); }
 
-// Sixteen values to signed bytes, to nearest; returns their sum.
-static inline int32_t to_bytes(floats v, float inverse, int8_t* out) {
+// Sixteen values to signed bytes, to nearest; adds them to `sums`.
+static inline void to_bytes(floats v, float inverse, int8_t* out, ints& sums) {
   const floats scaled = v * inverse;
 #if defined(__AVX512F__)
   const __m512i whole = _mm512_cvtps_epi32((__m512)scaled);
   _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(whole));
-  return _mm512_reduce_add_epi32(whole);
+  sums += (ints)whole;
 #elif defined(__ARM_FEATURE_DOTPROD)
   float32x4_t q[4];
   std::memcpy(q, &scaled, 64);
@@ -41,15 +41,15 @@ static inline int32_t to_bytes(floats v, float inverse, int8_t* out) {
   for (int i = 0; i < 4; i++) whole[i] = vcvtnq_s32_f32(q[i]);
   for (int i = 0; i < 4; i += 2)
     vst1_s8(out + 4 * i, vmovn_s16(vcombine_s16(vmovn_s32(whole[i]), vmovn_s32(whole[i + 1]))));
-  return vaddvq_s32((whole[0] + whole[1]) + (whole[2] + whole[3]));
+  ints all;
+  std::memcpy(&all, whole, 64);
+  sums += all;
 #else
-  int32_t sum = 0;
   for (int i = 0; i < kLanes; i++) {
     const int32_t whole = int32_t(std::nearbyint(scaled[i]));
     out[i] = int8_t(whole);
-    sum += whole;
+    sums[i] += whole;
   }
-  return sum;
 #endif
 }
 
@@ -64,9 +64,9 @@ static int32_t quantize(const T* x, int64_t count, int8_t* out, float& scale) {
   }
   scale = (largest(most) + total(strange)) / kBytes;
   const float inverse = scale > 0.f ? 1.f / scale : 0.f;
-  int32_t sum = 0;
-  for (int64_t i = 0; i < count; i += kLanes) sum += to_bytes(load16(x + i), inverse, out + i);
-  return sum;
+  ints sums{};
+  for (int64_t i = 0; i < count; i += kLanes) to_bytes(load16(x + i), inverse, out + i, sums);
+  return total(sums);
 }
 
 // Activations as bytes, in the team's workspace: scales and sums [rows, parts], then bytes [rows, k], `stride` apart.
