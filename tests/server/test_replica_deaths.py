@@ -119,3 +119,46 @@ def test_what_a_drain_does_not_wait_for_goes_on_elsewhere() -> None:
             assert await old == [3, 4, 5]
 
     asyncio.run(play())
+
+
+def test_the_last_replica_is_not_drained() -> None:
+    async def play() -> None:
+        async with replicated() as (client, lines):
+            lines[1].die()
+            async with asyncio.timeout(5):
+                with pytest.raises(EngineDeadError, match=r"replica 0 .* no other is left"):
+                    await client.replace(0, 60)
+                assert await tokens(client, asked("r", max_tokens=1)) == [3]
+
+    asyncio.run(play())
+
+
+def test_a_replica_takes_requests_until_another_does() -> None:
+    async def play() -> None:
+        async with replicated() as (client, lines):
+            lines[1].die(restarts=True)
+            replacing = asyncio.create_task(client.replace(0, 60))
+            await asyncio.sleep(0)
+            async with asyncio.timeout(5):
+                assert await tokens(client, asked("r", max_tokens=1)) == [3]
+                assert not replacing.done()
+                lines[1].come_back()
+                await replacing
+            assert [r.state for r in client.replicas()] == ["ready", "ready"]
+
+    asyncio.run(play())
+
+
+def test_a_replica_whose_only_peer_ends_meanwhile_stays() -> None:
+    async def play() -> None:
+        async with replicated() as (client, lines):
+            lines[1].die(restarts=True)
+            replacing = asyncio.create_task(client.replace(0, 60))
+            await asyncio.sleep(0)
+            lines[1].die()
+            async with asyncio.timeout(5):
+                with pytest.raises(EngineDeadError, match="no other is left"):
+                    await replacing
+                assert await tokens(client, asked("r", max_tokens=1)) == [3]
+
+    asyncio.run(play())

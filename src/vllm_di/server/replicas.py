@@ -84,7 +84,7 @@ class ReplicatedEngineClient(StatefulClient):
         num_deaths = 0
         try:
             while True:
-                if not await self._one_takes_requests():
+                if not await self._one_takes_requests(self._lines):
                     raise self._error or EngineDeadError("no replica is left")
                 rest = _going_on(request, sent)
                 line = self._choose(rest, deaths)
@@ -104,7 +104,9 @@ class ReplicatedEngineClient(StatefulClient):
                 except EngineDeadError:
                     num_deaths += not line.draining
                     deaths.add(line.number)
-                    if num_deaths >= MOST_DEATHS or not await self._one_takes_requests():
+                    if num_deaths >= MOST_DEATHS:
+                        raise
+                    if not await self._one_takes_requests(self._lines):
                         raise
                     log.warning(
                         "replica %d: request %s goes on elsewhere, behind %d tokens",
@@ -118,15 +120,18 @@ class ReplicatedEngineClient(StatefulClient):
             self._open.discard(request.request_id)
 
     async def replace(self, replica: int, patience: float) -> None:
-        """Give it no new requests, wait ``patience`` seconds at most for those that it has, which
-        go on elsewhere then, and put a new engine in its place. Waits until another replica takes
-        requests. Raises EngineDeadError where there is none, or no new engine starts."""
+        """Wait until another replica takes requests; give this one no new ones, wait ``patience``
+        seconds at most for those that it has, which go on elsewhere then, and put a new engine in
+        its place. Raises EngineDeadError where no other is left, or no new engine starts."""
         line = self._lines[replica]
+        others = [other for other in self._lines if other is not line]
+        if not await self._one_takes_requests(others):
+            raise EngineDeadError(f"replica {replica} cannot be replaced: no other is left")
+        if line.client.state != "ready":
+            raise EngineDeadError(f"replica {replica} cannot be replaced: {line.client.stage}")
         line.draining = True
         self._changed()
         try:
-            if not await self._one_takes_requests() or line.client.state != "ready":
-                raise EngineDeadError(f"replica {replica} cannot be replaced: {self.stage}")
             await line.idle(patience)
             await line.client.replace()
         finally:
@@ -187,10 +192,10 @@ class ReplicatedEngineClient(StatefulClient):
             f"{', '.join(str(load.replica) for load in loads)}"
         )
 
-    async def _one_takes_requests(self) -> bool:
-        """Wait until a replica does; False once none ever will."""
-        while not any(line.takes_requests for line in self._lines):
-            if self.state == "dead":
+    async def _one_takes_requests(self, lines: Sequence[_Line]) -> bool:
+        """Wait until one of these does; False once none ever will."""
+        while not any(line.takes_requests for line in lines):
+            if self.state == "dead" or all(line.client.state == "dead" for line in lines):
                 return False
             await self._change.wait()
         return True
