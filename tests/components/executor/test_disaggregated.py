@@ -16,6 +16,7 @@ import pytest
 from tests.components.executor.nixl import needs_nixl
 
 from vllm_di.components.executor.disaggregated import DisaggregatedExecutor
+from vllm_di.components.executor.lanes import Lane
 from vllm_di.components.messages import EngineRequest, SamplingParams, TokenOutput
 from vllm_di.containers.assembly import assemble
 from vllm_di.containers.fill import Launcher, opened
@@ -142,6 +143,25 @@ def test_blocks_that_decoding_wrote_cross_to_a_prompt() -> None:
         assert sum(ledger.tokens(lane.index, block) for block in range(80)) >= 96
     whole = {"next": [*first, *answer, *range(50)]}
     assert split.tokens["next"] == alone(whole, max_tokens=3)["next"]
+
+
+def test_what_a_prompt_cannot_take_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor the engine: the prompt runs where the blocks are."""
+    take, first = Lane.take, list(range(40))
+
+    def broken(lane: Lane, *given: Any) -> str:
+        return "the network is down" if lane.index else take(lane, *given)
+
+    with served(*SPLIT, *UNLIKE) as split:
+        split.add("first", first, max_tokens=60)
+        prompt = [*first, *split.finish()["first"], *range(50)]
+        monkeypatch.setattr(Lane, "take", broken)
+        split.add("next", prompt, max_tokens=3)
+        split.finish()
+        [prefill] = split.executor._prefill
+        assert str(prefill.error) == "prefill 0 cannot take what decode has: the network is down"
+        assert split.is_empty
+    assert split.tokens["next"] == alone({"next": prompt}, max_tokens=3)["next"]
 
 
 @pytest.mark.parametrize("window", [20, 48])

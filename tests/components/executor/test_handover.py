@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from tests.components.executor.nixl import needs_nixl
 from tests.test_sockets import addresses, is_loopback
 
-from vllm_di.components.executor.lanes import Lane
+from vllm_di.components.executor.lanes import Lane, Offer
 from vllm_di.components.executor.sequence_book import SequenceBook
 from vllm_di.components.executor.side_blocks import BlockLedger, SideBlocks
 from vllm_di.components.interfaces import Executor, KvTransfer
@@ -22,6 +24,7 @@ from vllm_di.components.kv_transfer.shared_memory import SharedMemoryTransfer
 from vllm_di.components.kv_transfer.tcp import TcpTransfer
 from vllm_di.components.messages import (
     KvGroup,
+    KvParcel,
     KvSpan,
     NewSequence,
     SamplingParams,
@@ -78,6 +81,21 @@ def test_a_lane_that_has_a_sequence_looks_nothing_up(monkeypatch: pytest.MonkeyP
     assert len(book.lacking(other, 1, 100)) == 7
     monkeypatch.setattr(book, "ledger", None)
     assert book.lacking(one, 1, 100) == []
+
+
+def test_an_offer_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not before it is there: tickets are used again."""
+    lane = Lane("decode", 0, cast(Executor, None))
+    given: list[Sequence[KvParcel]] = []
+    monkeypatch.setattr(lane, "release", given.append)
+    offer, lost = Offer(lane, []), Offer(lane, [])
+    for one in (offer, offer, lost):
+        one.release()
+    assert not given
+    offer.parcels.set_result([KvParcel("ticket", [])])
+    lost.lost(EngineDeadError("the workers are closed"))
+    offer.release()
+    assert given == [[KvParcel("ticket", [])]]
 
 
 NIXL = pytest.param("nixl", marks=needs_nixl)
@@ -187,6 +205,25 @@ def test_nixl_says_what_is_missing(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'vllm-di\[nixl\]'; or take kv_transfer"):
         NixlTransfer(devices=["lo"], timeout=5).check()
+
+
+def test_nixl_keeps_memory_that_a_failed_transfer_may_still_write(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise TimeoutError("not read within 5 s")
+
+    one = NixlTransfer(devices=["lo"], timeout=5)
+    region: Any = SimpleNamespace(memory=bytearray(8))
+    monkeypatch.setattr(one, "_agent", SimpleNamespace(add_remote_agent=lambda described: None))
+    monkeypatch.setattr(one, "_region", lambda size: region)
+    monkeypatch.setattr(one, "_copy", fail)
+    with (
+        pytest.raises(EngineDeadError, match="worker a offered: TimeoutError: not read"),
+        one.take("1 8 a 0"),
+    ):
+        pass
+    assert one._unfinished == [region] and not one._idle
 
 
 def test_tcp_gives_nothing_to_whoever_does_not_know_the_session() -> None:

@@ -197,10 +197,13 @@ class DisaggregatedExecutor(Executor):
                 if offer.lane.is_alive:
                     raise
                 why = str(error)
+            if why and offer.lane.is_alive:
+                raise EngineDeadError(f"{lane.name} cannot take what {offer.lane.name} has: {why}")
             if why:
                 part.joined.fail(EngineDeadError(f"{offer.lane.name}: {why}"))
                 return
-            offer.lane.release(parcels)
+            with self._lock:
+                offer.release()
         result = lane.execute(part.plan)
         if lane is self._decode:
             self._done(part, result)
@@ -291,6 +294,8 @@ class DisaggregatedExecutor(Executor):
 
     def _move(self, part: Part) -> None:
         """Run a part of an ended lane elsewhere."""
+        for offer in part.needs:
+            offer.release()
         shares = [share for share in part.shares if share.seq_id in self._book.live]
         for share in shares:
             self._book.live[share.seq_id].num_in_flight -= 1

@@ -129,9 +129,21 @@ class Offer(Task):
     def __init__(self, lane: Lane, held: Sequence[Held]) -> None:
         self.lane, self.held = lane, held
         self.parcels: Future[list[KvParcel]] = Future()
+        self._is_released = False
 
     def run(self) -> None:
         self.parcels.set_result(self.lane.offer(self.held))
+
+    def release(self) -> None:
+        """Nobody takes it, or takes it again: its memory is free once it is there. Tickets are used
+        again, so each is given back once."""
+        if not self._is_released:
+            self._is_released = True
+            self.parcels.add_done_callback(self._give_back)
+
+    def _give_back(self, parcels: Future[list[KvParcel]]) -> None:
+        if parcels.exception() is None:
+            self.lane.release(parcels.result())
 
     def lost(self, error: Exception) -> None:
         if not self.parcels.done():

@@ -50,6 +50,8 @@ class NixlTransfer(KvTransfer):
         self._agent: Any = None
         self._offers: dict[str, _Region] = {}
         self._idle: list[_Region] = []
+        self._unfinished: list[_Region] = []
+        """Of transfers that failed: what is under way may still be written to them."""
         self._known: set[bytes] = set()
         """Descriptions of others' memory that the agent has."""
 
@@ -94,7 +96,7 @@ class NixlTransfer(KvTransfer):
                 self._known.add(described)
             self._copy(region, size, address, name)
         except Exception as error:
-            # it stays out of use: what is under way may still be written to it
+            self._unfinished.append(region)
             why = f"{type(error).__name__}: {error}"
             raise EngineDeadError(f"the cache that worker {name} offered: {why}") from None
         try:
@@ -107,9 +109,10 @@ class NixlTransfer(KvTransfer):
             self._idle.append(region)
 
     def close(self) -> None:
+        self._agent = None  # first: its thread reads and writes the memory below
         self._offers.clear()
         self._idle.clear()
-        self._agent = None
+        self._unfinished.clear()
 
     # -- inside -------------------------------------------------------------------------------
 
