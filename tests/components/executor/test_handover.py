@@ -10,15 +10,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 import torch
 from tests.components.executor.nixl import needs_nixl
+from tests.components.scheduler.fakes import report
 from tests.test_sockets import addresses, is_loopback
 
 from vllm_di.components.executor.lanes import Lane, Offer
+from vllm_di.components.executor.roles import Sides
 from vllm_di.components.executor.sequence_book import SequenceBook
 from vllm_di.components.executor.side_blocks import BlockLedger, SideBlocks
-from vllm_di.components.interfaces import Executor, KvTransfer
+from vllm_di.components.interfaces import Executor, KvTransfer, Placement, WorkerLauncher
 from vllm_di.components.kv_transfer.nixl import NixlTransfer
 from vllm_di.components.kv_transfer.shared_memory import SharedMemoryTransfer
 from vllm_di.components.kv_transfer.tcp import TcpTransfer
@@ -30,6 +33,7 @@ from vllm_di.components.messages import (
     SamplingParams,
     ScheduledSequence,
     StepPlan,
+    WorkerReport,
 )
 from vllm_di.errors import ConfigError, EngineDeadError, PortError
 
@@ -96,6 +100,39 @@ def test_an_offer_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lost.lost(EngineDeadError("the workers are closed"))
     offer.release()
     assert given == [[KvParcel("ticket", [])]]
+
+
+class TwoRoles(WorkerLauncher):
+    def for_role(self, role: str) -> WorkerLauncher:
+        return self
+
+    def open(self, placement: Placement) -> Any:
+        raise AssertionError("no worker is started")
+
+    def command(self, placement: Placement, address: str) -> Any:
+        raise AssertionError("no worker is started")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "num_prefill", "fits"), [(1, 2, True), (1, 3, False), (2, 2, True), (2, 3, False)]
+)
+def test_all_lanes_share_the_memory_of_the_host(ranks: int, num_prefill: int, fits: bool) -> None:
+    """Each wants 0.3 of what is free, as each found it."""
+
+    def of(ranks: int) -> WorkerReport:
+        memory = {"memory_free": (1 << 30) // ranks}
+        one = report(num_blocks=300_000 // ranks)
+        return msgspec.structs.replace(one, bytes_per_block=1074, device="cpu", details=memory)
+
+    decode, prefill = of(ranks), of(1)
+    sides = Sides(TwoRoles(), {"decode": ranks, "prefill": 1}, decode, prefill)
+    reports = [decode, *[prefill] * num_prefill]
+    if fits:
+        return sides.check_room(reports)
+    words = r"memory_fraction: the workers of both roles want 1\.20 GiB .* but 1\.00 GiB are free"
+    with pytest.raises(ConfigError, match=words):
+        sides.check_room(reports)
+    return None
 
 
 NIXL = pytest.param("nixl", marks=needs_nixl)

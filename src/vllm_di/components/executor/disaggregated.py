@@ -105,6 +105,7 @@ class DisaggregatedExecutor(Executor):
             reports = [lane.executor.start() for lane in self._lanes]
             sides = Sides(self._launcher, self._worlds, reports[0], reports[1])
             sides.check()
+            sides.check_room(reports)
             session = secrets.token_bytes(32)
             sides.open(self._lanes, session)
         except BaseException:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_di.components.device.sizes import show_size
 from vllm_di.components.executor.lanes import Lane
 from vllm_di.components.executor.pipeline import strictest
 from vllm_di.components.executor.side_blocks import SideBlocks
@@ -21,6 +22,8 @@ BITS = {"float16": 11, "bfloat16": 8, "float32": 24}
 """Of the significand."""
 RANGES = {"float16": 5, "bfloat16": 8, "float32": 8}
 """Bits of the exponent."""
+HOST = "cpu"
+"""``WorkerReport.device`` of a worker whose cache is in the host's memory."""
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,25 @@ class Sides:
                 "prompts run in %s and decodes in %s: tokens may differ from those of either",
                 prefill.dtype,
                 decode.dtype,
+            )
+
+    def check_room(self, reports: Sequence[WorkerReport]) -> None:
+        """Raise ConfigError where the caches of all lanes want more of the host's memory than is
+        free: it is taken when it is used, so each lane found all of it. ``reports``: the decode
+        side's first."""
+        wanted, free = 0, None
+        for index, report in enumerate(reports):
+            ranks = self._worlds["prefill" if index else "decode"]
+            found = report.details.get("memory_free")  # of one rank
+            if report.device == HOST and found is not None:
+                free = ranks * found if free is None else free
+                wanted += ranks * report.num_blocks * report.bytes_per_block
+        if free is not None and wanted > free:
+            place = self._launchers["prefill"].place(0, "worker.memory_fraction")
+            raise ConfigError(
+                f"{place}: the workers of both roles want {show_size(wanted)} of this host for "
+                f"their KV caches, but {show_size(free)} are free; lower it, or set "
+                "worker.num_blocks"
             )
 
     def _same(self, key: str, ours: Any, theirs: Any) -> None:
