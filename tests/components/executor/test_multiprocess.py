@@ -13,6 +13,7 @@ import pytest
 from tests.components.scheduler.fakes import report
 
 from vllm_di.components.executor.multiprocess import MultiprocessExecutor
+from vllm_di.components.executor.processes import LocalProcess
 from vllm_di.components.interfaces import Placement, Worker, WorkerLauncher
 from vllm_di.components.messages import (
     CacheSize,
@@ -147,6 +148,12 @@ def test_a_failed_start_leaves_no_process(
     with pytest.raises(kind, match=words):
         executor(tmp_path, how).start()
     assert children() == []
+
+
+def test_a_process_that_ends_before_it_reads_is_no_broken_pipe() -> None:
+    process = LocalProcess(["false"], b"assembly" * 100_000)
+    assert process.wait(10)
+    assert process.ending() == "ended with exit status 1"
 
 
 def test_a_killed_worker_is_named(tmp_path: Path) -> None:

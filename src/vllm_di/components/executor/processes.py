@@ -81,8 +81,8 @@ class LocalProcess(Process):
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
         self.pid = self._process.pid
         assert self._process.stdin is not None
-        self._process.stdin.write(assembly)
-        self._process.stdin.close()
+        with suppress(BrokenPipeError), self._process.stdin as pipe:  # ``ending`` says how it ended
+            pipe.write(assembly)
 
     def ending(self) -> str | None:
         code = self._process.poll()
