@@ -8,7 +8,7 @@ import msgspec
 
 from vllm_di.commands.arguments import Arguments, UsageError, engine, no_words
 from vllm_di.commands.say import say, warn
-from vllm_di.commands.table import print_table
+from vllm_di.commands.table import print_table, short_name
 
 
 def run(arguments: Arguments) -> int:
@@ -51,7 +51,7 @@ def run(arguments: Arguments) -> int:
     print(f"{told.announcement}; {told.platform_reason}; interfaces {told.interface}\n")
     print_table(
         ["slot", "class", "chosen by", "place"],
-        [[r.slot, _short(r.target), r.chosen_by, r.missing or r.place] for r in told.rows],
+        [[r.slot, short_name(r.target), r.chosen_by, r.missing or r.place] for r in told.rows],
     )
     if told.replicas > 1:
         router = next(r for r in told.rows if r.slot == "router")
@@ -76,8 +76,3 @@ def _check_graph(name: str, arguments: Arguments) -> None:
             raise UsageError(f"--graph draws a whole assembly of ours, not {other}: leave one out")
     if not name.endswith(".svg"):
         raise UsageError(f"--graph {name}: the picture is SVG; choose a name that ends in .svg")
-
-
-def _short(target: str) -> str:
-    """Without the part that all components of this project share."""
-    return target.removeprefix("vllm_di.components.").removeprefix("vllm_di.")

@@ -10,6 +10,7 @@ from pathlib import Path
 import jinja2
 
 from vllm_di.commands.arguments import UsageError
+from vllm_di.commands.table import short_name
 from vllm_di.server.overview import ContainerView, Overview, SlotView
 
 TEMPLATES = Path(__file__).parents[1] / "templates" / "graph"
@@ -65,7 +66,7 @@ def picture(overview: Overview) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters |= {"fit": _fit, "short": _short, "legal": _legal}
+    environment.filters |= {"fit": _fit, "short": short_name, "legal": _legal}
     choosers = {s.chosen_by: _colour(s) for box in boxes for s in box.view.slots}
     names = {
         "overview": overview,
@@ -126,11 +127,6 @@ def _arrows(boxes: list[Box]) -> list[tuple[int, int, int, int]]:
 
 def _colour(slot: SlotView) -> str:
     return COLOURS.get(slot.chosen_by, OTHER)
-
-
-def _short(target: str) -> str:
-    """Without the part that all components of this project share."""
-    return target.removeprefix("vllm_di.components.").removeprefix("vllm_di.")
 
 
 def _fit(text: str, letters: int) -> str:

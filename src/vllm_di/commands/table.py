@@ -1,4 +1,4 @@
-"""Plain text tables: columns as wide as they need to be."""
+"""Plain text tables: columns as wide as they need to be, and names that fit into them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def print_table(
             for i, (text, width) in enumerate(zip(line, widths, strict=True))
         ]
         print("  ".join(parts).rstrip(), file=out or sys.stdout)
+
+
+def short_name(target: str) -> str:
+    """A class's path without the part that all components of this project share."""
+    return target.removeprefix("vllm_di.components.").removeprefix("vllm_di.")
 
 
 def _is_number(text: str) -> bool:

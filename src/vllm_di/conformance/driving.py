@@ -49,6 +49,11 @@ def greedy(count: int, **more: Any) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **more)
 
 
+def prompt_of(length: int) -> list[int]:
+    """So many tokens, others for each length."""
+    return [(7 * i + 3 * length) % 251 for i in range(length)]
+
+
 def ask(prompt: Sequence[int], count: int, **params: Any) -> Ask:
     """A greedy request."""
     return Ask(prompt=list(prompt), params=greedy(count, **params))

@@ -130,13 +130,7 @@ def rotary_embedding(make: Maker) -> Iterator[OpCase]:
     sizes = ((16, 16), (64, 64), (64, 32), (80, 80), (128, 128), (30, 20))
     shapes = itertools.product((0, 1, 5), sizes, ((4, 4), (6, 2)), (False, True))
     for tokens, (head, rotary), (heads, kv_heads), interleaved in shapes:
-        table = cos_sin_table(
-            theta=10000.0,
-            scaling=None,
-            rotary_dim=rotary,
-            num_positions=40,
-            max_position_embeddings=40,
-        )
+        table = _table(rotary, 40)
         q, k = make.real(tokens, heads, head), make.real(tokens, kv_heads, head)
         if viewed := tokens > 1:
             q, k = heads_with_gaps(q), heads_with_gaps(k)
@@ -150,15 +144,19 @@ def rotary_embedding(make: Maker) -> Iterator[OpCase]:
         yield OpCase(f"positions up to {FAR[-1]} interleaved={interleaved}", args)
 
 
-@functools.cache
-def _far_table() -> Tensor:
+def _table(rotary_dim: int, num_positions: int) -> Tensor:
     return cos_sin_table(
         theta=10000.0,
         scaling=None,
-        rotary_dim=64,
-        num_positions=FAR[-1] + 1,
-        max_position_embeddings=FAR[-1] + 1,
+        rotary_dim=rotary_dim,
+        num_positions=num_positions,
+        max_position_embeddings=num_positions,
     )
+
+
+@functools.cache
+def _far_table() -> Tensor:
+    return _table(64, FAR[-1] + 1)
 
 
 @cases_of("fused_qk_norm_rope")
@@ -168,13 +166,7 @@ def fused_qk_norm_rope(make: Maker) -> Iterator[OpCase]:
     sizes = ((16, 16), (64, 64), (64, 32), (128, 128), (30, 20))
     shapes = itertools.product((0, 1, 5), sizes, ((4, 4), (6, 2)), (False, True))
     for tokens, (size, rotary), (heads, kv_heads), interleaved in shapes:
-        table = cos_sin_table(
-            theta=10000.0,
-            scaling=None,
-            rotary_dim=rotary,
-            num_positions=40,
-            max_position_embeddings=40,
-        )
+        table = _table(rotary, 40)
         qkv = make.real(tokens, (heads + 2 * kv_heads) * size)
         if viewed := tokens > 1:
             qkv = with_gaps(qkv)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_di.components.interfaces import Engine, Pooler, SequenceState
 from vllm_di.components.messages import EngineRequest, Pooling, SamplingParams
-from vllm_di.conformance.driving import PATIENCE
+from vllm_di.conformance.driving import PATIENCE, prompt_of
 from vllm_di.conformance.subject import REFERENCE, Subject
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 33, 64, 100)
@@ -21,7 +21,7 @@ LENGTHS = (1, 2, 15, 16, 17, 31, 33, 64, 100)
 
 def texts() -> list[list[int]]:
     """A prompt of each length."""
-    return [[(7 * i + 3 * length) % 251 for i in range(length)] for length in LENGTHS]
+    return [prompt_of(length) for length in LENGTHS]
 
 
 class EveryRow(Pooler):

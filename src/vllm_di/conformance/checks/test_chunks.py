@@ -6,7 +6,7 @@ import pytest
 
 from vllm_di.components.messages import LimitsReport
 from vllm_di.conformance.compare import assert_same
-from vllm_di.conformance.driving import Answer, Ask, apart, ask, run
+from vllm_di.conformance.driving import Answer, Ask, apart, ask, prompt_of, run
 from vllm_di.conformance.outcomes import NotDeclared
 from vllm_di.conformance.subject import Subject
 from vllm_di.conformance.tiny import CONTEXT
@@ -15,10 +15,7 @@ LENGTHS = (1, 2, 31, 32, 33, 64, 65, 100, 150)
 
 
 def asks() -> list[Ask]:
-    return apart(
-        ask([(7 * i + 3 * length) % 251 for i in range(length)], 6, logprobs=5, prompt_logprobs=0)
-        for length in LENGTHS
-    )
+    return apart(ask(prompt_of(length), 6, logprobs=5, prompt_logprobs=0) for length in LENGTHS)
 
 
 def alone(subject: Subject) -> list[Answer]:

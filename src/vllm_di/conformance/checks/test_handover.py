@@ -7,7 +7,7 @@ import pytest
 from vllm_di.components.interfaces import Engine
 from vllm_di.components.messages import KvGroup
 from vllm_di.conformance.compare import assert_same
-from vllm_di.conformance.driving import Answer, Ask, ask, run
+from vllm_di.conformance.driving import Answer, Ask, ask, prompt_of, run
 from vllm_di.conformance.handover import (
     ONE_GROUP,
     TWO_GROUPS,
@@ -88,10 +88,7 @@ def test_heads_of_two_ranks(subject: Subject, way: Way) -> None:
 
 
 def asks() -> list[Ask]:
-    return [
-        ask([(7 * i + 3 * length) % 251 for i in range(length)], 6, logprobs=5)
-        for length in LENGTHS
-    ]
+    return [ask(prompt_of(length), 6, logprobs=5) for length in LENGTHS]
 
 
 def behind(answers: list[Answer]) -> list[Ask]:
