@@ -142,6 +142,13 @@ def of_bodies() -> Iterator[Case]:
         BODY_LIMIT // 3,
     )
     yield field(CHAT, "tools", lambda n: [{"type": "function"}] * n, 1024)
+    yield field(
+        "/v1/responses",
+        "input",
+        lambda n: [{"role": "assistant", "content": "a" * 300}] * n,
+        16_384,
+    )
+    yield Case(f"{CHAT} allowed_tools", lambda n: posted(CHAT, _allowed_tools(chat, n)), 100_000)
     yield field(CHAT, "chat_template_kwargs", lambda n: {f"k{i}": 1 for i in range(n)}, 300_000)
     yield field("/tokenize", "prompt", lambda n: "a b" * n, BODY_LIMIT // 3)
     yield field("/detokenize", "tokens", lambda n: [ids[i % 3] for i in range(n)], 2**20)
@@ -158,6 +165,14 @@ def of_bodies() -> Iterator[Case]:
     yield raw("digits", lambda n: b'{"seed":' + b"9" * n + b"}")
     yield raw("digits of a fraction", lambda n: b'{"top_p":0.' + b"9" * n + b"}")
     yield raw("escapes", lambda n: b'{"prompt":"' + b"\\u0061" * n + b'"}', 2**19)
+
+
+def _allowed_tools(chat: dict[str, Any], n: int) -> bytes:
+    """The last of many tools, n times."""
+    tools = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(1024)]
+    allowed = {"mode": "auto", "tools": [tools[-1]] * n}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    return json.dumps({**chat, "tools": tools, "tool_choice": choice}).encode()
 
 
 def of_addresses() -> Iterator[Case]:

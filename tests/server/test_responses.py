@@ -153,6 +153,7 @@ def test_items_of_a_conversation() -> None:
             "content": [{"type": "output_text", "text": "I look.", "annotations": []}],
         },
         {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"role": "assistant", "content": " Closely."},
         {"type": "function_call_output", "call_id": "c", "output": "2"},
     ]
     function = {"name": "f", "arguments": "{}"}
@@ -161,7 +162,7 @@ def test_items_of_a_conversation() -> None:
         {"role": "user", "content": "one"},
         {
             "role": "assistant",
-            "content": "I look.",
+            "content": "I look. Closely.",
             "reasoning_content": "hm",
             "tool_calls": [{"id": "c", "type": "function", "function": function}],
         },
@@ -234,6 +235,16 @@ def test_the_store_is_bounded() -> None:
     store.put(b"a", {"id": "large", "text": "x" * 20_000}, [])
     with pytest.raises(RequestError):
         store.get(b"a", "large")
+
+
+def test_what_was_replaced_or_deleted_takes_no_room() -> None:
+    store = ResponseStore(4_000)
+    for index in range(20):
+        store.put(b"a", {"id": "one", "index": index}, [])
+        store.put(b"a", {"id": f"other {index}"}, [])
+        store.delete(b"a", f"other {index}")
+    store.put(b"a", {"id": "two"}, [])
+    assert all(store.get(b"a", name) for name in ("one", "two"))
 
 
 def test_a_stream_that_fails_ends_with_an_error() -> None:

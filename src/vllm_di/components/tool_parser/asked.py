@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -45,11 +45,11 @@ def read_tools(request: Mapping[str, Any]) -> Asked:
                 code="unsupported_parameter",
             )
     tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(request.get("tools") or ())]
-    names = [tool.name for tool in tools]
-    for i, name in enumerate(names):
-        if name in names[:i]:
+    names: dict[str, int] = {}
+    for i, tool in enumerate(tools):
+        if (before := names.setdefault(tool.name, i)) != i:
             raise RequestError(
-                f"tools[{i}].function.name: {name!r} is the name of tools[{names.index(name)}] too",
+                f"tools[{i}].function.name: {tool.name!r} is the name of tools[{before}] too",
                 param="tools",
             )
     wanted = request.get("tool_choice")
@@ -85,7 +85,8 @@ def _tool(tool: Any, place: str) -> Tool:
     return Tool(name, {"type": "object", **parameters})
 
 
-def _choice(value: Any, names: Sequence[str]) -> tuple[Choice, int]:
+def _choice(value: Any, names: Mapping[str, int]) -> tuple[Choice, int]:
+    """``names``: of the tools, to their places."""
     if value is None:
         return ("auto" if names else "none"), -1
     if value in ("auto", "none", "required"):
@@ -100,10 +101,10 @@ def _choice(value: Any, names: Sequence[str]) -> tuple[Choice, int]:
             param="tool_choice",
         )
     _check_known(name, names, "tool_choice")
-    return "named", names.index(name)
+    return "named", names[name]
 
 
-def _allowed(value: Any, names: Sequence[str]) -> tuple[Literal["auto", "required"], set[str]]:
+def _allowed(value: Any, names: Collection[str]) -> tuple[Literal["auto", "required"], set[str]]:
     """-> the mode, and the names of the tools that may be called."""
     mode = value.get("mode") if isinstance(value, Mapping) else None
     listed = value.get("tools") if isinstance(value, Mapping) else None
@@ -128,7 +129,7 @@ def _allowed(value: Any, names: Sequence[str]) -> tuple[Literal["auto", "require
     return mode, allowed
 
 
-def _check_known(name: str, names: Sequence[str], place: str) -> None:
+def _check_known(name: str, names: Collection[str], place: str) -> None:
     if name not in names:
         raise RequestError(
             f"{place}: no tool is called {name[:100]!r}{nearest(name[:100], names)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Annotated, Any
 
 import msgspec
@@ -147,20 +148,22 @@ def messages_of(given: str | list[Object]) -> list[Object]:
 
 
 def _merged(messages: Iterator[Object]) -> Iterator[Object]:
-    last: Object | None = None
-    for message in messages:
-        if last is not None and last["role"] == message["role"] == "assistant":
-            for name in ("content", "reasoning_content"):
-                if text := message.get(name):
-                    last[name] = (last.get(name) or "") + text
-            if calls := message.get("tool_calls"):
-                last.setdefault("tool_calls", []).extend(calls)
-            continue
-        if last is not None:
-            yield last
-        last = message
-    if last is not None:
-        yield last
+    for role, several in groupby(messages, lambda message: message["role"]):
+        if role == "assistant":
+            yield _joined([*several])
+        else:
+            yield from several
+
+
+def _joined(parts: Sequence[Object]) -> Object:
+    """One message of an assistant's."""
+    joined: Object = {"role": "assistant", "content": ""}
+    for name in ("content", "reasoning_content"):
+        if text := "".join(part.get(name, "") for part in parts):
+            joined[name] = text
+    if calls := [call for part in parts for call in part.get("tool_calls", ())]:
+        joined["tool_calls"] = calls
+    return joined
 
 
 def _item(item: Object, place: str) -> Object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,17 +38,20 @@ class ResponseStore:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._of: dict[bytes, OrderedDict[str, Entry]] = {}
+        self._sizes = Counter[bytes]()
+        """Bytes of each key: they would be thousands of entries to add up for each response."""
 
     def put(self, owner: bytes, response: dict[str, Any], messages: list[Any]) -> Entry:
         """Keep a response, or replace it. One that alone is too large is not kept."""
         entries = self._of.setdefault(owner, OrderedDict())
-        entry = Entry(orjson.dumps(response), orjson.dumps(messages))
-        entries[response["id"]] = entry
-        entries.move_to_end(response["id"])
-        size = sum(kept.size for kept in entries.values())
-        while size > self._max_bytes:
+        entry, name = Entry(orjson.dumps(response), orjson.dumps(messages)), response["id"]
+        if (replaced := entries.pop(name, None)) is not None:
+            self._sizes[owner] -= replaced.size
+        entries[name] = entry
+        self._sizes[owner] += entry.size
+        while self._sizes[owner] > self._max_bytes:
             _, oldest = entries.popitem(last=False)
-            size -= oldest.size
+            self._sizes[owner] -= oldest.size
         return entry
 
     def get(self, owner: bytes, name: str) -> Entry:
@@ -67,4 +70,4 @@ class ResponseStore:
     def delete(self, owner: bytes, name: str) -> None:
         """Raises RequestError (404)."""
         self.get(owner, name)
-        del self._of[owner][name]
+        self._sizes[owner] -= self._of[owner].pop(name).size
