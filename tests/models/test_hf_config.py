@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import transformers
 
-from vllm_di.errors import UnsupportedModelError
+from vllm_di.errors import ConfigError, UnsupportedModelError
+from vllm_di.models import encoder_config
 from vllm_di.models.config import DecoderConfig
 from vllm_di.models.hf_config import FAMILIES, is_native, model_fields
 from vllm_di.models.hf_settings import FAMILY_USED, USED
@@ -40,6 +41,70 @@ def test_a_key_that_is_left_out_means_the_class_default(architecture: str) -> No
     for key in (USED | FAMILY_USED.get(architecture, frozenset())) - {"architectures", *SIZES}:
         fewer = {k: v for k, v in config.items() if k != key}
         assert effective(fewer) == want, key
+
+
+@pytest.mark.parametrize(
+    "architecture", [name for name, keys in FAMILY_USED.items() if "use_sliding_window" in keys]
+)
+def test_a_window_that_is_turned_on_has_the_size_of_the_class(architecture: str) -> None:
+    config = full(architecture, use_sliding_window=True, max_window_layers=3)
+    fewer = {k: v for k, v in config.items() if k not in ("sliding_window", "layer_types")}
+    assert effective(fewer) == effective(config)
+    assert effective(fewer).sliding_window == config["sliding_window"]
+
+
+@pytest.mark.parametrize("architecture", encoder_config.ENCODERS)
+def test_a_key_of_an_encoder_that_is_left_out_means_the_class_default(architecture: str) -> None:
+    family = architecture.replace("ForSequenceClassification", "").removesuffix("Model")
+    config = getattr(transformers, f"{family}Config")(num_labels=1).to_dict()
+    config["architectures"] = [architecture]
+    want = encoder_config.encoder_fields(config)
+    for key in [*encoder_config.DEFAULTS, "pad_token_id"]:
+        fewer = {k: v for k, v in config.items() if k != key}
+        assert encoder_config.encoder_fields(fewer) == want, key
+
+
+def test_the_activation_of_gemma_is_named_by_its_own_key() -> None:
+    """Its older files have both, and transformers reads this one."""
+    config = full("Gemma2ForCausalLM") | {"hidden_act": "silu"}
+    assert effective(config).hidden_act == "gelu_tanh"
+
+
+def test_two_spellings_that_differ_are_refused() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = full("Qwen2ForCausalLM")
+    with pytest.raises(UnsupportedModelError, match="beside rope_parameters"):
+        model_fields(config | {"rope_scaling": yarn})
+    same = config | {"rope_scaling": {"type": "default"}}
+    assert effective(same) == effective(config)
+    both = config | {"rope_scaling": yarn, "rope_parameters": config["rope_parameters"] | yarn}
+    assert effective(both).rope_scaling == yarn
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"rope_type": "linear"}, "linear needs factor"),
+        ({"rope_type": "linear", "factor": 0}, r"factor is '0': expected a number above 0"),
+        ({"rope_type": "yarn", "factor": "x"}, r"factor is 'x'"),
+        ({"rope_type": "llama3", "factor": 8.0}, "needs low_freq_factor, high_freq_factor"),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 8}, "needs long_factor"),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [0.0] * 8},
+            "long_factor: expected a list of numbers above 0",
+        ),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 7},
+            "long_factor has 7 values, but 8 pairs",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_scaling_without_its_numbers_is_refused(scaling: dict[str, Any], words: str) -> None:
+    config = full("LlamaForCausalLM")  # heads of 16
+    del config["rope_parameters"]
+    with pytest.raises(ConfigError, match=rf"model\.rope_scaling.*{words}"):
+        effective(config | {"rope_scaling": scaling})
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

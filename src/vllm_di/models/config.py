@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -31,6 +32,20 @@ SWITCHES = (
     "fused_projections",
 )
 """Off where nothing is said."""
+SCALING_NEEDS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+"""Kind of rotary scaling to the keys that it cannot do without."""
+SCALING_NUMBERS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+)
+"""Of ``rope_scaling``; another divides by zero, or turns by angles that are no numbers."""
 
 
 class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -162,14 +177,30 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 f"model.head_dim ({head_dim}) times model.partial_rotary_factor must be even: "
                 f"rotary embedding turns pairs, and {rotary} is not"
             )
+        self._check_scaling(rotary // 2)
+        return head_dim
+
+    def _check_scaling(self, pairs: int) -> None:
+        scaling = self.rope_scaling or {}
+        kind = str(scaling.get("rope_type", scaling.get("type", "default")))
+        missing = [name for name in SCALING_NEEDS.get(kind, ()) if scaling.get(name) is None]
+        if missing:
+            raise ConfigError(f"model.rope_scaling: {kind} needs {', '.join(missing)}")
+        for name in SCALING_NUMBERS:
+            if (value := scaling.get(name)) is not None and not _is_positive(value):
+                raise ConfigError(
+                    f"model.rope_scaling.{name} is {str(value)[:80]!r}: expected a number above 0"
+                )
         for name in ("short_factor", "long_factor"):
-            factors = (self.rope_scaling or {}).get(name)
-            if factors is not None and len(factors) != rotary // 2:
+            if (factors := scaling.get(name)) is None:
+                continue
+            if not isinstance(factors, list) or not all(map(_is_positive, factors)):
+                raise ConfigError(f"model.rope_scaling.{name}: expected a list of numbers above 0")
+            if len(factors) != pairs:
                 raise ConfigError(
                     f"model.rope_scaling.{name} has {len(factors)} values, "
-                    f"but {rotary // 2} pairs are rotated"
+                    f"but {pairs} pairs are rotated"
                 )
-        return head_dim
 
     def _check_layers(self) -> None:
         span, count = self.span, self.num_hidden_layers or 0
@@ -196,3 +227,8 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 def _factor(value: float | None) -> float | None:
     return None if value == 1.0 else value
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf

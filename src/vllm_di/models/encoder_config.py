@@ -18,7 +18,9 @@ DEFAULTS: dict[str, Any] = {
     "type_vocab_size": 2,
     "hidden_act": "gelu",
 }
-"""What transformers leaves out of a config of any of ENCODERS."""
+"""Values that transformers' config classes take for a key that is absent; a RobertaConfig's
+vocabulary has another size."""
+ROBERTA_VOCABULARY = 50265
 ENCODERS = {
     "BertModel": False,
     "BertForSequenceClassification": False,
@@ -54,8 +56,8 @@ def encoder_fields(config: Config) -> dict[str, Any]:
     values = {key: config.get(key, default) for key, default in DEFAULTS.items()}
     if name in CROSS_ENCODERS:
         _check_labels(config, name)
-    if name.startswith("XLMRoberta") and "layer_norm_eps" not in config:
-        values["layer_norm_eps"] = 1e-12
+    if name.startswith("Roberta") and "vocab_size" not in config:
+        values["vocab_size"] = ROBERTA_VOCABULARY
     layers = values["num_hidden_layers"]
     if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
         raise CheckpointError(f"config.json sets num_hidden_layers={str(layers)[:80]}")

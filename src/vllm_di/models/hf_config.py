@@ -171,7 +171,7 @@ def _first(config: Config, *names: str) -> Any:
 
 
 def _common(config: Config) -> Fields:
-    activation = _first(config, "hidden_act", "hidden_activation") or "silu"
+    activation = _first(config, "hidden_activation", "hidden_act") or "silu"
     if activation not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"hidden_act {activation!r} is not known; known are {', '.join(ACTIVATIONS)}"
@@ -214,7 +214,8 @@ ROPE_SHARED = ("rope_theta", "partial_rotary_factor", "type", "rope_type")
 def _rope(config: Config) -> Fields:
     """transformers 5 keeps theta and scaling in ``rope_parameters``, 4 in two keys."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if any(isinstance(v, Mapping) for v in rope.values()):  # one set for each kind of layer
+    _check_spellings(config)
+    if _is_nested(rope):
         local = rope.get("sliding_attention") or {}
         if _kind(local) != "default":
             raise UnsupportedModelError(
@@ -241,6 +242,27 @@ def _rope(config: Config) -> Fields:
             scaling["original_max_position_embeddings"] = old
         fields["rope_scaling"] = scaling | {"rope_type": kind}
     return fields
+
+
+def _is_nested(rope: Config) -> bool:
+    """Whether it has one set for each kind of layer."""
+    return any(isinstance(value, Mapping) for value in rope.values())
+
+
+def _check_spellings(config: Config) -> None:
+    """Raises UnsupportedModelError where the older key asks for what the newer one does not, as
+    when somebody adds a scaling to a newer file: transformers takes the older one then, without
+    the theta of the newer one."""
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if not new or not old:
+        return
+    rope = new.get("full_attention") or {} if _is_nested(new) else new
+    wanted = {k: v for k, v in old.items() if k not in ("type", "rope_type") and v is not None}
+    if _kind(old) != _kind(rope) or any(rope.get(k) != v for k, v in wanted.items()):
+        raise UnsupportedModelError(
+            f"config.json has rope_scaling={shorten(old)} beside "
+            f"rope_parameters={shorten(new)}, which says another thing; leave one of them"
+        )
 
 
 def _kind(rope: Config) -> str:

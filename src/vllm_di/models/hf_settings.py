@@ -47,18 +47,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "max_position_embeddings": 32768,
         "max_window_layers": 28,
+        "sliding_window": 4096,
     },
     "Qwen3ForCausalLM": {
         "num_key_value_heads": 32,
         "head_dim": 128,
         "max_position_embeddings": 32768,
         "max_window_layers": 28,
+        "sliding_window": 4096,
     },
     "Qwen3MoeForCausalLM": {
         "num_key_value_heads": 4,
         "max_position_embeddings": 32768,
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
+        "sliding_window": 4096,
     },
     "SmolLM3ForCausalLM": {
         "num_key_value_heads": 4,
@@ -107,7 +110,6 @@ USED = frozenset(
         "max_position_embeddings",
         "rms_norm_eps",
         "hidden_act",
-        "hidden_activation",
         "tie_word_embeddings",
         "attention_bias",
         "rope_theta",
@@ -137,9 +139,9 @@ FAMILY_USED: dict[str, frozenset[str]] = {
         "GraniteForCausalLM": "mlp_bias attention_multiplier embedding_multiplier "
         "residual_multiplier logits_scaling pretraining_tp",
         "Phi3ForCausalLM": "interpolate_factor full_attn_mod",
-        "Gemma2ForCausalLM": "query_pre_attn_scalar attn_logit_softcapping "
+        "Gemma2ForCausalLM": "hidden_activation query_pre_attn_scalar attn_logit_softcapping "
         "final_logit_softcapping use_bidirectional_attention",
-        "Gemma3ForCausalLM": "query_pre_attn_scalar attn_logit_softcapping "
+        "Gemma3ForCausalLM": "hidden_activation query_pre_attn_scalar attn_logit_softcapping "
         "final_logit_softcapping sliding_window_pattern use_bidirectional_attention",
     }.items()
 }

@@ -37,7 +37,7 @@ def cos_sin_table(
     elif kind == "linear":
         frequencies = plain / float(scaling["factor"])
     elif kind == "llama3":
-        frequencies = _llama3(plain, scaling)
+        frequencies = _llama3(plain, scaling, max_position_embeddings)
     elif kind == "yarn":
         frequencies, amplitude = _yarn(plain, rotary_dim, theta, scaling, max_position_embeddings)
     elif kind in ("longrope", "su"):
@@ -50,9 +50,10 @@ def cos_sin_table(
     return torch.cat((angles.cos(), angles.sin()), -1) * amplitude
 
 
-def _llama3(plain: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+def _llama3(plain: Tensor, scaling: Mapping[str, Any], max_positions: int) -> Tensor:
     """Llama 3.1: long wavelengths are divided by ``factor``, short ones kept, a ramp between."""
-    factor, old = float(scaling["factor"]), float(scaling["original_max_position_embeddings"])
+    factor = float(scaling["factor"])
+    old = float(scaling.get("original_max_position_embeddings") or max_positions)
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     turns = old * plain / (2 * math.pi)  # rotations over the original context
     ramp = ((turns - low) / (high - low)).clamp(0, 1)
