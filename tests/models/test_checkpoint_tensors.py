@@ -69,6 +69,16 @@ def test_what_is_left_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "4 tensors are left out: model.layers.*.self_attn.rotary_emb.inv_freq (4)" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_integers_are_no_weights(name: str, tmp_path: Path) -> None:
+    """Nothing in config.json says that they are quantised."""
+    make("llama2", tmp_path)
+    shape = load_file(tmp_path / "model.safetensors")[name].shape
+    add(tmp_path, {name: torch.ones(shape, dtype=torch.int8)})
+    with pytest.raises(CheckpointError, match=rf"{name} is int8, expected floats"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [

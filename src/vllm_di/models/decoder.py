@@ -37,7 +37,13 @@ from vllm_di.models.hf_config import FAMILIES
 from vllm_di.models.layers import Linear, Norm, Target, VocabParallel
 from vllm_di.models.moe import Experts
 from vllm_di.models.rope import cos_sin_table
-from vllm_di.models.tensors import check_all_there, check_once, check_shape, random_tensor
+from vllm_di.models.tensors import (
+    check_all_there,
+    check_floats,
+    check_once,
+    check_shape,
+    random_tensor,
+)
 
 log = logging.getLogger(__name__)
 
@@ -222,6 +228,8 @@ class Decoder(nn.Module, Model):
         check_shape(name, tensor.shape, target.shape)
         if isinstance(tensor, QuantizedWeight) and not target.quantized:
             tensor = tensor.dequantize(self.dtype)
+        if isinstance(tensor, Tensor):
+            check_floats(name, tensor)
         try:
             target.fill(tensor)
         except ValueError as error:  # a share that cuts a group

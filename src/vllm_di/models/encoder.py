@@ -32,7 +32,14 @@ from vllm_di.components.messages import KvSpec
 from vllm_di.errors import CheckpointError, ConfigError, UnsupportedModelError, nearest
 from vllm_di.models.config import DecoderConfig
 from vllm_di.models.encoder_config import CROSS_ENCODERS, ENCODERS
-from vllm_di.models.tensors import Kind, check_all_there, check_once, check_shape, random_tensor
+from vllm_di.models.tensors import (
+    Kind,
+    check_all_there,
+    check_floats,
+    check_once,
+    check_shape,
+    random_tensor,
+)
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +169,7 @@ class Encoder(Model):
                 )
             check_once(name, raw, name not in self._weights)
             check_shape(raw, tensor.shape, self._shapes[name])
+            check_floats(raw, tensor)
             self._weights[name] = tensor.to(self._on, self.dtype)
         check_all_there(self._shapes.keys() - self._weights.keys())
         if left_out:

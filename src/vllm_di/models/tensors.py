@@ -31,6 +31,16 @@ def check_once(name: str, raw: str, is_new: bool) -> None:
         raise CheckpointError(f"tensor {name} comes twice, once as {raw}")
 
 
+def check_floats(name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError for a tensor of integers: copied to a weight they would be wrong
+    numbers."""
+    if not tensor.is_floating_point():
+        raise CheckpointError(
+            f"tensor {name} is {str(tensor.dtype).removeprefix('torch.')}, expected floats: of "
+            "weights in integers quantization_config of config.json must say how they are packed"
+        )
+
+
 def check_shape(name: str, shape: Sequence[int], wanted: Sequence[int]) -> None:
     """Raise CheckpointError for a tensor of another shape than ``wanted``."""
     if tuple(shape) != tuple(wanted):

@@ -72,9 +72,10 @@ class HfTokenizer(Tokenizer):
         max_other: int | None = None,
     ) -> PairTokens:
         """By the pair template of tokenizer.json."""
-        whole = self._encode(one, other, add_special_tokens)
-        if max_other is None and (max_tokens is None or len(whole.ids) <= max_tokens):
-            return PairTokens(whole.ids, whole.type_ids)
+        if max_other is None:
+            whole = self._encode(one, other, add_special_tokens)
+            if max_tokens is None or len(whole.ids) <= max_tokens:
+                return PairTokens(whole.ids, whole.type_ids)
         first, second = self._encode(one, None, False), self._encode(other, None, False)
         if max_other is not None:
             second.truncate(max_other)
