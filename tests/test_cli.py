@@ -295,6 +295,19 @@ def test_the_api_process_imports_neither_torch_nor_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_worker_of_the_cpu_imports_no_compiler_of_torch() -> None:
+    """Half a second, and 900 modules in memory for good."""
+    code = (
+        "import sys\n"
+        "from vllm_di import LLM, SamplingParams\n"
+        "with LLM(overrides=['platform=cpu', 'model=tiny']) as llm:\n"
+        "    llm.generate(['a'], SamplingParams(max_tokens=2))\n"
+        "heavy = {'torch._dynamo', 'torch._inductor', 'sympy', 'triton', 'transformers'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_taken_address_is_noticed_before_the_engine_starts(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

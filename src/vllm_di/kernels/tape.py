@@ -55,6 +55,11 @@ def record(
 class Watch(TorchDispatchMode):
     """Notes the ops of torch that compute something."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled meanwhile: True would import all of torch.compile, half a second."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: set[str] = set()
