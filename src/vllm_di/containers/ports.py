@@ -8,6 +8,7 @@ runs before a node of the config names it.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable
 from importlib import metadata, util
 from pathlib import Path
@@ -29,14 +30,20 @@ class Port(msgspec.Struct, frozen=True):
     problem: str | None = None
 
 
+@functools.cache
+def package() -> Path:
+    """The folder of this package."""
+    return Path(__file__).resolve().parents[1]
+
+
+@functools.cache
 def conf_of_project() -> Path:
     """The project's own ``conf/``: inside the package when installed from a wheel, else at the
     repository's top."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parents[1] / "conf"):
+    for folder in (package() / "conf", package().parents[1] / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
-    raise PortError(f"conf/ is missing from this installation (looked in and above {package})")
+    raise PortError(f"conf/ is missing from this installation (looked in and above {package()})")
 
 
 def find_ports(entry_points: Iterable[metadata.EntryPoint] | None = None) -> list[Port]:

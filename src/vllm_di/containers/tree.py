@@ -17,7 +17,7 @@ import yaml
 
 from vllm_di.components.interfaces import OpTable
 from vllm_di.containers.origins import YamlFile, read_yaml
-from vllm_di.containers.ports import Port, conf_of_project, find_ports
+from vllm_di.containers.ports import Port, conf_of_project, find_ports, package
 from vllm_di.errors import ConfigError, PortError, one_line
 
 
@@ -41,6 +41,7 @@ class ConfigFiles:
         self.roots = list(roots)
         self.ports = list(ports)
         self._files: dict[Path, YamlFile] = {}
+        self._options: dict[str, dict[str, Path]] = {}
 
     @classmethod
     def find(cls, config_dirs: Iterable[str | Path] = ()) -> Self:
@@ -54,16 +55,22 @@ class ConfigFiles:
         return cls([conf_of_project(), *(p.conf for p in ports if p.conf), *own], ports)
 
     def groups(self) -> list[str]:
-        """All groups, in name order."""
+        """All groups, in name order; looked up once."""
+        return list(self._groups)
+
+    @cached_property
+    def _groups(self) -> list[str]:
         return sorted({file.parent.name for r in self.roots for file in r.glob("*/*.yaml")})
 
     def options(self, group: str) -> dict[str, Path]:
-        """Option to file, in name order; one in a folder of the group is ``FOLDER/OPTION``.
-        ``base`` files are shared parts, no options."""
-        files: dict[str, Path] = {}
-        for root in reversed(self.roots):
-            files |= {self.option_of(f)[1]: f for f in (root / group).rglob("*.yaml")}
-        return {name: files[name] for name in sorted(files) if name != "base"}
+        """Option to file, in name order, looked up once; one in a folder of the group is
+        ``FOLDER/OPTION``. ``base`` files are shared parts, no options."""
+        if group not in self._options:
+            files: dict[str, Path] = {}
+            for root in reversed(self.roots):
+                files |= {self.option_of(f)[1]: f for f in (root / group).rglob("*.yaml")}
+            self._options[group] = {n: files[n] for n in sorted(files) if n != "base"}
+        return self._options[group].copy()
 
     def read(self, path: Path) -> YamlFile:
         """A file's places and texts, read once. Raises ConfigError for one that is not YAML."""
@@ -221,7 +228,7 @@ def not_yaml(path: Path, error: Exception) -> str:
 def shown(path: Path) -> str:
     """A config file's name as messages show it: from ``conf/`` on for the project's own, from the
     package on for one within, else whole."""
-    own, package = conf_of_project(), Path(__file__).resolve().parents[1]
+    own, here = conf_of_project(), package()
     if path.is_relative_to(own):
         return f"conf/{path.relative_to(own)}"
-    return str(path.relative_to(package.parent) if path.is_relative_to(package) else path)
+    return str(path.relative_to(here.parent) if path.is_relative_to(here) else path)
