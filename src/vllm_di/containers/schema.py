@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 from dependency_injector.containers import DeclarativeContainer
 
-from vllm_di.components.interfaces import Executor
+from vllm_di.components.interfaces import DEFAULT_ROLE, Executor
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.forms import misfit
 from vllm_di.containers.manifest import literals
@@ -141,9 +141,15 @@ def _check_taken(parts: typing.Mapping[str, Part], assembly: Assembly) -> None:
 
 def _check_roles(executor: type[Executor], assembly: Assembly) -> None:
     """Raise ConfigError for workers of a role that the executor cannot run."""
+    known = ", ".join(executor.known_roles)
     for role in assembly.workers:
         if role not in executor.known_roles:
-            known = ", ".join(executor.known_roles)
+            if role == DEFAULT_ROLE:
+                raise ConfigError(
+                    f"{assembly.choices['executor'].origin}: {executor.__qualname__} runs workers "
+                    f"of the roles {known}, and platform={assembly.platform.name} names no roles; "
+                    "take a platform whose file lists them under workers (docs/clusters.md)"
+                )
             raise ConfigError(
                 f"{assembly.place(f'workers.{role}')}: workers.{role}: {executor.__qualname__} "
                 f"({assembly.place('executor._target_')}) runs no workers of the role {role!r}; "

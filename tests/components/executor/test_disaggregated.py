@@ -330,7 +330,10 @@ def test_processes_and_the_end_of_one(
         (["kv_transfer=tcp", "kv_transfer.bind=10.0.0.1"], "other machines: set secret_file"),
         (["kv_transfer=tcp", "kv_transfer.bind=lo"], "'lo' is no IP address"),
         (["kv_transfer=tcp", "kv_transfer.secret_file=/absent"], "No such file"),
-        (["platform=cpu", "kv_transfer=tcp", "executor=disaggregated"], "role 'default'"),
+        (
+            ["platform=cpu", "kv_transfer=tcp", "executor=disaggregated"],
+            "executor=disaggregated: .* roles prefill, decode, and platform=cpu names no roles",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused(overrides: list[str], words: str) -> None:

@@ -270,18 +270,21 @@ class DisaggregatedExecutor(Executor):
             if self._is_closing:
                 return
             left = [other for other in self._prefill if other.is_alive]
+            unforeseen = None if dead else error
             if lane is self._decode:
-                log.error("the decode side has ended: %s", lane.error, exc_info=error)
+                log.error("the decode side has ended: %s", lane.error, exc_info=unforeseen)
                 for task in lane.drain():
                     task.lost(lane.error)
                 return
-            where = f"on {len(left)} other replicas" if left else "on the decode side, more slowly"
+            others = "another replica" if len(left) == 1 else f"{len(left)} other replicas"
+            where = f"on {others}" if left else "on the decode side, more slowly"
             log.error(
                 "%s has ended (%s): its prompts run again, and later ones run, %s, until the "
                 "engine starts anew",
                 lane.name,
                 lane.error,
                 where,
+                exc_info=unforeseen,
             )
             for task in lane.drain():
                 task.lost(lane.error)
