@@ -126,9 +126,9 @@ class ReplicatedEngineClient(StatefulClient):
         line = self._lines[replica]
         others = [other for other in self._lines if other is not line]
         if not await self._one_takes_requests(others):
-            raise EngineDeadError(f"replica {replica} cannot be replaced: no other is left")
+            raise EngineDeadError(f"replica {replica} was not replaced: no other is left")
         if line.client.state != "ready":
-            raise EngineDeadError(f"replica {replica} cannot be replaced: {line.client.stage}")
+            raise EngineDeadError(f"replica {replica} was not replaced: it is {line.client.stage}")
         line.draining = True
         self._changed()
         try:
@@ -138,7 +138,7 @@ class ReplicatedEngineClient(StatefulClient):
             line.draining = False
             self._changed()
         if line.client.state != "ready":
-            raise EngineDeadError(f"replica {replica}: {line.client.failure}")
+            raise EngineDeadError(f"replica {replica} was not replaced: {line.client.failure}")
 
     async def replace_all(self, patience: float) -> None:
         """``replace`` each, one after the other."""
@@ -146,7 +146,7 @@ class ReplicatedEngineClient(StatefulClient):
             try:
                 await self.replace(line.number, patience)
             except EngineDeadError as error:
-                log.error("replica %d was not replaced: %s", line.number, error)
+                log.error("%s", error)
 
     async def close(self) -> None:
         if self._starting is not None:
