@@ -245,7 +245,17 @@ def test_unknown_model_path_and_method() -> None:
         error = error_of(await client.post(CHAT, json={**chat(), "model": "gpt-9"}), 404)
         assert (error["code"], error["param"]) == ("model_not_found", "model")
         assert error_of(await client.get("/v1/models/gpt-9"), 404)["code"] == "model_not_found"
-        assert error_of(await client.get("/v1/nothing"), 404)["code"] == "unknown_path"
+        for path, words in {
+            "/v1/nothing": "there is no path '/v1/nothing'",
+            "/chat/completions": "did you mean '/v1/chat/completions'?",
+            "/v1/v1/messages": "did you mean '/v1/messages'?",
+            "/v1/audio/speech": "audio is not supported by this server",
+            "/v1/images/generations": "images is not supported by this server",
+            "/v1/batches": "batches is not supported by this server; vllm-di run-batch",
+        }.items():
+            error = error_of(await client.post(path, json={}), 404)
+            assert error["code"] == "unknown_path"
+            assert words in error["message"]
         response = await client.get(CHAT)
         assert error_of(response, 405)["code"] == "method_not_allowed"
         assert "POST" in response.headers["allow"]

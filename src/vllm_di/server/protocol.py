@@ -305,7 +305,7 @@ def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]
             raise _missing(missing[1], fields, kind) from None
         field = re.search(r"\$\.(\w+)", place)
         raise RequestError(
-            f"{field[1]}: {message}" if field else message,
+            f"{field[1] if field else 'the body'}: {message}",
             param=field[1] if field else None,
             code="invalid_type",
         ) from None

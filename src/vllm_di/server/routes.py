@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -44,6 +45,26 @@ from vllm_di.server.responses.endpoints import Responses
 from vllm_di.server.responses.request import ResponsesRequest
 from vllm_di.server.service import Service
 from vllm_di.version import __version__
+
+OF_BATCHES = ("batches", "files")
+NOT_HERE = (
+    *OF_BATCHES,
+    "assistants",
+    "audio",
+    "conversations",
+    "fine_tuning",
+    "images",
+    "moderations",
+    "realtime",
+    "threads",
+    "uploads",
+    "vector_stores",
+    "videos",
+)
+"""Parts of OpenAI's API."""
+CLOSE = 0.8
+"""Likeness by difflib of a path that was meant: /chat/completions has 0.92 to /v1/chat/completions,
+/v1/v1/messages 0.89 to /v1/messages."""
 
 
 class Endpoints:
@@ -308,12 +329,23 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         message = f"{request.method[:20]} is not allowed on this path"
         refusal = RequestError(message, code="method_not_allowed", status=405)
     else:
-        refusal = RequestError(
-            "there is no such path", code="unknown_path", status=error.status_code
-        )
+        message = _no_such_path(request.url.path, request.app.routes)
+        refusal = RequestError(message, code="unknown_path", status=error.status_code)
     headers = {**(error.headers or {}), "content-type": "application/json"}
     body = error_body(refusal, request.url.path)
     return Response(body, error.status_code, headers=headers)
+
+
+def _no_such_path(path: str, offered: Sequence[Route]) -> str:
+    """A client's base URL with one /v1 too few or too many is the usual reason."""
+    message = f"there is no path {path[:100]!r}"
+    kind = next((name for name in NOT_HERE if f"{path}/".startswith(f"/v1/{name}/")), None)
+    if kind is not None:
+        instead = "; vllm-di run-batch answers a file of requests" if kind in OF_BATCHES else ""
+        return f"{message}: {kind} is not supported by this server{instead}"
+    known = [route.path for route in offered if "{" not in route.path]
+    close = difflib.get_close_matches(path[:100], known, n=1, cutoff=CLOSE)
+    return f"{message}; did you mean {close[0]!r}?" if close else message
 
 
 def _json(value: Any, status: int = 200) -> Response:

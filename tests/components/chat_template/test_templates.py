@@ -334,3 +334,12 @@ def test_calls_without_content(render: Render, content: dict[str, Any]) -> None:
     messages = [*HI, {"role": "assistant", "tool_calls": [CALL], **content}]
     assert render(NEEDS, messages) == "user:Hi;assistant:;"
     assert render(CAN_DO_WITHOUT, messages) == "Hi;none;"
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}], ids=str)
+def test_a_message_without_content_is_named(render: Render, content: dict[str, Any]) -> None:
+    messages = [*HI, {"role": "user", **content}]
+    with pytest.raises(RequestError, match=r"messages\[1\] has no content") as error:
+        render(NEEDS, messages)
+    assert error.value.param == "messages"
+    assert render(CAN_DO_WITHOUT, messages) == "Hi;none;"

@@ -94,7 +94,15 @@ class RenderedTemplate(ChatTemplate):
         conversation = prepared(messages, self._forms[name])
         shown = open_ended(conversation) if continue_final_message else conversation
         values = self._values(shown, tools, add_generation_prompt)
-        text = self._run(name, {**values, **(kwargs or {})})
+        try:
+            text = self._run(name, {**values, **(kwargs or {})})
+        except RequestError as error:
+            index = _without_content(conversation)
+            if index is None or error.status != 400:
+                raise
+            raise RequestError(
+                f"{error.message}; messages[{index}] has no content", param=error.param
+            ) from None
         if continue_final_message:
             text = up_to_mark(text, conversation[-1])
         index = lost_user_text(conversation, text) if self._require_text else None
@@ -185,3 +193,10 @@ class RenderedTemplate(ChatTemplate):
 
 def _as_parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text, "note": _OTHER}]
+
+
+def _without_content(messages: Messages) -> int | None:
+    """The first message without content. Templates fail at it in words that tell a client
+    little."""
+    bare = (i for i, m in enumerate(messages) if not {"content", "tool_calls"} & m.keys())
+    return next(bare, None)
