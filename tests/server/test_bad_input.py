@@ -240,6 +240,43 @@ def test_too_long_a_prompt_says_the_figures() -> None:
     with_client(test)
 
 
+def said(content: Any) -> dict[str, Any]:
+    return {
+        "model": "echo",
+        "max_tokens": 1,
+        "messages": [{"role": "user", "content": content}],
+    }
+
+
+MESSAGES, EMBEDDINGS = "/v1/messages", "/v1/embeddings"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        (MESSAGES, said([{"type": "txt", "text": "a"}]), "did you mean 'text'?"),
+        (MESSAGES, said([{"type": "txt"}]), "messages[0].content[0].type: expected document"),
+        (MESSAGES, said([{"type": "text"}]), "messages[0].content[0]: Object missing"),
+        (MESSAGES, said([{"type": "x" * 9000}]), f"got '{'x' * 80}'"),
+        (CHAT, chat() | {"logit_bias": {"x": 1}}, "a key of logit_bias: Expected `int`"),
+        (CHAT, chat() | {"stop": ["a", 1]}, "stop[1]: Expected `str`"),
+        (EMBEDDINGS, {"input": "a", "encoding_format": "flt"}, "expected base64, float, got 'flt'"),
+        (EMBEDDINGS, {"input": ["a", {}]}, "input[1]: Expected"),
+        (EMBEDDINGS, [], "the body: Expected `object`"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_value_that_its_type_does_not_take(path: str, body: Any, words: str) -> None:
+    async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
+        response = await client.post(path, json=body)
+        assert response.status_code == 400
+        message = response.json()["error"]["message"]
+        assert words in message
+        assert len(message) < 400
+
+    with_client(test)
+
+
 def test_unknown_model_path_and_method() -> None:
     async def test(client: httpx.AsyncClient, engine: EchoEngine) -> None:
         error = error_of(await client.post(CHAT, json={**chat(), "model": "gpt-9"}), 404)

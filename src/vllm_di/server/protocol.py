@@ -15,6 +15,7 @@ import msgspec
 
 from vllm_di.components.messages import SamplingParams
 from vllm_di.errors import RequestError, nearest
+from vllm_di.server.misfits import misfit
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 EXACT = "x-exact"
@@ -300,15 +301,10 @@ def decode(body: bytes, kind: type[T], *, max_depth: int) -> tuple[T, list[str]]
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         request = _decode(body, kind)
     except msgspec.ValidationError as error:
-        message, _, place = str(error).partition(" - at ")
-        if not place and (missing := _MISSING.fullmatch(message)):
+        if missing := _MISSING.fullmatch(str(error)):
             raise _missing(missing[1], fields, kind) from None
-        field = re.search(r"\$\.(\w+)", place)
-        raise RequestError(
-            f"{field[1] if field else 'the body'}: {message}",
-            param=field[1] if field else None,
-            code="invalid_type",
-        ) from None
+        message, field = misfit(error, kind)
+        raise RequestError(message, param=field, code="invalid_type") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     known = IGNORED.union(kind.__struct_fields__)
