@@ -214,11 +214,12 @@ def test_sampling_and_scores_do_not_change() -> None:
         {"temperature": 0.8, "top_p": 0.9, "seed": 3, "logprobs": 2},
         {"prompt_logprobs": 1},
         {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+        {"structured_output": {"guided_regex": "[ab]{2}(cd)*"}, "ignore_eos": False},
     ]
     answers = []
     for overrides in (["platform=cpu", *TINY, "worker.num_blocks=160"], [*SPLIT, *UNLIKE, *CHUNKS]):
         with served(*overrides) as one:
-            for (name, prompt), given in zip(prompts(4, seed=2).items(), params, strict=True):
+            for (name, prompt), given in zip(prompts(5, seed=2).items(), params, strict=True):
                 one.add(name, prompt, **given)
             first: list[TokenOutput] = []
             while one.engine.has_work():
