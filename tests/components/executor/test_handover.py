@@ -129,7 +129,7 @@ def test_all_lanes_share_the_memory_of_the_host(ranks: int, num_prefill: int, fi
     reports = [decode, *[prefill] * num_prefill]
     if fits:
         return sides.check_room(reports)
-    words = r"memory_fraction: the workers of both roles want 1\.20 GiB .* but 1\.00 GiB are free"
+    words = r"worker: the workers of both roles want 1\.20 GiB .* but 1\.00 GiB are free"
     with pytest.raises(ConfigError, match=words):
         sides.check_room(reports)
     return None

@@ -76,11 +76,11 @@ class Sides:
                 free = ranks * found if free is None else free
                 wanted += ranks * report.num_blocks * report.bytes_per_block
         if free is not None and wanted > free:
-            place = self._launchers["prefill"].place(0, "worker.memory_fraction")
             raise ConfigError(
-                f"{place}: the workers of both roles want {show_size(wanted)} of this host for "
-                f"their KV caches, but {show_size(free)} are free; lower it, or set "
-                "worker.num_blocks"
+                f"{self._launchers['prefill'].place(0, 'worker')}: the workers of both roles want "
+                f"{show_size(wanted)} of this host for their KV caches, but {show_size(free)} are "
+                "free; lower what sizes them (worker.memory_fraction, unless kv_cache_memory or "
+                "num_blocks is set), or executor.prefill_replicas"
             )
 
     def _same(self, key: str, ours: Any, theirs: Any) -> None:
