@@ -33,6 +33,7 @@ from vllm_di.server.sharing import Borrower
 IDLE_SECONDS = 1.0
 """Seconds between two checks of the workers by an idle engine."""
 Inbox = queue.SimpleQueue[wire.ToEngine | Checked | None]
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -137,10 +138,15 @@ def serve(engine: Engine, connection: Connection[wire.ToEngine], pulse: Pulse) -
 
 
 def _read(connection: Connection[wire.ToEngine], inbox: Inbox) -> None:
+    """Until the peer closes, or says what cannot be read: nobody would hear what follows."""
     try:
         while True:
             inbox.put(connection.receive())
     except (EngineDeadError, OSError):
+        pass
+    except Exception:
+        log.exception("a message of the API process cannot be read: the engine ends")
+    finally:
         inbox.put(None)
 
 
