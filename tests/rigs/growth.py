@@ -142,12 +142,12 @@ def of_bodies() -> Iterator[Case]:
         BODY_LIMIT // 3,
     )
     yield field(CHAT, "tools", lambda n: [{"type": "function"}] * n, 1024)
-    yield field(
-        "/v1/responses",
-        "input",
-        lambda n: [{"role": "assistant", "content": "a" * 300}] * n,
-        16_384,
-    )
+    item = {"role": "assistant", "content": "a" * 300}
+
+    def spoken(n: int) -> Callable[[], object]:
+        return posted("/v1/responses", json.dumps({"input": [item] * n}).encode())
+
+    yield Case("/v1/responses input", spoken, 16_384, first=4096)
     yield Case(f"{CHAT} allowed_tools", lambda n: posted(CHAT, _allowed_tools(chat, n)), 100_000)
     yield field(CHAT, "chat_template_kwargs", lambda n: {f"k{i}": 1 for i in range(n)}, 300_000)
     yield field("/tokenize", "prompt", lambda n: "a b" * n, BODY_LIMIT // 3)
