@@ -206,6 +206,10 @@ def test_gemma3_with_a_vision_tower_is_read_as_its_text_model() -> None:
     want = effective(whole | {"eos_token_id": [1, 106]})
     assert got == want
     assert (got.num_attention_heads, got.head_dim, got.rope_local_theta) == (8, 256, 10000.0)
+    config["text_config"] |= {"eos_token_id": 1}
+    assert effective(config).eos_token_ids == [1, 106]
+    del config["eos_token_id"], config["text_config"]["eos_token_id"]
+    assert effective(config).eos_token_ids == [1]
     assert got.layer_types is not None
     assert got.layer_types[:6] == ["sliding_attention"] * 5 + ["full_attention"]
 

@@ -147,17 +147,24 @@ def _shared(config: Config, generation: Config) -> Fields:
 
 
 def _text_part(config: Config) -> Config:
-    """The text part of a multimodal Gemma 3. Settings of the outer config hold for it too."""
-    shared = ("bos_token_id", "eos_token_id", "tie_word_embeddings")
+    """The text part of a multimodal Gemma 3. Settings of the outer config hold for it too, and what
+    ends an answer there ends one here: transformers 5 writes its class's default beside it."""
+    shared, text = ("bos_token_id", "eos_token_id", "tie_word_embeddings"), config["text_config"]
     outer = {key: config[key] for key in shared if config.get(key) is not None}
-    return {**outer, **config["text_config"], "architectures": ["Gemma3ForCausalLM"]}
+    both = {**outer, **text, "architectures": ["Gemma3ForCausalLM"]}
+    ends = [*_listed_ids(config.get("eos_token_id")), *_listed_ids(text.get("eos_token_id"))]
+    return both | {"eos_token_id": ends} if ends else both
+
+
+def _listed_ids(ids: Any) -> list[Any]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _token_ids(config: Config, generation: Config) -> Fields:
     eos: list[int] = []
     for source in (generation, config):
         ids = source.get("eos_token_id")
-        for token in ids if isinstance(ids, list) else [ids]:
+        for token in _listed_ids(ids):
             if token is None or token in eos:
                 continue
             if isinstance(token, bool) or not isinstance(token, int) or abs(token) >= 2**31:
