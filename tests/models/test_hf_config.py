@@ -193,7 +193,7 @@ def test_end_tokens_of_generation_come_first() -> None:
 def test_gemma3_with_a_vision_tower_is_read_as_its_text_model() -> None:
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
     scaling = {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
-    config = {
+    config: dict[str, Any] = {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "eos_token_id": [1, 106],
         "text_config": {**text, **scaling, "model_type": "gemma3_text"},
