@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,6 +283,27 @@ def test_tcp_gives_nothing_to_whoever_does_not_know_the_session() -> None:
         assert b"secretly" not in said and len(said) <= 64
     finally:
         stranger.close()
+        sender.close()
+
+
+def test_tcp_keeps_few_connections_that_are_not_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_di.components.kv_transfer.tcp.MOST_UNPROVEN", 2)
+    sender, receiver = transfers("tcp")
+    for one in (sender, receiver):
+        one.open(b"s" * 32)
+    ticket, _ = sender.offer(8)
+    address = ("127.0.0.1", int(ticket.split(" ")[1]))
+    try:
+        with contextlib.ExitStack() as stack:
+            silent = [stack.enter_context(socket.create_connection(address, 5)) for _ in range(3)]
+            assert [len(sock.recv(1)) for sock in silent] == [1, 1, 0]  # a challenge, or nothing
+        for _ in range(100):  # their threads end by and by
+            with contextlib.suppress(EngineDeadError), receiver.take(ticket):
+                return
+            time.sleep(0.05)
+        pytest.fail("no place is left")
+    finally:
+        receiver.close()
         sender.close()
 
 

@@ -26,6 +26,8 @@ NUMBER = struct.Struct("<Q")
 """A ticket's number, and the size of its answer."""
 UNKNOWN = 2**64 - 1
 """In place of a size: no such offer."""
+MOST_UNPROVEN = 64
+"""Connections at once whose other end has yet to prove that it knows the key: each is a thread."""
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class TcpTransfer(KvTransfer):
         self._is_closed = False
         self._connections: dict[tuple[str, int], socket.socket] = {}
         self._served: set[socket.socket] = set()
+        self._unproven = threading.BoundedSemaphore(MOST_UNPROVEN)
 
     def open(self, session: bytes) -> None:
         self._key = make_key(session, self._secret)
@@ -102,14 +105,21 @@ class TcpTransfer(KvTransfer):
                 if not self._is_closed:
                     log.error("no further worker can take the KV cache from this one: %s", error)
                 return
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+            if self._unproven.acquire(blocking=False):
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+            else:
+                log.warning("a connection for the KV cache was refused: too many are not proven")
+                sock.close()
 
     def _serve(self, sock: socket.socket) -> None:
         """Answer one taker's tickets until it hangs up."""
         self._served.add(sock)
         try:
-            sock.settimeout(self._timeout)
-            self._prove(sock, b"offers", b"takes")
+            try:
+                sock.settimeout(self._timeout)
+                self._prove(sock, b"offers", b"takes")
+            finally:
+                self._unproven.release()
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while True:
                 sock.settimeout(None)  # between two tickets any time may pass
