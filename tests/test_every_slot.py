@@ -126,7 +126,7 @@ async def _ask(assembly: Assembly, client: LocalEngineClient, port: int) -> tupl
                 "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
                 f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             )
-            reader, writer = await _connect(port)
+            reader, writer = await _connect(port, running)
             writer.write((head + body).encode())
             answer = await reader.read()
             writer.close()
@@ -138,13 +138,15 @@ async def _ask(assembly: Assembly, client: LocalEngineClient, port: int) -> tupl
             await asyncio.gather(running, return_exceptions=True)
 
 
-async def _connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    for _ in range(200):
+async def _connect(
+    port: int, server: asyncio.Task[None]
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    while not server.done():
         try:
             return await asyncio.open_connection("127.0.0.1", port)
         except ConnectionError:
             await asyncio.sleep(0.02)
-    raise AssertionError("the server does not listen")
+    raise AssertionError(f"the server has ended: {server}")
 
 
 def _free_port() -> int:

@@ -117,7 +117,7 @@ def test_jobs_end_each_in_its_own_way(tmp_path: Path) -> None:
         python("good", "print('done')"),
         python("bad", "raise SystemExit('why it failed')"),
         python("crash", "import os; os.abort()"),
-        python("slow", "import time; print('begun', flush=True); time.sleep(600)", seconds=0.5),
+        Job("slow", ("sh", "-c", "echo begun; exec sleep 600"), rows=False, seconds=1.5),
         python("deaf", hangs, seconds=0.5),
         python(
             "named", "import os; print(os.environ['OF_THIS_JOB'])", environment={"OF_THIS_JOB": "1"}

@@ -16,7 +16,7 @@ def run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "vllm_di.cli", *arguments]
     env = os.environ | {"PYTHONPATH": str(site)}
     return subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=120, check=False
+        command, env=env, capture_output=True, text=True, timeout=240, check=False
     )
 
 

@@ -1,9 +1,11 @@
 """``python -m tests.server.process DELAY [KEY=NUMBER ...]``: a server round the echo engine in a
-process of its own. Prints its address, and at the end how many requests the engine still had."""
+process of its own. Prints its address, and at the end how many requests the engine still had.
+With ``patience=N`` the engine waits after N tokens of each request, until SIGUSR1."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 
 from tests.server.fakes import EchoEngine, make_server
@@ -11,9 +13,11 @@ from tests.server.fakes import EchoEngine, make_server
 
 async def main() -> None:
     delay, *settings = sys.argv[1:]
-    engine = EchoEngine(delay=float(delay))
-    pairs = (s.split("=") for s in settings)
-    server = make_server(engine, port=0, **{name: float(number) for name, number in pairs})
+    numbers = {name: float(number) for name, number in (s.split("=") for s in settings)}
+    patience = numbers.pop("patience", None)
+    engine = EchoEngine(delay=float(delay), patience=None if patience is None else int(patience))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, engine.go_on.set)
+    server = make_server(engine, port=0, **numbers)
     running = asyncio.create_task(server.run())
     while server.address is None:
         await asyncio.sleep(0.001)

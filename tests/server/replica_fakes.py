@@ -111,7 +111,7 @@ async def tokens(client: ReplicatedEngineClient, request: EngineRequest) -> list
 
 
 async def begun(stream: AsyncIterator[TokenOutput]) -> TokenOutput:
-    return await asyncio.wait_for(anext(stream), 5)
+    return await asyncio.wait_for(anext(stream), 60)
 
 
 async def held(

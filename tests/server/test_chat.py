@@ -249,7 +249,7 @@ def test_a_silent_stream_gets_comments() -> None:
         assert ": keep-alive\n\n" in response.text
         assert text_of(events(response)) == "ab"
 
-    with_client(test, engine={"delay": 0.05}, keep_alive_seconds=0.01)
+    with_client(test, engine={"delay": 0.25}, keep_alive_seconds=0.01)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -266,7 +266,7 @@ def test_a_request_may_take_only_so_long(stream: bool) -> None:
         assert error["code"] == "timeout"
         assert engine.aborted
 
-    with_client(test, engine={"patience": 1}, request_timeout_seconds=0.05)
+    with_client(test, engine={"patience": 1}, request_timeout_seconds=0.5)
 
 
 def test_without_chat_prompts_are_served() -> None:

@@ -131,17 +131,19 @@ def test_death_reaches_every_open_request() -> None:
         async with started() as client:
             await client.wait_ready()
             pid = client.pid
-            open_requests = [tokens(client, request(str(i), [1], 1900)) for i in range(3)]
-            killing = asyncio.get_running_loop().call_later(0.3, os.kill, pid, signal.SIGKILL)
-            answers = await asyncio.wait_for(
-                asyncio.gather(*open_requests, return_exceptions=True), 5
-            )
+            running = asyncio.Event()
+            client.on_stats = lambda stats: running.set() if stats.num_running == 3 else None
+            open_requests = [
+                asyncio.create_task(tokens(client, request(str(i), [1], 1900))) for i in range(3)
+            ]
+            await running.wait()
+            os.kill(pid, signal.SIGKILL)
+            answers = await asyncio.gather(*open_requests, return_exceptions=True)
             assert all(isinstance(a, EngineDeadError) for a in answers)
             assert "killed by signal 9" in str(answers[0])
             assert client.state == "dead"
             with pytest.raises(EngineDeadError):
                 await tokens(client, request("late", [1]))
-            killing.cancel()
 
     asyncio.run(play())
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from vllm_di.server.engine_watch import EngineProcess
 ROOT = str(Path(__file__).parents[2])
 SCRIPT = (
     f"import sys; sys.path.insert(0, {ROOT!r}); "
-    "from tests.server.test_engine_watch import main; main(sys.argv[-1])"
+    "from tests.server.test_engine_watch import main; main(*sys.argv[1:])"
 )
 LONG, HANG, DIE, LEAVE = 100, 101, 102, 103
 """Prompt tokens that the fake engine obeys: a step of some seconds, one without end, and so on."""
@@ -64,7 +64,7 @@ class Obedient(Engine):
         for request in self._requests:
             token = request.prompt_token_ids[0]
             if token in (LONG, HANG):
-                time.sleep(2 if token == LONG else 600)
+                time.sleep(4 if token == LONG else 600)
             if token == DIE:
                 os.kill(os.getpid(), signal.SIGKILL)
             if token == LEAVE:
@@ -80,12 +80,13 @@ class Obedient(Engine):
         return self.peers
 
 
-def main(address: str) -> None:
+def main(patience: str, address: str) -> None:
     """The engine process, as engine_process.main has it, without a container."""
     heart = heartbeat.Heart(address)
     connection: Connection[wire.ToEngine] = Connection(connect(address), Codec(wire.ToEngine))
     told = sys.stdin.read()
     engine = Obedient()
+    engine.patience = float(patience)
     engine.peers = [Peer(name, os.getpid(), silent=True) for name in told.split()]
     pulse = engine_process.Pulse(engine)
     heart.state = pulse.beat
@@ -101,11 +102,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def started(
-    told: str = "", **settings: Any
+    told: str = "", patience: float = 3.0, **settings: Any
 ) -> AsyncIterator[tuple[ProcessEngineClient, OpenAiServer, httpx.AsyncClient]]:
     client = ProcessEngineClient()
     server = make_server(client, **settings)
-    await client.start(told.encode(), [sys.executable, "-c", SCRIPT])
+    await client.start(told.encode(), [sys.executable, "-c", SCRIPT, str(patience)])
     try:
         await client.wait_ready()
         async with client_of(server) as web:
@@ -136,7 +137,7 @@ def ask(web: httpx.AsyncClient, token: int) -> asyncio.Task[httpx.Response]:
 def test_a_stopped_engine_is_not_ready_until_it_answers_again() -> None:
     async def play() -> None:
         async with started() as (client, _, web):
-            assert (await web.get("/readyz")).status_code == 200
+            await until(ready_is(web, 200))
             os.kill(client.pid, signal.SIGSTOP)
             await until(ready_is(web, 503))
             told = (await web.get("/readyz")).json()
@@ -159,9 +160,12 @@ def test_a_silent_worker_is_named() -> None:
     asyncio.run(play())
 
 
-def test_a_long_step_beats_on() -> None:
+def test_a_long_step_beats_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than a silence may last, which a busy machine must not make of half a second."""
+    monkeypatch.setattr(heartbeat, "SILENCE", 2.5)
+
     async def play() -> None:
-        async with started() as (client, _, web):
+        async with started(patience=60) as (client, _, web):
             heard: list[object] = []
             client._on_silence = heard.append  # type: ignore[assignment,method-assign]
             assert (await ask(web, LONG)).status_code == 200
@@ -180,10 +184,23 @@ def test_a_long_step_beats_on() -> None:
     ],
 )
 def test_an_engine_that_ends_is_replaced_once(
-    token: int, stop: bool, why: str, capfd: pytest.CaptureFixture[str]
+    token: int,
+    stop: bool,
+    why: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    spawn = EngineProcess.spawn
+
     async def play() -> None:
         async with started(engine_restarts=1) as (client, server, web):
+            may_start = asyncio.Event()
+
+            async def later(command: Sequence[str], assembly: bytes) -> EngineProcess:
+                await may_start.wait()
+                return await spawn(command, assembly)
+
+            monkeypatch.setattr(EngineProcess, "spawn", later)
             first = client.pid
             lost = ask(web, token)
             if stop:
@@ -202,6 +219,7 @@ def test_an_engine_that_ends_is_replaced_once(
             assert refused.status_code == 503
             assert refused.json()["error"]["code"] == "starting"
             assert "retry-after" in refused.headers
+            may_start.set()
             await until(ready_is(web, 200))
             assert client.pid != first
             assert (await ask(web, 65)).json()["choices"][0]["text"] == "A"

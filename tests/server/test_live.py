@@ -220,7 +220,7 @@ def output_of(running: subprocess.Popen[str]) -> str:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(number: signal.Signals) -> None:
-    with process(0.01) as (running, url), httpx.Client(base_url=url) as client:
+    with process(0.0, patience=2) as (running, url), httpx.Client(base_url=url) as client:
         request = chat("ab", max_tokens=40, stream=True)
         with client.stream("POST", CHAT, json=request) as response:
             lines = response.iter_lines()
@@ -232,6 +232,7 @@ def test_a_signal_drains(number: signal.Signals) -> None:
             assert refused.status_code == 503
             assert refused.json()["error"]["code"] == "shutting_down"
             assert "retry-after" in refused.headers
+            running.send_signal(signal.SIGUSR1)
             *_, done = [line for line in lines if line]
             assert done == "data: [DONE]"
         assert output_of(running) == "left=0 aborted=0"
@@ -239,7 +240,7 @@ def test_a_signal_drains(number: signal.Signals) -> None:
 
 
 def test_a_drain_has_an_end() -> None:
-    with process(0.01, drain_seconds=0.05) as (running, url):
+    with process(0.0, patience=2, drain_seconds=0.05) as (running, url):
         request = chat("ab", max_tokens=200, stream=True)
         with httpx.stream("POST", url + CHAT, json=request) as response:
             lines = response.iter_lines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import signal
 import subprocess
@@ -112,6 +113,7 @@ def test_a_process_killed_from_outside_is_replaced_unseen(pool: RenderPool) -> N
         for process in children():
             process.kill()
         assert pool.render(job("again")) == "again"
+    os.kill(_pid_of_next(pool), signal.SIGSTOP)  # so that its time does not run out before
     busy = threading.Thread(target=lambda: _kill_what_runs(pool))
     busy.start()
     with pytest.raises(RequestError, match="takes more than"):
@@ -218,7 +220,7 @@ READ = """{% for m in messages %}{% if m.content is string %}{{ m.role }}: {{ m.
 
 @pytest.mark.parametrize("shape", LONG)
 def test_time_grows_no_faster_than_the_input(shape: str) -> None:
-    """CPU time, in this process, of all that the API process and the child do."""
+    """CPU time, in this thread, of all that the API process and the child do."""
     renderer = Renderer(Setup({"default": READ}, 1.0, 2**30, 2**24))
 
     class InThisProcess(RenderedTemplate):
@@ -227,14 +229,17 @@ def test_time_grows_no_faster_than_the_input(shape: str) -> None:
 
     template = InThisProcess(Sources({"default": READ}, "here", {}), require_text=True)
 
-    def cost(size: int) -> float:
-        messages = LONG[shape](size)
+    few, many = LONG[shape](100_000), LONG[shape](400_000)
 
-        def once() -> float:
-            start = time.process_time()
-            template.render(messages)
-            return time.process_time() - start
+    def cost(messages: list[dict[str, Any]]) -> float:
+        start = time.thread_time()
+        template.render(messages)
+        return time.thread_time() - start
 
-        return min(once() for _ in range(5))
-
-    assert cost(400_000) <= 10 * cost(100_000)  # four times is linear, sixteen quadratic
+    least_of_few, least_of_many = math.inf, math.inf
+    for _ in range(30):  # what else runs makes single ones slower
+        least_of_few = min(least_of_few, cost(few))
+        least_of_many = min(least_of_many, cost(many))
+        if least_of_many <= 6 * least_of_few:
+            break
+    assert least_of_many <= 10 * least_of_few  # four times is linear, sixteen quadratic

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -205,9 +204,7 @@ def check_the_module_answers() -> None:
     refused(lambda: torch.empty(1, device="chip:4"), RuntimeError, "no index 4")
     assert d.host_zeros((3,), torch.float32).tolist() == [0, 0, 0]
     d.mark()()
-    started = time.perf_counter()
     d.synchronize()
-    assert time.perf_counter() - started < 1
 
 
 def _rank(rank: int, rendezvous: str) -> None:

@@ -156,29 +156,30 @@ def test_a_process_that_ends_before_it_reads_is_no_broken_pipe() -> None:
     assert process.ending() == "ended with exit status 1"
 
 
+def loses_a_worker(running: MultiprocessExecutor, words: str) -> None:
+    """One step, which ends with ``words``."""
+    running.start()
+    with pytest.raises(EngineDeadError, match=words):
+        running.submit(StepPlan(1, [], [], [])).result(60)
+
+
 def test_a_killed_worker_is_named(tmp_path: Path) -> None:
     running = executor(tmp_path, "dies")
-    running.start()
-    with pytest.raises(EngineDeadError, match="worker 1 was killed by signal 9"):
-        running.submit(StepPlan(1, [], [], [])).result(20)
+    loses_a_worker(running, "worker 1 was killed by signal 9")
     with pytest.raises(EngineDeadError, match="worker 1"):
         running.check_alive()
     running.close()
     assert children() == []
 
 
-def test_a_stopped_worker_is_named_and_not_those_that_wait_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vllm_di.components.heartbeat.SILENCE", 1.0)
-    running = executor(tmp_path, "is stopped", step_timeout=3)
+def test_a_stopped_worker_is_named_and_not_those_that_wait_for_it(tmp_path: Path) -> None:
+    """The other one beats every half second: on a busy machine it must not count as silent."""
+    running = executor(tmp_path, "is stopped", step_timeout=6)
     running.start()
     step = running.submit(StepPlan(1, [], [], []))
-    while not any(peer.silent for peer in running.processes()):
+    while [peer.silent for peer in running.processes()] != [False, True]:
         assert not step.done()
         time.sleep(0.01)
-    silent = [peer for peer in running.processes() if peer.silent]
-    assert [peer.name for peer in silent] == ["worker 1"]
     with pytest.raises(EngineDeadError, match=r"^worker 1 gave no answer nor a sign of life"):
         step.result(60)
     running.close()
@@ -202,18 +203,17 @@ def test_a_stopped_worker_that_goes_on_is_no_longer_silent(
     running.close()
 
 
-def test_a_dead_worker_is_blamed_before_one_that_failed_because_of_it(tmp_path: Path) -> None:
+def test_a_dead_worker_is_blamed_before_one_that_failed_because_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_di.components.executor.processes.BLAME_SECONDS", 20.0)
     running = executor(tmp_path, "has an answer that came late")
-    running.start()
-    with pytest.raises(EngineDeadError, match="worker 1 was killed by signal 9"):
-        running.submit(StepPlan(1, [], [], [])).result(20)
+    loses_a_worker(running, "worker 1 was killed by signal 9")
     running.close()
 
 
 def test_a_hanging_worker_is_named(tmp_path: Path) -> None:
     running = executor(tmp_path, "hangs", step_timeout=0.5)
-    running.start()
-    with pytest.raises(EngineDeadError, match="worker 1 gave no answer"):
-        running.submit(StepPlan(1, [], [], [])).result(20)
+    loses_a_worker(running, "worker 1 gave no answer")
     running.close()
     assert children() == []

@@ -28,8 +28,8 @@ def tracing(endpoint: str, **keys: Any) -> OtlpTracing:
         "max_queue": 8,
         "max_batch": 4,
         "delay_seconds": 0.02,
-        "timeout_seconds": 0.3,
-        "close_seconds": 5.0,
+        "timeout_seconds": 60.0,
+        "close_seconds": 60.0,
     }
     return OtlpTracing(endpoint=endpoint, **{**defaults, **keys})
 
@@ -180,7 +180,7 @@ def test_a_collector_that_takes_nothing(is_there: bool, caplog: pytest.LogCaptur
     with collecting() as collector:
         collector.status = 503
         url = collector.url if is_there else f"http://127.0.0.1:{closed_port()}/v1/traces"
-        with closing(tracing(url, close_seconds=30.0)) as spans:
+        with closing(tracing(url, timeout_seconds=0.3)) as spans:
             for _ in range(40):
                 spans.record(request())
     lines = [r.getMessage() for r in caplog.records if "urllib3" not in r.name]
