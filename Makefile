@@ -94,7 +94,7 @@ test-vllm: venv  ## inside the real vLLM, three versions: each adapter beside st
 	$(BIN)/python -m tests.vllm.environment
 	$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
-test-ray: venv  ## executor=ray with real Ray: two nodes in network namespaces of their own (as root; some minutes)
+test-ray: venv  ## executor=ray with real Ray: nodes in network namespaces of their own as root, else on one host (some minutes)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest -m ray tests/ray -rs $(ARGS)
 

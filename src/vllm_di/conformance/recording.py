@@ -5,44 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
 
+from vllm_di.components.executor.forwarding import ForwardingExecutor
 from vllm_di.components.interfaces import Engine, Executor
-from vllm_di.components.messages import Peer, ScheduledSequence, StepPlan, StepResult, WorkerReport
+from vllm_di.components.messages import ScheduledSequence, StepPlan, StepResult, WorkerReport
 from vllm_di.conformance.subject import Subject
 from vllm_di.containers.fill import Launcher, opened
 from vllm_di.containers.slots import EngineContainer
 
 
-class RecordingExecutor(Executor):
+class RecordingExecutor(ForwardingExecutor):
     """Passes everything on to another executor, and checks each plan."""
 
     def __init__(self, inner: Executor) -> None:
-        self._inner, self.depth, self.patience = inner, inner.depth, inner.patience
+        super().__init__(inner)
         self.plans: list[StepPlan] = []
         self.report: WorkerReport
         self._tables: dict[int, list[list[int]]] = {}
         """Of each live sequence the blocks of each KvGroup."""
 
     def start(self) -> WorkerReport:
-        self.report = self._inner.start()
+        self.report = super().start()
         return self.report
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         self.plans.append(plan)
         self._follow(plan)
-        return self._inner.submit(plan)
+        return super().submit(plan)
 
-    def collective(self, method: str, *args: Any) -> list[Any]:
-        return self._inner.collective(method, *args)
-
-    def check_alive(self) -> None:
-        self._inner.check_alive()
-
-    def processes(self) -> list[Peer]:
-        return self._inner.processes()
-
-    # closed by its own container
+    def close(self) -> None:
+        """The inner one is closed by its own container."""
 
     def _follow(self, plan: StepPlan) -> None:
         """Raises AssertionError when a step writes to a block that another live request holds, or

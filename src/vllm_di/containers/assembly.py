@@ -21,7 +21,7 @@ from vllm_di.containers.nested import resolve_nested
 from vllm_di.containers.origins import Origin, place_of
 from vllm_di.containers.overrides import repeated
 from vllm_di.containers.registered import compose
-from vllm_di.containers.replicas import take_num_replicas
+from vllm_di.containers.replicas import PATH, take_num_replicas
 from vllm_di.containers.slots import (
     SLOTS,
     EngineContainer,
@@ -188,15 +188,23 @@ def assemble(
         missing=dict(whole.missing),
         num_replicas=num_replicas,
     )
-    _refuse_unused_cluster(assembly)
+    _check_cluster(assembly)
     if not parts.roles:
         return assembly
     return _add_workers(assembly, tree, whole, parts.roles, reports, incomplete)
 
 
-def _refuse_unused_cluster(assembly: Assembly) -> None:
-    """Raise ConfigError where a person set a key of ``cluster`` that the executor does not take."""
-    if "cluster" in assembly.engine["executor"]:
+def _check_cluster(assembly: Assembly) -> None:
+    """Raise ConfigError where a person set a key of ``cluster`` that the executor does not take,
+    and for replicas that would each start a cluster of their own."""
+    cluster = assembly.engine["executor"].get("cluster")
+    if cluster is not None:
+        if assembly.num_replicas > 1 and not cluster.get("address"):
+            raise ConfigError(
+                f"{assembly.place(PATH)}: {PATH}={assembly.num_replicas}: without cluster.address "
+                "each engine would start a cluster of its own, and all of them place workers on "
+                "the same devices; `ray start --head` starts one that they share"
+            )
         return
     for key, origin in assembly.origins.items():
         if key.split(".")[0] == "cluster" and origin.by_user:

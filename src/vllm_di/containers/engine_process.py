@@ -1,4 +1,5 @@
-"""The engine in a process of its own: ``python -m vllm_di.containers.engine_process SOCKET``.
+"""The engine in a process of its own: ``python -m vllm_di.containers.engine_process SOCKET``, with
+``replacement`` before it for one that takes the place of an engine that was ready.
 
 The assembly comes on standard input. The first of two connections to the socket is
 for the heartbeat. One thread reads requests, the main thread runs the engine.
@@ -23,7 +24,7 @@ from vllm_di.components.messages import EngineOutputs, TokenOutput
 from vllm_di.components.transport import Codec, Connection, Failure, connect
 from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.checks import Checked, Checks
-from vllm_di.containers.fill import open_engine
+from vllm_di.containers.fill import Launcher, open_engine
 from vllm_di.errors import EngineDeadError, RequestError
 from vllm_di.logs import configure_child
 from vllm_di.progress import shown
@@ -44,16 +45,19 @@ def main() -> None:
     configure_child(assembly.log_format, name, level=logging.WARNING)  # the API process says stages
     codec: Codec[wire.ToEngine] = Codec(wire.ToEngine)
     try:
-        heart = Heart(sys.argv[1])
-        connection = Connection(connect(sys.argv[1]), codec)
+        heart = Heart(sys.argv[-1])
+        connection = Connection(connect(sys.argv[-1]), codec)
     except (FileNotFoundError, ConnectionRefusedError):
         sys.exit(1)  # the API process is gone already: it could not be built
     failed = False
     try:
+        given = {}
+        if sys.argv[1:-1] == [wire.REPLACEMENT]:
+            given["launcher"] = Launcher(assembly, is_replacement=True)
         connection.send(wire.Stage("load"))
         with ExitStack() as stack:
             with shown(lambda text: tell_stage(connection, text)):
-                engine = stack.enter_context(open_engine(assembly))
+                engine = stack.enter_context(open_engine(assembly, **given))
             pulse = Pulse(engine)
             heart.state = pulse.beat
             connection.send(wire.Ready(engine.report, engine.patience))

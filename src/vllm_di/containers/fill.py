@@ -151,15 +151,23 @@ def _call(component: Any, method: str) -> Any:
 class Launcher(WorkerLauncher):
     """Opens worker containers for an executor."""
 
-    def __init__(self, assembly: Assembly, objects: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        assembly: Assembly,
+        objects: Mapping[str, Any] | None = None,
+        *,
+        is_replacement: bool = False,
+    ) -> None:
         """Raises ConfigError for an assembly of several engines that is not that of one."""
         refuse_alone(assembly.num_replicas, assembly.replica, assembly.place(PATH))
         self._assembly, self._objects = assembly, dict(objects or {})
         self.num_stages = len(assembly.stages)
         self.role, self.roles = assembly.role, tuple(assembly.workers)
+        self.is_replacement = is_replacement
 
     def for_role(self, role: str) -> WorkerLauncher:
-        return Launcher(self._assembly.of_role(role), self._objects)
+        assembly = self._assembly.of_role(role)
+        return Launcher(assembly, self._objects, is_replacement=self.is_replacement)
 
     def open(self, placement: Placement) -> AbstractContextManager[Worker]:
         return open_worker(self._assembly, self._checked(placement), **self._objects)

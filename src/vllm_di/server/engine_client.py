@@ -116,7 +116,7 @@ class ProcessEngineClient(StatefulClient):
         while self._may_restart(error):
             await self._engine.close()
             try:
-                self._engine = await EngineProcess.spawn(command, assembly)
+                self._engine = await EngineProcess.spawn(command, assembly, wire.REPLACEMENT)
             except OSError as failure:
                 error = EngineDeadError(f"no new engine process can be started: {failure}")
             else:

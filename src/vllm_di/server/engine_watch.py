@@ -36,12 +36,12 @@ class EngineProcess:
         self._kill_reason: str | None = None
 
     @classmethod
-    async def spawn(cls, command: Sequence[str], assembly: bytes) -> EngineProcess:
-        """Start the process and send it the assembly."""
+    async def spawn(cls, command: Sequence[str], assembly: bytes, *arguments: str) -> EngineProcess:
+        """Start the process and send it the assembly. ``arguments``: before its socket's."""
         rendezvous = Rendezvous()
         try:
             process = await asyncio.create_subprocess_exec(
-                *command, rendezvous.address, stdin=asyncio.subprocess.PIPE
+                *command, *arguments, rendezvous.address, stdin=asyncio.subprocess.PIPE
             )
         except BaseException:
             rendezvous.close()

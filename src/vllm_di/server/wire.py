@@ -9,6 +9,9 @@ import msgspec
 from vllm_di.components.messages import EngineOutputs, EngineRequest, WorkerReport
 from vllm_di.components.transport import Failure
 
+REPLACEMENT = "replacement"
+"""An engine process's first argument, where it takes the place of an engine that was ready."""
+
 
 class Lists(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Sampling parameters that may be long; all choices of a request share them."""

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tests.components.executor.nixl import needs_nixl
 from tests.components.scheduler.fakes import report
+from tests.components.test_lines import certificates
 from tests.test_sockets import addresses, is_loopback
 
 from vllm_di.components.executor.lanes import Lane, Offer
@@ -24,6 +25,7 @@ from vllm_di.components.executor.sequence_book import SequenceBook
 from vllm_di.components.executor.side_blocks import BlockLedger, SideBlocks
 from vllm_di.components.interfaces import Executor, KvTransfer, Placement, WorkerLauncher
 from vllm_di.components.kv_transfer.nixl import NixlTransfer
+from vllm_di.components.kv_transfer.none import NoKvTransfer
 from vllm_di.components.kv_transfer.shared_memory import SharedMemoryTransfer
 from vllm_di.components.kv_transfer.tcp import TcpTransfer
 from vllm_di.components.messages import (
@@ -143,7 +145,7 @@ def transfers(kind: str) -> tuple[KvTransfer, KvTransfer]:
     if kind == "nixl":
         return NixlTransfer(devices=["lo"], timeout=5), NixlTransfer(devices=["lo"], timeout=5)
     if kind == "tcp":
-        one, other = (TcpTransfer(bind="127.0.0.1", secret_file=None, timeout=5) for _ in "12")
+        one, other = (TcpTransfer(bind=None, secret_file=None, tls=None, timeout=5) for _ in "12")
         return one, other
     return SharedMemoryTransfer(), SharedMemoryTransfer()
 
@@ -307,6 +309,48 @@ def test_tcp_keeps_few_connections_that_are_not_proven(monkeypatch: pytest.Monke
         sender.close()
 
 
+def test_tcp_is_encrypted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A taker with a certificate of another authority gets nothing, and the rest goes on."""
+    ours = [certificates(tmp_path, name, "ours") for name in ("one", "two")]
+    theirs = certificates(tmp_path, "three", "theirs")
+    sender, taker, stranger = (
+        TcpTransfer(bind=None, secret_file=None, tls=tls, timeout=5) for tls in (*ours, theirs)
+    )
+    for each in (sender, taker, stranger):
+        each.check()
+        each.open(b"s" * 32)
+    ticket, memory = sender.offer(300_000)
+    memory[:] = os.urandom(300_000)
+    try:
+        with pytest.raises(EngineDeadError, match="certificate"), stranger.take(ticket):
+            pass
+        with taker.take(ticket) as data:
+            assert data == memory
+    finally:
+        memory.release()
+        for each in (taker, stranger, sender):
+            each.close()
+
+
+def test_tcp_is_told_where_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.touch(0o600)
+    file.write_bytes(os.urandom(32))
+    made = TcpTransfer(bind=None, secret_file=str(file), tls=None, timeout=5)
+    made.check_hosts(["192.0.2.1", "192.0.2.2"])
+    made.settle("127.0.0.2")
+    made.open(b"s" * 32)
+    ticket, _ = made.offer(1)
+    assert ticket.startswith("127.0.0.2 ")
+    made.close()
+    fixed = TcpTransfer(bind="127.0.0.1", secret_file=None, tls=None, timeout=5)
+    fixed.check_hosts(["127.0.0.1", "127.0.0.1"])
+    with pytest.raises(ConfigError, match=r"on several hosts \(192.0.2.1, 192.0.2.2\)"):
+        fixed.check_hosts(["192.0.2.1", "192.0.2.2"])
+    with pytest.raises(ConfigError, match="does not say that it reaches other hosts"):
+        NoKvTransfer().check_hosts(["192.0.2.1", "192.0.2.2"])
+
+
 def test_tcp_says_when_it_listens_no_more(caplog: pytest.LogCaptureFixture) -> None:
     class Full(socket.socket):
         def accept(self) -> Any:
@@ -325,7 +369,7 @@ def test_tcp_says_when_it_listens_no_more(caplog: pytest.LogCaptureFixture) -> N
 
 def test_a_secret_file_must_be_the_owners_own(tmp_path: Path) -> None:
     def made(**values: Any) -> TcpTransfer:
-        return TcpTransfer(**{"bind": "127.0.0.1", "timeout": 5, **values})
+        return TcpTransfer(**{"bind": "127.0.0.1", "tls": None, "timeout": 5, **values})
 
     file = tmp_path / "secret"
     file.write_bytes(os.urandom(32))

@@ -10,7 +10,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -21,13 +21,14 @@ from vllm_di import LLM, SamplingParams
 from vllm_di.components.executor.cluster_settings import ClusterSettings
 from vllm_di.components.executor.multiprocess import MultiprocessExecutor
 from vllm_di.components.executor.processes import LocalProcess, Process, WorkerHost, WorkerProcess
-from vllm_di.components.executor.ray_cluster import Room, Want
+from vllm_di.components.executor.ray_actor import claimed
+from vllm_di.components.executor.ray_cluster import LostError, Room, Want
 from vllm_di.components.heartbeat import Listener
 from vllm_di.components.interfaces import Node, Placement, WorkerLauncher
 from vllm_di.components.lines import LineListener
 from vllm_di.components.messages import StepPlan
 from vllm_di.containers.assembly import assemble
-from vllm_di.containers.fill import Launcher, opened
+from vllm_di.containers.fill import Launcher, open_engine, opened
 from vllm_di.containers.slots import WorkerContainer
 from vllm_di.errors import ConfigError, EngineDeadError
 
@@ -88,7 +89,7 @@ def executor(folder: Path, how: str, *, silence_limit: float = 20.0) -> Multipro
     found = MultiprocessExecutor(
         launcher, tensor_parallel_size=2, start_timeout=60, step_timeout=60
     )
-    found.host = TcpHost(silence_limit)
+    found.run_on(lambda launcher, names: TcpHost(silence_limit))
     return found
 
 
@@ -140,31 +141,45 @@ class MadeUpCluster:
     own = "127.0.0.1"
     addresses = ("127.0.0.1", "127.0.0.1")
     wants: Sequence[Want] = ()
+    waited: ClassVar[list[float | None]] = []
+    """Seconds that each search for room was given."""
+    lost: ClassVar[list[str]] = []
+    """What the next starts of processes run into."""
+    num_closed = 0
 
     def __init__(self, settings: ClusterSettings) -> None:
         self.address = self.own
-        self.told = [{"sees_own": False}] * 2
+        self.rooms: list[Room] = []
 
     def open(self) -> None: ...
 
-    def reserve(self, wants: Sequence[Want], strategy: str, seconds: float) -> list[Room]:
-        type(self).wants = wants
-        return [Room(self.nodes[i], self.addresses[i], 1) for i in range(len(wants))]
+    def reserve(self, wants: Sequence[Want], strategy: str, seconds: float | None) -> list[Room]:
+        type(self).wants = list(wants)
+        type(self).waited.append(seconds)
+        self.rooms = [Room(self.nodes[i], self.addresses[i], 1) for i in range(len(wants))]
+        return self.rooms
 
-    def start(self, wants: Sequence[Want], names: Sequence[str]) -> None: ...
+    def start(self, wants: Sequence[Want]) -> None:
+        if self.lost:
+            raise LostError(self.lost.pop())
 
     def run(self, index: int, *values: str | bytes) -> Process:
         process = LocalProcess([sys.executable, "-c", ERRAND], msgspec.msgpack.encode(values))
         process.node = self.nodes[index]
         return process
 
-    def close(self) -> None: ...
+    def end(self, workers: Sequence[int]) -> None: ...
+
+    def release(self) -> None: ...
+
+    def close(self) -> None:
+        type(self).num_closed += 1
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> type[MadeUpCluster]:
-    fresh = type("Cluster", (MadeUpCluster,), {})
-    monkeypatch.setattr("vllm_di.components.executor.ray.Cluster", fresh)
+    fresh = type("Cluster", (MadeUpCluster,), {"waited": [], "lost": []})
+    monkeypatch.setattr("vllm_di.components.executor.ray_host.Cluster", fresh)
     return fresh
 
 
@@ -178,6 +193,74 @@ def test_ranks_on_two_nodes_give_the_tokens_of_one(cluster: type[MadeUpCluster])
     assert found == tokens(*TINY)
     assert [want.resource for want in cluster.wants] == ["CPU", "CPU"]
     assert "conf/platform/cpu.yaml:" in cluster.wants[0].place
+
+
+SPLIT = ["platform=split_cpu_cpu", "model.dtype=float32", "ops=torch"]
+
+
+@pytest.mark.parametrize("way", ["tcp", "shared_memory"])
+def test_roles_on_the_nodes_of_a_cluster(way: str, cluster: type[MadeUpCluster]) -> None:
+    """Placed together, with the tokens of one worker; the cluster is left once."""
+    cluster.nodes = ("one", "one")
+    roles = ["executor=ray_disaggregated", f"kv_transfer={way}", "device.threads=1"]
+    assert tokens(*SPLIT, *roles) == tokens(*TINY)
+    assert [want.name for want in cluster.wants] == ["decode stage 0", "prefill stage 0"]
+    assert [want.resource for want in cluster.wants] == ["CPU", "CPU"]
+    assert "conf/platform/cpu.yaml:" in cluster.wants[1].place
+    assert cluster.num_closed == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["kv_transfer=shared_memory"], "kv_transfer=shared_memory: the workers are on 192.0.2.7"),
+        (["kv_transfer=tcp"], "kv_transfer.secret_file: a worker at 192.0.2.7 can be reached"),
+        (["kv_transfer.bind=127.0.0.1"], "kv_transfer.bind=127.0.0.1: the workers are on several"),
+        (["kv_transfer=nixl"], "nixl"),
+        (["kv_transfer=none"], "kv_transfer=none moves no cache"),
+        (["executor=ray"], "runs no workers of the role 'prefill'"),
+    ],
+)
+def test_roles_that_cannot_reach_each_other(
+    more: list[str], words: str, cluster: type[MadeUpCluster]
+) -> None:
+    cluster.own, cluster.addresses = "192.0.2.7", ("192.0.2.7", "192.0.2.8")
+    with pytest.raises(ConfigError, match=words):
+        tokens(*SPLIT, "executor=ray_disaggregated", "device.threads=1", *more)
+
+
+def placed(more: Sequence[str] = (), *, is_replacement: bool) -> None:
+    """An engine is started, and ended."""
+    assembly = assemble(["model=tiny", *TINY, *RAY, *more])
+    with open_engine(assembly, launcher=Launcher(assembly, is_replacement=is_replacement)):
+        pass
+
+
+def test_an_engine_that_replaces_another_waits_for_room(cluster: type[MadeUpCluster]) -> None:
+    placed(is_replacement=False)
+    cluster.lost += ["worker 0 (node one) does not start"] * 2
+    placed(is_replacement=True)
+    assert cluster.waited == [60, None, None, None]
+    cluster.lost += ["worker 0 (node one) does not start"]
+    with pytest.raises(EngineDeadError, match=r"worker 0 \(node one\) does not start"):
+        placed(is_replacement=False)
+    assert cluster.num_closed == 3
+
+
+def test_replicas_want_a_cluster_that_is_there() -> None:
+    with pytest.raises(ConfigError, match="each engine would start a cluster of its own"):
+        assemble(["model=tiny", *TINY, *RAY, "executor.data_parallel_size=2"])
+
+
+def test_parts_of_a_node_are_shared_out_between_engines() -> None:
+    one, first = claimed("test of parts", 2)
+    other, second = claimed("test of parts", 2)
+    assert (first, second) == (0, 1)
+    one.close()
+    again, third = claimed("test of parts", 2)
+    assert third == 0
+    again.close()
+    other.close()
 
 
 def test_shared_memory_between_nodes_is_refused() -> None:

@@ -22,6 +22,7 @@ import msgspec
 from vllm_di.components.executor.lanes import Joined, Lane, Offer, Task
 from vllm_di.components.executor.multiprocess import MultiprocessExecutor
 from vllm_di.components.executor.pipeline import PipelineExecutor
+from vllm_di.components.executor.processes import HostFor
 from vllm_di.components.executor.roles import Sides, joined_report
 from vllm_di.components.executor.sequence_book import SequenceBook
 from vllm_di.components.executor.side_blocks import Held
@@ -70,10 +71,13 @@ class DisaggregatedExecutor(Executor):
         }
         self._processes = processes
         self._start_timeout, self._step_timeout = start_timeout, step_timeout
-        self._decode = Lane("decode", 0, self._side("decode"))
+        roles = ["decode", *["prefill"] * prefill_replicas]
+        self._is_here = True
+        """Whether the workers share this host's memory."""
+        self._sides = [self._side(role) for role in roles]
+        self._decode = Lane("decode", 0, self._sides[0])
         self._prefill = [
-            Lane(f"prefill {index}", 1 + index, self._side("prefill"))
-            for index in range(prefill_replicas)
+            Lane(f"prefill {index}", 1 + index, side) for index, side in enumerate(self._sides[1:])
         ]
         self._lanes = [self._decode, *self._prefill]
         self.depth = 1 + STEPS_AHEAD * prefill_replicas
@@ -83,7 +87,14 @@ class DisaggregatedExecutor(Executor):
         self._book: SequenceBook
         self._is_closing = False
 
-    def _side(self, role: str) -> Executor:
+    def run_on(self, host_for: HostFor) -> None:
+        """The workers of all lanes are processes from now on, each with a part of its host's memory
+        that the host knows."""
+        self._is_here = False
+        for side in self._sides:
+            side.run_on(host_for)
+
+    def _side(self, role: str) -> MultiprocessExecutor | PipelineExecutor:
         launcher = self._launcher.for_role(role)
         if self._worlds[role] > 1:
             return MultiprocessExecutor(
@@ -105,7 +116,8 @@ class DisaggregatedExecutor(Executor):
             reports = [lane.executor.start() for lane in self._lanes]
             sides = Sides(self._launcher, self._worlds, reports[0], reports[1])
             sides.check()
-            sides.check_room(reports)
+            if self._is_here:
+                sides.check_room(reports)
             session = secrets.token_bytes(32)
             sides.open(self._lanes, session)
         except BaseException:

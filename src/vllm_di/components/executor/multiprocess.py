@@ -13,6 +13,7 @@ from vllm_di.components.executor.methods import StageMethods
 from vllm_di.components.executor.processes import (
     CLOSE_SECONDS,
     GRACE_SECONDS,
+    HostFor,
     ThisHost,
     WorkerHost,
     WorkerProcess,
@@ -39,10 +40,7 @@ Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class MultiprocessExecutor(Executor):
-    """Starts worker processes and drives them over sockets.
-
-    ``host`` starts them; an executor that is made of this one may put its own there before
-    ``start``."""
+    """Starts worker processes and drives them over sockets."""
 
     def __init__(
         self,
@@ -54,15 +52,19 @@ class MultiprocessExecutor(Executor):
     ) -> None:
         self._launcher, self._world = launcher, tensor_parallel_size
         self._start_timeout, self._step_timeout = start_timeout, step_timeout
+        self._names = [called(launcher, f"worker {rank}") for rank in range(self._world)]
         self._methods = StageMethods(launcher)
         self._execute = self._methods.call("execute")
-        self.host: WorkerHost = ThisHost()
+        self._host: WorkerHost = ThisHost()
         self._listener = Listener()
         self.patience = step_timeout + GRACE_SECONDS
         self._workers: list[WorkerProcess] = []
         self._calls: queue.SimpleQueue[tuple[Call, bytes | StepPlan, Future[Any]] | None]
         self._calls = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+
+    def run_on(self, host_for: HostFor) -> None:
+        self._host = host_for(self._launcher, self._names)
 
     def start(self) -> WorkerReport:
         try:
@@ -114,14 +116,13 @@ class MultiprocessExecutor(Executor):
             worker.reap()
         self._workers = []
         self._listener.close()
-        self.host.close()
+        self._host.close()
 
     # -- inside -------------------------------------------------------------------------------
 
     def _spawn(self) -> None:
         placements = [Placement(rank, self._world) for rank in range(self._world)]
-        names = [called(self._launcher, f"worker {rank}") for rank in range(self._world)]
-        for worker in self.host.start(self._launcher, placements, names, self._listener):
+        for worker in self._host.start(self._launcher, placements, self._names, self._listener):
             self._workers.append(worker)
         connect(self._workers, self._start_timeout)
 

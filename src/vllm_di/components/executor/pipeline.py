@@ -16,6 +16,7 @@ from vllm_di.components.executor.inline import call_here
 from vllm_di.components.executor.methods import StageMethods
 from vllm_di.components.executor.processes import (
     GRACE_SECONDS,
+    HostFor,
     ThisHost,
     WorkerHost,
     WorkerProcess,
@@ -60,10 +61,14 @@ class PipelineExecutor(Executor):
         self._start_timeout, self._step_timeout = start_timeout, step_timeout
         self._stages: list[_Stage] = []
         self._listener = Listener()
-        self.host: WorkerHost = ThisHost()
-        """Starts its processes; an executor that is made of this one may put its own there before
-        ``start``."""
+        self._host: WorkerHost = ThisHost()
+        """Starts its processes."""
         self.patience = launcher.num_stages * step_timeout + GRACE_SECONDS
+
+    def run_on(self, host_for: HostFor) -> None:
+        """Its workers are processes from now on."""
+        names = [stage_name(self._launcher, stage) for stage in range(self._launcher.num_stages)]
+        self._host, self._processes = host_for(self._launcher, names), True
 
     def start(self) -> WorkerReport:
         try:
@@ -92,7 +97,7 @@ class PipelineExecutor(Executor):
             return
         workers = []
         names = [stage.name for stage in stages]
-        started = self.host.start(self._launcher, places, names, self._listener)
+        started = self._host.start(self._launcher, places, names, self._listener)
         for stage, worker in zip(stages, started, strict=True):
             stage.open(closing(worker))
             workers.append(worker)
@@ -145,11 +150,15 @@ class PipelineExecutor(Executor):
 
     def close(self) -> None:
         with ExitStack() as stack:  # all of them, even when one raises
-            stack.callback(self.host.close)
+            stack.callback(self._host.close)
             stack.callback(self._listener.close)
             for stage in self._stages:
                 stack.callback(stage.close)
             self._stages = []
+
+
+def stage_name(launcher: WorkerLauncher, index: int) -> str:
+    return called(launcher, f"stage {index}")
 
 
 class _Stage:
@@ -158,7 +167,7 @@ class _Stage:
     worker: Worker | WorkerProcess
 
     def __init__(self, launcher: WorkerLauncher, index: int) -> None:
-        self.name = called(launcher, f"stage {index}")
+        self.name = stage_name(launcher, index)
         self._methods = StageMethods(launcher, index)
         self._execute = self._methods.call("execute")
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=self.name)

@@ -267,6 +267,11 @@ class WorkerHost(ABC):
         """After its workers."""
 
 
+HostFor = Callable[[WorkerLauncher, Sequence[str]], WorkerHost]
+"""Gives the host of a group of workers: those of a launcher, by their names. An executor that
+starts processes takes one by ``run_on``, before its start."""
+
+
 class ThisHost(WorkerHost):
     """Processes of this host, over Unix sockets."""
 

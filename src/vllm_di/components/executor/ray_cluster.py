@@ -13,8 +13,6 @@ import secrets
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,29 +25,23 @@ import msgspec
 from vllm_di.components.executor.cluster_settings import ClusterSettings
 from vllm_di.components.executor.processes import Process
 from vllm_di.components.executor.ray_actor import NodeWorker, ray_ports_beyond
+from vllm_di.components.executor.ray_token import authenticate, imported, refuse_open
 from vllm_di.components.transport import Failure
 from vllm_di.errors import ConfigError, EngineDeadError, nearest, one_line
+from vllm_di.progress import tell
 from vllm_di.version import __version__
 
-ON_THE_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Ray would have a cluster of one host on the address that leads to the internet. It asks this when
-it is imported, on Linux too."""
 OBJECT_STORE_BYTES = 80 * 2**20
 """Of a cluster that is started here: the least that Ray takes is 75 MB, and nothing of ours lies
 there."""
 REACH_SECONDS = 5.0
-PROBE_SECONDS = 60.0
 CREATED = "CREATED"
 """The state of a placement group that has room."""
 POLL_SECONDS = 0.05
+ABSENT_SECONDS, SAY_SECONDS = 2.0, 30.0
+"""Between two looks for a resource, and two lines that tell of a wait for room."""
 DESCRIBE_SECONDS = 120.0
 """For an actor's process to start and to import this package."""
-PROBE = """
-import sys
-from ray._raylet import GcsClient
-GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)
-"""
-"""Ends with status 0 where a cluster answers somebody without its token."""
 OPTIONS = {"CPU": "num_cpus", "GPU": "num_gpus"}
 """Resources that Ray's options have a name of their own for."""
 INTERNAL = ("node:", "memory", "object_store_memory", "accelerator_type:", "bundle")
@@ -58,9 +50,15 @@ INTERNAL = ("node:", "memory", "object_store_memory", "accelerator_type:", "bund
 log = logging.getLogger(__name__)
 
 
+class LostError(EngineDeadError):
+    """A node had room, and no process of ours runs there."""
+
+
 class Want(msgspec.Struct, frozen=True):
     """What one worker takes of a node."""
 
+    name: str
+    """The worker's, for messages."""
     resource: str
     amount: float
     place: str
@@ -75,6 +73,8 @@ class Room(msgspec.Struct, frozen=True):
     address: str
     num_slots: int
     """Workers of this size that the whole node would hold."""
+    slot: int = 0
+    """Which of these the worker is."""
 
 
 class Cluster:
@@ -89,10 +89,13 @@ class Cluster:
         """Whether this process was connected to it by us."""
         self._group: Any = None
         self._actors: list[Any] = []
+        self.rooms: list[Room] = []
+        """Of the workers, in their order."""
+        self._said = ("", 0.0)
 
     def open(self) -> None:
         """Raises ConfigError where there is none, or where it is not what it has to be."""
-        self._ray = _imported(is_alone=self._settings.address is None)
+        self._ray = imported(is_alone=self._settings.address is None)
         if self._ray.is_initialized():  # by the program that this engine is a part of
             if os.environ.get("RAY_AUTH_MODE") != "token":
                 raise ConfigError(
@@ -109,34 +112,43 @@ class Cluster:
         ports = [str(port) for port in ray_ports_beyond(self.address, session)]
         self.refuse_exposed(self.address, ports)
 
-    def reserve(self, wants: Sequence[Want], strategy: str, seconds: float) -> list[Room]:
+    def reserve(self, wants: Sequence[Want], strategy: str, seconds: float | None) -> list[Room]:
         """Room for each, all or none. Raises ConfigError for what no node has, EngineDeadError
-        where none became free in time."""
-        nodes = {n["NodeID"]: n for n in self._ray.nodes() if n["Alive"]}
-        for want in wants:
-            _check_there(want, list(nodes.values()))
+        where none became free in time. Without ``seconds`` it waits for both, and says so."""
+        while True:
+            nodes = {n["NodeID"]: n for n in self._ray.nodes() if n["Alive"]}
+            absent = list(filter(None, (_absent(want, [*nodes.values()]) for want in wants)))
+            if not absent:
+                break
+            if seconds is not None:
+                raise ConfigError(absent[0])
+            self._say_wait(absent[0])
+            time.sleep(ABSENT_SECONDS)
         bundles = [{want.resource: want.amount} for want in wants]
         self._group = self._ray.util.placement_group(bundles, strategy=strategy)
-        placed = self._placed(seconds)
-        if placed is None:
+        while (placed := self._placed(ABSENT_SECONDS if seconds is None else seconds)) is None:
             free = self._ray.available_resources()
             free = {name: n for name, n in free.items() if not name.startswith(INTERNAL)}
-            raise EngineDeadError(
-                f"the cluster found no room within {seconds:g} s for {len(wants)} workers "
-                f"({_shown(bundles)}; executor.strategy={strategy}); free are "
-                f"{_shown([free])} on {len(nodes)} nodes"
+            found_none = (
+                f"for {len(wants)} workers ({_shown(bundles)}; executor.strategy={strategy}); free "
+                f"are {_shown([free])} on {len(nodes)} nodes"
             )
+            if seconds is not None:
+                raise EngineDeadError(
+                    f"the cluster found no room within {seconds:g} s {found_none}"
+                )
+            self._say_wait(f"the cluster has no room {found_none}")
         nodes = {n["NodeID"]: n for n in self._ray.nodes()}  # one may have come since
-        self._rooms: list[Room] = []
+        self.rooms = []
         for index, want in enumerate(wants):
             node = nodes[placed[index]]
             total = float(node["Resources"].get(want.resource, want.amount))
-            slots = max(1, int(total / want.amount))
-            self._rooms.append(Room(placed[index], node["NodeManagerAddress"], slots))
-        return self._rooms
+            slots = max(1, int(total / want.amount + 1e-6))
+            self.rooms.append(Room(placed[index], node["NodeManagerAddress"], slots))
+        return self.rooms
 
-    def start(self, wants: Sequence[Want], names: Sequence[str]) -> None:
-        """An actor in each room. Raises EngineDeadError for one that cannot run this package,
+    def start(self, wants: Sequence[Want]) -> None:
+        """An actor in each room. Raises LostError for one that cannot run this package,
         ConfigError for a node of another version or with open ports."""
         strategies = importlib.import_module("ray.util.scheduling_strategies")
         remote = self._ray.remote(NodeWorker)
@@ -147,16 +159,16 @@ class Cluster:
             options = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": bundle}
             self._actors.append(remote.options(**options | _demand(want)).remote())
         asked = [
-            actor.describe.remote(room.address, want.resource)
-            for actor, room, want in zip(self._actors, self._rooms, wants, strict=True)
+            actor.describe.remote(room.address, want.resource, room.num_slots)
+            for actor, room, want in zip(self._actors, self.rooms, wants, strict=True)
         ]
-        self.told: list[dict[str, Any]] = []
-        for answer, room, name in zip(asked, self._rooms, names, strict=True):
-            where = f"{name} (node {room.address})"
+        for index, (answer, want) in enumerate(zip(asked, wants, strict=True)):
+            room = self.rooms[index]
+            where = f"{want.name} (node {room.address})"
             try:
                 told = self._ray.get(answer, timeout=DESCRIBE_SECONDS)
             except self._ray.exceptions.RayError as error:
-                raise EngineDeadError(
+                raise LostError(
                     f"{where} does not start: {_last_line(error)}; vllm-di {__version__} and what "
                     "its platform needs must be installed on every node"
                 ) from None
@@ -166,14 +178,14 @@ class Cluster:
                     "install the same on every node"
                 )
             self.refuse_exposed(room.address, told["beyond"])
-            self.told.append(told)
+            self.rooms[index] = msgspec.structs.replace(room, slot=told["slot"])
 
     def run(self, index: int, *values: str | bytes) -> Process:
         """Let the actor run its worker, with the values of an ``Errand`` and a ``Line``, until it
         ends."""
         actor = self._actors[index]
         outcome = actor.run.remote(*values)
-        return RayProcess(self._ray, actor, outcome, self._rooms[index].address)
+        return RayProcess(self._ray, actor, outcome, self.rooms[index].address)
 
     def refuse_exposed(self, address: str, ports: Sequence[str]) -> None:
         """Raises ConfigError for ports of Ray's that are open to more than the cluster."""
@@ -191,22 +203,39 @@ class Cluster:
             )
         log.warning("%s (cluster.all_interfaces=true allows it)", text)
 
+    def end(self, workers: Sequence[int]) -> None:
+        """End the processes of some workers; their room stays reserved."""
+        for index in workers:
+            if index < len(self._actors):
+                with suppress(Exception):  # its node may be gone
+                    self._ray.kill(self._actors[index], no_restart=True)
+
+    def release(self) -> None:
+        """End all processes, and give their room back."""
+        self.end(range(len(self._actors)))
+        if self._group is not None:
+            with suppress(Exception):
+                self._ray.util.remove_placement_group(self._group)
+        self._actors, self._group = [], None
+
     def close(self) -> None:
         if self._ray is not None:
-            for actor in self._actors:
-                with suppress(Exception):  # its node may be gone
-                    self._ray.kill(actor, no_restart=True)
-            if self._group is not None:
-                with suppress(Exception):
-                    self._ray.util.remove_placement_group(self._group)
+            self.release()
             if self._is_ours:
                 self._ray.shutdown()
-        self._actors, self._group, self._is_ours = [], None, False
+        self._is_ours = False
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _say_wait(self, what: str) -> None:
+        now = time.monotonic()
+        if what != self._said[0] or now - self._said[1] > SAY_SECONDS:
+            self._said = what, now
+            log.warning("%s: waiting for it", what)
+            tell(f"waiting: {what}")
 
     def _placed(self, seconds: float) -> dict[int, str] | None:
         """Bundle to node, once all have one; None where that takes longer."""
@@ -226,7 +255,7 @@ class Cluster:
         token = Path(self._folder) / "token"
         token.touch(0o600)
         token.write_text(secrets.token_hex(32))
-        _authenticate(str(token))
+        authenticate(str(token))
         self._init(
             address="local",
             num_cpus=len(os.sched_getaffinity(0)),
@@ -245,8 +274,8 @@ class Cluster:
                 "starts a cluster, or leave it null for one on this host",
                 key="cluster.address",
             ) from None
-        self._refuse_open(address)
-        _authenticate(self._settings.token_file)
+        refuse_open(address)
+        authenticate(self._settings.token_file)
         context = self._init(address=address)
         if getattr(context, "dashboard_url", None):
             log.warning(
@@ -266,36 +295,6 @@ class Cluster:
             ) from None
         self._is_ours = True
         return context
-
-    def _refuse_open(self, address: str) -> None:
-        """Raises ConfigError for a cluster that takes orders from anybody."""
-        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", PROBE, address],
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=PROBE_SECONDS,
-            )
-        except subprocess.TimeoutExpired:
-            raise ConfigError(
-                f"cluster.address: Ray does not answer at {address}", key="cluster.address"
-            ) from None
-        if done.returncode == 0:
-            raise ConfigError(
-                f"cluster.address: the cluster at {address} takes orders without a token: anybody "
-                "who reaches its ports can run code there. Start it with RAY_AUTH_MODE=token on "
-                "every node",
-                key="cluster.address",
-            )
-        said = done.stderr.lower()
-        if "auth" not in said and "token" not in said:
-            last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
-            raise ConfigError(
-                f"cluster.address: whether {address} wants a token cannot be told: {last[:300]}",
-                key="cluster.address",
-            )
 
 
 class RayProcess(Process):
@@ -337,48 +336,17 @@ class RayProcess(Process):
         return bool(self._ray.wait([self._outcome], timeout=seconds)[0])
 
 
-def _imported(*, is_alone: bool) -> Any:
-    """Ray, with what it has to know before; ``is_alone``: on this host alone. Raises ConfigError
-    where it is not installed."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    if is_alone:
-        os.environ.update(ON_THE_LOOPBACK)
-    try:
-        return importlib.import_module("ray")
-    except ImportError as error:
-        raise ConfigError(
-            f"executor=ray needs the package ray: pip install 'vllm-di[ray]' ({one_line(error)})"
-        ) from None
-
-
-def _authenticate(token_file: str | None) -> None:
-    """Let Ray, in this process and in those that it starts, want and show a token. Ray has no
-    other switch for it than its environment, which it reads once: so it is made to read again."""
-    os.environ["RAY_AUTH_MODE"] = "token"
-    if token_file is not None:
-        os.environ.pop("RAY_AUTH_TOKEN", None)  # would win
-        os.environ["RAY_AUTH_TOKEN_PATH"] = token_file
-    raylet = importlib.import_module("ray._raylet")
-    try:
-        raylet.Config.initialize("")
-        raylet.AuthenticationTokenLoader.instance().reset_cache()
-    except AttributeError as error:
-        raise ConfigError(
-            f"executor=ray needs a Ray with token authentication, 2.52 or later ({one_line(error)})"
-        ) from None
-
-
-def _check_there(want: Want, nodes: Sequence[dict[str, Any]]) -> None:
-    """Raise ConfigError where no node has it, were all of them free."""
+def _absent(want: Want, nodes: Sequence[dict[str, Any]]) -> str:
+    """Nothing, or what to say where no node has it, were all of them free."""
     if any(node["Resources"].get(want.resource, 0) >= want.amount for node in nodes):
-        return
+        return ""
     names: set[str] = set()
     shown = []
     for node in nodes:
         has = {n: v for n, v in node["Resources"].items() if not n.startswith(INTERNAL)}
         names |= {*has}
         shown.append(f"{node['NodeManagerAddress']}: {_shown([has])}")
-    raise ConfigError(
+    return (
         f"{want.place}: no node of the cluster has {want.amount:g} {want.resource}; they have "
         f"{'; '.join(shown)}{nearest(want.resource, names)}"
     )

@@ -61,6 +61,9 @@ class WorkerLauncher(ABC):
     """Those of all workers."""
     role: str = DEFAULT_ROLE
     """Whose workers this launcher opens: the first one's, until ``for_role``."""
+    is_replacement: bool = False
+    """Whether the engine takes the place of one that was ready once: what its workers want was
+    there, and may be again."""
 
     def for_role(self, role: str) -> WorkerLauncher:
         """The launcher of another role's workers. An executor of several roles hands it to one

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+
+from vllm_di.errors import ConfigError
 
 
 class KvTransfer(ABC):
@@ -16,6 +19,18 @@ class KvTransfer(ABC):
     def check(self) -> None:
         """Asked by an executor that moves cache, before any worker starts. Raises ConfigError where
         this component cannot."""
+        return
+
+    def check_hosts(self, addresses: Sequence[str]) -> None:
+        """Asked once a cluster has placed all workers of an engine, before they start: on hosts
+        with these IP addresses, one for each worker. Raises ConfigError where the cache cannot
+        cross between them."""
+        if len({*addresses}) > 1:
+            raise ConfigError(f"{type(self).__name__} does not say that it reaches other hosts")
+
+    def settle(self, address: str) -> None:
+        """Called before ``open`` in a worker that a cluster has placed. ``address``: of its host,
+        as other workers reach it."""
         return
 
     @abstractmethod

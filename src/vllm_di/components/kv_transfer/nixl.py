@@ -14,7 +14,7 @@ import mmap
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import util
 from typing import Annotated, Any
@@ -66,6 +66,14 @@ class NixlTransfer(KvTransfer):
                 "kv_transfer=nixl listens on %s: UCX neither encrypts nor asks who connects; "
                 "this network must be the engine's own",
                 ", ".join(self._devices),
+            )
+
+    def check_hosts(self, addresses: Sequence[str]) -> None:
+        if len({*addresses}) > 1 and self._devices == [LOOPBACK]:
+            raise ConfigError(
+                f"kv_transfer.devices=[{LOOPBACK}]: the workers are on "
+                f"{', '.join(sorted({*addresses}))}, and reach each other by another network "
+                "device; name it, or take kv_transfer=tcp"
             )
 
     def open(self, session: bytes) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from vllm_di.components.interfaces import KvTransfer
-from vllm_di.errors import EngineDeadError, PortError
+from vllm_di.errors import ConfigError, EngineDeadError, PortError
 
 KEPT = 4
 """Pieces of memory kept for the next offers: fresh pages cost as much as the copy into them."""
@@ -22,6 +22,13 @@ class SharedMemoryTransfer(KvTransfer):
     def __init__(self) -> None:
         self._offers: dict[str, _Piece] = {}
         self._idle: list[_Piece] = []
+
+    def check_hosts(self, addresses: Sequence[str]) -> None:
+        if len({*addresses}) > 1:
+            raise ConfigError(
+                f"kv_transfer=shared_memory: the workers are on {', '.join(sorted({*addresses}))}, "
+                "which share no memory; take kv_transfer=tcp, or executor.strategy=STRICT_PACK"
+            )
 
     def open(self, session: bytes) -> None:
         """Nothing to agree on: the kernel lets only the same user open the memory."""

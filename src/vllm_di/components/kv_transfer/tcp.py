@@ -1,7 +1,8 @@
 """Bytes over TCP sockets: between workers that share no memory.
 
 Both ends prove that they know the key, which is made of the engine's session and of the secret
-file, before a byte of the cache moves. What a taker may say is one ticket's number at a time.
+file, before a byte of the cache moves; with certificates the whole goes over TLS. What a taker may
+say is one ticket's number at a time.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import itertools
 import logging
 import socket
+import ssl
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +21,9 @@ from typing import Annotated
 import msgspec
 
 from vllm_di.components.interfaces import KvTransfer
+from vllm_di.components.lines import Tls
 from vllm_di.components.proof import address_family, exactly, make_key, prove, read_secret
-from vllm_di.errors import EngineDeadError, PortError
+from vllm_di.errors import ConfigError, EngineDeadError, PortError
 
 NUMBER = struct.Struct("<Q")
 """A ticket's number, and the size of its answer."""
@@ -34,17 +37,21 @@ log = logging.getLogger(__name__)
 
 class TcpTransfer(KvTransfer):
     """Every worker listens at a free port of ``bind`` once it has something to offer; a taker keeps
-    its connection. Raises ConfigError for an address beyond loopback without a secret file."""
+    its connection. ``bind=None``: the loopback, or the address of the host where a cluster has
+    placed the worker. Raises ConfigError for an address beyond loopback without a secret file."""
 
     def __init__(
         self,
         *,
-        bind: str,
+        bind: str | None,
         secret_file: str | None,
+        tls: Tls | None,
         timeout: Annotated[float, msgspec.Meta(gt=0)],
     ) -> None:
-        self._family = address_family(bind, secret_file)
-        self._bind, self._timeout = bind, timeout
+        self._secret_file, self._tls, self._timeout = secret_file, tls, timeout
+        self._is_fixed = bind is not None
+        self._bind = bind or "127.0.0.1"
+        self._family = address_family(self._bind, secret_file)
         self._secret = b"" if secret_file is None else read_secret(Path(secret_file))
         self._key = b""
         self._numbers = itertools.count(1)
@@ -54,6 +61,30 @@ class TcpTransfer(KvTransfer):
         self._connections: dict[tuple[str, int], socket.socket] = {}
         self._served: set[socket.socket] = set()
         self._unproven = threading.BoundedSemaphore(MOST_UNPROVEN)
+
+    def check(self) -> None:
+        if self._tls is not None:
+            self._tls.context(engine=True)
+
+    def check_hosts(self, addresses: Sequence[str]) -> None:
+        if self._is_fixed and len({*addresses}) > 1:
+            raise ConfigError(
+                f"kv_transfer.bind={self._bind}: the workers are on several hosts "
+                f"({', '.join(sorted({*addresses}))}), each with an address of its own; set it to "
+                "null"
+            )
+        for address in addresses if not self._is_fixed else ():
+            try:
+                address_family(address, self._secret_file)
+            except ConfigError:
+                raise ConfigError(
+                    f"kv_transfer.secret_file: a worker at {address} can be reached from other "
+                    "machines: set it, or cluster.secret_file"
+                ) from None
+
+    def settle(self, address: str) -> None:
+        if not self._is_fixed:
+            self._bind, self._family = address, address_family(address, self._secret_file)
 
     def open(self, session: bytes) -> None:
         self._key = make_key(session, self._secret)
@@ -113,10 +144,12 @@ class TcpTransfer(KvTransfer):
 
     def _serve(self, sock: socket.socket) -> None:
         """Answer one taker's tickets until it hangs up."""
-        self._served.add(sock)
         try:
             try:
                 sock.settimeout(self._timeout)
+                if self._tls is not None:
+                    sock = self._tls.context(engine=True).wrap_socket(sock, server_side=True)
+                self._served.add(sock)
                 self._prove(sock, b"offers", b"takes")
             finally:
                 self._unproven.release()
@@ -131,7 +164,7 @@ class TcpTransfer(KvTransfer):
                     continue
                 sock.sendall(NUMBER.pack(len(memory)))
                 sock.sendall(memory)
-        except PermissionError as error:
+        except (PermissionError, ssl.SSLError) as error:
             log.warning("a connection for the KV cache was refused: %s", error)
         except OSError:
             pass  # it hung up
@@ -146,6 +179,8 @@ class TcpTransfer(KvTransfer):
         if sock is None:
             sock = socket.create_connection((host, port), self._timeout)
             try:
+                if self._tls is not None:
+                    sock = self._tls.context(engine=False).wrap_socket(sock)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._prove(sock, b"takes", b"offers")
             except BaseException:

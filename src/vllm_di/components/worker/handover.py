@@ -74,6 +74,8 @@ class HandoverWorker(StandardWorker):
         """Called once, after ``allocate``. ``heads``: layer to its KV heads over all ranks. -> what
         this worker holds. Raises ConfigError for a cache whose values have no plain float form, and
         for one that cannot be written."""
+        if self._placement.node is not None:
+            self._transfer.settle(self._placement.node.address)
         self._transfer.open(session)
         self._refuse_copies()
         self._group_of = {
