@@ -70,9 +70,9 @@ def test_an_engine_whose_scheduler_cannot_go_on_says_so(monkeypatch: pytest.Monk
             engine.add(request)
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "65", "1.5", "many", "null"])
+@pytest.mark.parametrize("value", ["0", "-1", "1025", "1.5", "many", "null"])
 def test_a_bad_number_of_replicas_has_a_place(value: str) -> None:
-    with pytest.raises(ConfigError, match=r"executor\.data_parallel_size=.*from 1 to 64"):
+    with pytest.raises(ConfigError, match=r"executor\.data_parallel_size=.*from 1 to 1024"):
         assemble([*TINY, f"executor.data_parallel_size={value}"])
 
 

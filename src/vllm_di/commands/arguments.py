@@ -14,6 +14,7 @@ VERBS = {
     "complete": "continue a text",
     "run-batch": "answer a file of requests in OpenAI's batch form: run-batch FILE -o RESULTS",
     "bench": "measure latency, throughput or a server: bench latency|throughput|serve",
+    "simulate": "what replicas, or prefill and decode apart, would do, by measured step times",
     "conform": "run the conformance suite on a platform",
     "explain": "which class fills each slot, and who chose it",
     "matrix": "which platform can do what, by recorded conformance reports",
@@ -28,6 +29,7 @@ WORDS = {
     "complete": '"PROMPT"',
     "run-batch": "FILE",
     "bench": "latency|throughput|serve",
+    "simulate": "[measure]",
     "new-port": "NAME",
     "vllm": "serve MODEL",
     "config": "show",
@@ -139,7 +141,29 @@ VERB_OPTIONS: dict[str, dict[str, str]] = {
         "--repeats": "counted runs",
         "--json": "file for the results",
     },
+    "simulate": {
+        "--steps": "file of step times; repeated, one for each platform",
+        "--layout": "overrides of one column, in quotes; may be repeated",
+        "--num-prompts": "requests in all; default: 1000",
+        "--request-rate": "requests a second, as a Poisson process",
+        "--concurrency": "requests at a time, where no rate is given; default: 16",
+        "--input-len": "of a prompt: N, uniform:LEAST,MOST or lognormal:MEDIAN,SIGMA; default: 128",
+        "--output-len": "of an answer, in the same forms; default: 64",
+        "--prefixes": "different beginnings that requests share; default: 0",
+        "--prefix-len": "tokens of each beginning, before those of --input-len; default: 256",
+        "--prefix-share": "of the requests, those with such a beginning, 0 to 1; default: 1",
+        "--seed": "of the requests; default: 0",
+        "--bandwidth": "between prefill and decode, a second: 10GB",
+        "--json": "file for the results",
+        "-o": "file for the step times (measure)",
+        "--repeats": "rounds (measure); default: 2",
+        "--clock": "wall or processor, by which steps are timed (measure); default: wall",
+    },
 }
+
+
+REPEATED = {"simulate": ("--steps", "--layout")}
+"""Options that may be given several times, each with a value of its own."""
 
 
 @dataclass
@@ -151,6 +175,8 @@ class Arguments:
     words: list[str] = field(default_factory=list)
     """Neither override nor flag: a prompt, a sub-verb, a slot."""
     options: dict[str, str] = field(default_factory=dict)
+    lists: dict[str, list[str]] = field(default_factory=dict)
+    """Of the options that may be repeated."""
     switches: set[str] = field(default_factory=set)
     config_dirs: list[str] = field(default_factory=list)
     rest: list[str] = field(default_factory=list)
@@ -205,6 +231,8 @@ def parse(verb: str, words: list[str]) -> Arguments:
                 found.config_dirs.append(value)
             elif name in ALIASES and name not in options:
                 found.overrides += ALIASES[name][0](value)
+            elif name in REPEATED.get(verb, ()):
+                found.lists.setdefault(name, []).append(value)
             else:
                 found.options[name] = value
         elif word.startswith("-") and len(word) > 1:

@@ -16,7 +16,7 @@ from vllm_di.errors import ConfigError
 
 KEY = "data_parallel_size"
 PATH = f"executor.{KEY}"
-MOST = 64
+MOST = 1_024
 Count = Annotated[int, msgspec.Meta(ge=1, le=MOST)]
 
 

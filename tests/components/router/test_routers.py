@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_di.components.interfaces import ReplicaLoad, Router
@@ -127,3 +127,29 @@ def test_entries_grow_with_the_logarithm_of_the_length(length: int) -> None:
     router.choose(request(range(length)), loads(0, 0))
     assert router.num_entries <= PER_WIDTH * max(0, (length // FIRST_WIDTH).bit_length())
     assert bool(router.num_entries) == (length >= FIRST_WIDTH)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_the_choice_among_many_is_that_of_a_walk_over_all(data: st.DataObject) -> None:
+    """The longest beginning that one with room was sent, then the least load: by sets here."""
+    router, sent = PrefixRouter(max_lead=2), dict[int, list[list[int]]]()
+    numbers = data.draw(st.lists(st.integers(0, 90), min_size=1, max_size=6, unique=True))
+    for _ in range(data.draw(st.integers(1, 12))):
+        counts = [ReplicaLoad(n, data.draw(st.integers(0, 4)), n % 3) for n in numbers]
+        parts = data.draw(st.lists(st.integers(0, 2), max_size=4))
+        prompt = [part for part in parts for _ in range(FIRST_WIDTH)]
+        most = 2 + min(load.num_requests for load in counts)
+        able = [load for load in counts if load.num_requests <= most]
+
+        def known(load: ReplicaLoad, prompt: list[int] = prompt) -> int:
+            """Tokens of the longest beginning that it was sent."""
+            ends = range(FIRST_WIDTH, len(prompt) + 1, FIRST_WIDTH)
+            was = sent.get(load.replica, [])
+            return max((e for e in ends if any(w[:e] == prompt[:e] for w in was)), default=0)
+
+        longest = max(map(known, able))
+        best = [load for load in able if known(load) == longest]
+        wanted = LeastLoadedRouter().choose(request(prompt), best)
+        assert router.choose(request(prompt), counts) == wanted
+        sent.setdefault(wanted, []).append(prompt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import msgspec
@@ -54,17 +54,30 @@ class PrefixRouter(Router):
 
     def choose(self, request: EngineRequest, loads: Sequence[ReplicaLoad]) -> int:
         keys = self._keys(request)
-        most = self._max_lead + min(load.num_requests for load in loads)
-        candidates = {load.replica: load for load in loads if load.num_requests <= most}
-        held = best = sum(1 << replica for replica in candidates)
-        for key in keys:
-            held &= self._holders.get(key, 0)
-            if not held:
-                break
-            best = held
-        chosen = least_loaded([c for r, c in candidates.items() if best >> r & 1], self._load)
+        most = self._max_lead + min([load.num_requests for load in loads])
+        chosen = least_loaded(self._holding(keys, loads, most), self._load)
         self._remember(keys, 1 << chosen)
         return chosen
+
+    def _holding(
+        self, keys: Sequence[int], loads: Sequence[ReplicaLoad], most: int
+    ) -> Sequence[ReplicaLoad]:
+        """Of the replicas with ``most`` requests at most, those that were sent the longest of the
+        beginnings; all of them where none was sent any."""
+        holders: list[int] = []
+        for key in keys:
+            bits = self._holders.get(key, 0) & (holders[-1] if holders else -1)
+            if not bits:
+                break
+            holders.append(bits)
+        known = {load.replica: load for load in loads} if holders else {}
+        seen = 0
+        for bits in reversed(holders):
+            found = [known[r] for r in _ones(bits & ~seen) if r in known]
+            if found := [load for load in found if load.num_requests <= most]:
+                return found
+            seen = bits
+        return [load for load in loads if load.num_requests <= most]
 
     def forget(self, replica: int) -> None:
         kept = ((key, bits & ~(1 << replica)) for key, bits in self._holders.items())
@@ -96,3 +109,11 @@ class PrefixRouter(Router):
             if len(keys) % PER_WIDTH == 0:
                 width *= 2
         return keys
+
+
+def _ones(bits: int) -> Iterator[int]:
+    """The places of the bits that are set."""
+    while bits:
+        lowest = bits & -bits
+        yield lowest.bit_length() - 1
+        bits ^= lowest

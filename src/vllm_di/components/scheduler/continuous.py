@@ -4,7 +4,7 @@ token budget is full."""
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Annotated, Literal
 
 import msgspec
@@ -38,6 +38,8 @@ class ContinuousScheduler(Scheduler):
     """One scheduler for every platform; what a platform cannot do is in its ``LimitsReport``."""
 
     continues = True
+    clock: Callable[[], float] = staticmethod(time.monotonic)
+    """Seconds, from any beginning."""
 
     def __init__(
         self,
@@ -105,7 +107,7 @@ class ContinuousScheduler(Scheduler):
             arrival=self._num_arrived,
             max_tokens=max_tokens,
             eos_ids=self._eos_ids,
-            queued_at=time.monotonic(),
+            queued_at=self.clock(),
             token_ids=token_ids,
             prefix=Prefix(token_ids, request.cache_salt),
             reported=bool(generated),
@@ -319,7 +321,7 @@ class ContinuousScheduler(Scheduler):
         sequence.num_computed = cached
         if sequence.num_cached < 0:
             sequence.num_cached = min(cached, sequence.prompt_len)
-            sequence.queue_time = time.monotonic() - sequence.queued_at
+            sequence.queue_time = self.clock() - sequence.queued_at
         self._running[sequence.seq_id] = sequence
         step.start(sequence, self._report.eos_token_ids)
 
