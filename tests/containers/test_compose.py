@@ -107,6 +107,7 @@ def test_odd_values_are_taken_verbatim(tree: ConfigTree, value: str) -> None:
         ("atention=paged", ["no such group or key 'atention'", "did you mean 'attention'?"]),
         ("attention.splt=3", ["attention has no key 'splt'", "it has split", "'split'?"]),
         ("model.nested.dept=3", ["model.nested has no key 'dept'", "did you mean 'depth'?"]),
+        ("split=3", ["no such group or key 'split'; did you mean 'attention.split'?"]),
         ("nam=3", ["no such group or key 'nam'", "did you mean 'name'?"]),
         ("foo.bar=3", ["no such group or key 'foo'"]),
         ("serve", ["not an override", "key=value"]),

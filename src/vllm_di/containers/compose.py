@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,22 @@ class ConfigTree(ConfigFiles):
                     f"{self._broken_ports(str(value))}{_folder(key, str(value))}"
                 )
         elif key not in top.lines:
-            known = [*groups, *top.lines]
-            raise ConfigError(
-                f"{sources.place(text)}: no such group or key {key!r}{nearest(key, known)}"
-            )
+            inside = " or ".join(map(repr, self._inside(key)))
+            hint = f"; did you mean {inside}?" if inside else nearest(key, [*groups, *top.lines])
+            raise ConfigError(f"{sources.place(text)}: no such group or key {key!r}{hint}")
+
+    def _inside(self, key: str) -> list[str]:
+        """Where groups have a key of this name: ``server.host`` for ``host``."""
+        found = set()
+        for group in self.groups():
+            for path in self.options(group).values():
+                with suppress(ConfigError):  # a port's file that is broken
+                    found |= {
+                        f"{group}.{known.name}"
+                        for known in self.keys(path)
+                        if "${" not in str(known.default)  # what follows another is set there
+                    }
+        return sorted(name for name in found if name.partition(".")[2] == key)
 
     def _broken_ports(self, value: str) -> str:
         port = next((p for p in self.ports if p.name == value and p.problem), None)
