@@ -16,6 +16,7 @@ import httpx
 from tests.server.fakes import CHAT, COMPLETIONS, EchoEngine, client_of, make_server
 
 from vllm_di import LLM, SamplingParams
+from vllm_di.components.chat_template.conversation import lost_user_text
 from vllm_di.components.interfaces import Tokenizer
 from vllm_di.errors import VllmDiError
 from vllm_di.frontend.detokenizer import Detokenizer, StopStrings
@@ -279,6 +280,22 @@ def of_texts(tokenizer: Tokenizer, name: str) -> Iterator[Case]:
     )
 
 
+def of_prompts() -> Iterator[Case]:
+    """The look for the last message's texts in the prompt."""
+
+    def looked(write: Callable[[str], str]) -> Callable[[int], Callable[[], object]]:
+        def make(n: int) -> Callable[[], object]:
+            texts = [f'"{i:06d}' for i in range(n)]
+            parts = [{"type": "text", "text": text} for text in texts]
+            prompt = " ".join(map(write, texts))
+            return lambda: lost_user_text([{"role": "user", "content": parts}], prompt)
+
+        return make
+
+    yield Case("texts of a message", looked(str), 200_000)
+    yield Case("texts of a message, as JSON", looked(json.dumps), 200_000)
+
+
 def of_stop_strings() -> Iterator[Case]:
     def searched(
         stops: list[str], text: Callable[[int], str]
@@ -380,5 +397,6 @@ def all_cases(llm: LLM, tokenizers: dict[str, Tokenizer]) -> Iterator[Case]:
     yield from of_addresses()
     for name, tokenizer in tokenizers.items():
         yield from of_texts(tokenizer, name)
+    yield from of_prompts()
     yield from of_stop_strings()
     yield from of_engine(llm)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from tests.frontend import smollm2
 
+from vllm_di.components.chat_template.conversation import lost_user_text
 from vllm_di.components.chat_template.jinja import JinjaChatTemplate
 from vllm_di.components.chat_template.minijinja import MinijinjaChatTemplate
 from vllm_di.components.chat_template.none import NoChatTemplate
@@ -343,3 +344,23 @@ def test_a_message_without_content_is_named(render: Render, content: dict[str, A
         render(NEEDS, messages)
     assert error.value.param == "messages"
     assert render(CAN_DO_WITHOUT, messages) == "Hi;none;"
+
+
+@pytest.mark.parametrize(
+    ("texts", "prompt", "is_lost"),
+    [
+        (["a", "b", "a"], "user: a b a", False),
+        (["a", "b"], "user: b and then a", False),  # a template may turn them round
+        (["a", "far"], f"user: a{'.' * 9000}far", False),
+        (['"é"', "\n\nb\n"], json.dumps(['"é"', "x\n\nb"]), False),
+        (["a", "b", "c"], "user: a c", True),
+        (["a", " "], "user: a", False),
+    ],
+)
+def test_the_texts_of_a_message_are_looked_for(
+    texts: list[str], prompt: str, is_lost: bool
+) -> None:
+    parts = [{"type": "text", "text": text} for text in texts]
+    asked: dict[str, Any] = {"role": "user", "content": parts}
+    messages = [*HI, asked, {"role": "assistant", "content": "b"}]
+    assert lost_user_text(messages, prompt) == (1 if is_lost else None)

@@ -115,6 +115,10 @@ def _decoded(call: Any, place: str) -> dict[str, Any]:
 
 # -- the last user message ------------------------------------------------------------------------
 
+_NEAR = 4096
+"""Characters behind a text within which the next is nearly always: templates write little between
+two."""
+
 
 def lost_user_text(messages: Sequence[Mapping[str, Any]], prompt: str) -> int | None:
     """The index of the last user message if one of its texts is missing in the prompt; else None.
@@ -122,8 +126,11 @@ def lost_user_text(messages: Sequence[Mapping[str, Any]], prompt: str) -> int | 
     index = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "user"), None)
     if index is None:
         return None
-    texts = _texts(messages[index].get("content", ""))
-    return index if not all(_is_in(text.strip(), prompt) for text in texts) else None
+    place = 0
+    for text in _texts(messages[index].get("content", "")):
+        if (place := _end_of(text.strip(), prompt, place)) < 0:
+            return index
+    return None
 
 
 def _texts(content: str | Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -133,10 +140,20 @@ def _texts(content: str | Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield from (part["text"] for part in content)
 
 
-def _is_in(text: str, prompt: str) -> bool:
-    return text in prompt or any(
-        json.dumps(text, ensure_ascii=ascii)[1:-1] in prompt for ascii in (False, True)
-    )
+def _end_of(text: str, prompt: str, start: int) -> int:
+    """Where a text ends in the prompt, -1 where it is not. Looked for from ``start``, where the one
+    before it ended: each from the beginning would be quadratic in the number of texts."""
+    for begin, width in ((start, _NEAR), (start, len(prompt)), (0, len(prompt))):
+        for form in _forms(text):
+            if (at := prompt.find(form, begin, begin + width + len(form))) >= 0:
+                return at + len(form)
+    return -1
+
+
+def _forms(text: str) -> Iterator[str]:
+    yield text
+    for ascii in (False, True):
+        yield json.dumps(text, ensure_ascii=ascii)[1:-1]
 
 
 # -- continuing the last message -------------------------------------------------------------------
