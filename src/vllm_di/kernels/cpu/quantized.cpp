@@ -9,6 +9,11 @@
 static const int64_t kGroup = 32;       // weights of a group along k
 static const int64_t kSteps = kGroup / 4;
 static const int kGroupRows = kTileRows > 6 ? 6 : kTileRows;  // of a tile of groups
+#if defined(__SSE2__) && !defined(__AVX2__)
+static const int kUnrolledSteps = 1;  // of a group: one is long without such instructions, and eight take the compiler a minute
+#else
+static const int kUnrolledSteps = 8;
+#endif
 static const float kBytes = 127.f;      // activations lie in [-127, 127]
 
 static inline floats half_to_float(const uint16_t* p) {
@@ -90,13 +95,17 @@ struct Bytes {
     team.barrier();
     return made;
   }
+  // x_dtype: as DISPATCH names it. Products read bytes alone: they are compiled once for all types of x.
+  static Bytes make(const Team& team, int x_dtype, const void* x, int64_t rows, int64_t k, int64_t x_stride, int64_t part) {
+    DISPATCH(x_dtype, T, { return make(team, (const T*)x, rows, k, x_stride, part); })
+  }
 };
 
 // ---- by channel ---------------------------------------------------------------------------------
 
-template <typename T>
 struct ByChannel {
-  const T* x;
+  int x_dtype;
+  const void* x;
   const bytes4* weights;  // pairs of panels [k / 4][2][16][4]
   const float* scales;    // [n], whole pairs
   int64_t rows, k, x_stride;
@@ -104,7 +113,7 @@ struct ByChannel {
 
   int64_t work() const { return rows * to.pairs() * kPair * k / 4; }
   void run(const Team& team) const {
-    const Bytes in = Bytes::make(team, x, rows, k, x_stride, k);
+    const Bytes in = Bytes::make(team, x_dtype, x, rows, k, x_stride, k);
     const int64_t steps = k / 4, size = steps * kPair;
     over_pairs<kTileRows>(team, rows, to.pairs(), weights, 4 * size, [&](auto count, int64_t row, int64_t pair, Ahead ahead) {
       const int ROWS = decltype(count)::value;
@@ -123,15 +132,14 @@ struct ByChannel {
 
 #if defined(__AMX_TILE__) || defined(EMULATE_TILES)
 // The same by tile registers: the same whole numbers, and so the same bits.
-template <typename T>
 struct TiledByChannel {
-  ByChannel<T> p;
+  ByChannel p;
 
   int64_t work() const { return p.work(); }
   size_t bytes() const { return Bytes::workspace(p.rows, p.k, p.k); }
   size_t workspace() const { return bytes() + TileRows::workspace(p.rows, p.k / 4); }
   void run(const Team& team) const {
-    const Bytes bytes_in = Bytes::make(team, p.x, p.rows, p.k, p.x_stride, p.k);
+    const Bytes bytes_in = Bytes::make(team, p.x_dtype, p.x, p.rows, p.k, p.x_stride, p.k);
     const TileRows in = TileRows::make<4>(team, bytes_in.x, p.rows, p.k, bytes_in.stride, team.shared->workspace.data() + bytes());
     const int64_t steps = p.k / 4, size = steps * kPair;
     const uint32_t* weights = (const uint32_t*)p.weights;
@@ -171,17 +179,18 @@ struct Group {
   static inline floats offset(const uint8_t* group) { return half_to_float((const uint16_t*)(group + kBytesOfQ) + kLanes); }
 };
 
-template <typename T, int BITS>
+template <int BITS>
 struct ByGroup {
   typedef Group<BITS> G;
-  const T* x;
+  int x_dtype;
+  const void* x;
   const uint8_t* weights;  // pairs of panels [k / 32][2] of groups
   int64_t rows, k, x_stride;
   Output to;
 
   int64_t work() const { return rows * to.pairs() * kPair * k / 4; }
   void run(const Team& team) const {
-    const Bytes in = Bytes::make(team, x, rows, k, x_stride, kGroup);
+    const Bytes in = Bytes::make(team, x_dtype, x, rows, k, x_stride, kGroup);
     const int64_t size = 2 * G::kSize * k / kGroup;
     over_pairs<kGroupRows>(team, rows, to.pairs(), weights, size, [&](auto count, int64_t row, int64_t pair, Ahead ahead) {
       const int ROWS = decltype(count)::value;
@@ -201,7 +210,7 @@ struct ByGroup {
       const int64_t share = ahead.lines * G::kSize;  // of the two that a pair's group takes
       for (int64_t i = 0; i < share; i += kLine) __builtin_prefetch(ahead.at + g * share + i, 0, 2);
       ints dots[ROWS][2] = {};
-#pragma GCC unroll 8
+#pragma GCC unroll kUnrolledSteps
       for (int i = 0; i < kSteps; i++) {
         const words one = G::q(at, i / 2 + i % 2 * 4), other = G::q(at + G::kSize, i / 2 + i % 2 * 4);
 #pragma GCC unroll 8
@@ -236,17 +245,18 @@ static inline words to_pairs(floats even, floats odd) {
 
 // The same in bf16 by tile registers: a pair of panels becomes bf16 once for a span of rows, and x is not rounded to bytes. So
 // sums need no scale of their own for each group, and results differ from those of few rows by that rounding.
-template <typename T, int BITS>
+template <int BITS>
 struct TiledByGroup {
   typedef Group<BITS> G;
-  ByGroup<T, BITS> p;
+  ByGroup<BITS> p;
 
   int64_t work() const { return p.work(); }
   size_t blocks() const { return TileRows::workspace(p.rows, p.k / 2); }
   size_t workspace(int threads) const { return blocks() + size_t(threads * p.k / 2 * kPair); }
   void run(const Team& team) const {
     float* space = team.shared->workspace.data();
-    const TileRows in = TileRows::make<2>(team, p.x, p.rows, p.k, p.x_stride, space);
+    TileRows in{};
+    DISPATCH(p.x_dtype, T, { in = TileRows::make<2>(team, (const T*)p.x, p.rows, p.k, p.x_stride, space); })
     const int64_t steps = p.k / 2;
     uint32_t* panels = (uint32_t*)(space + blocks()) + team.index * steps * kPair;
     over_blocks<DotBf16>(team, in, p.rows, p.to.pairs(), steps, 0, [&](int64_t pair) { return unpack(pair, panels); },
@@ -284,36 +294,30 @@ EXPORT void quantized_linear(int x_dtype, int bits, const void* x, const void* w
   const Output to{out, bias, n, out_dtype, bias_dtype, Gate(gate)};
 #if defined(__AMX_TILE__) || defined(EMULATE_TILES)
   if (tiled) {
-    DISPATCH(x_dtype, T, {
-      const T* in = (const T*)x;
-      const uint8_t* groups = (const uint8_t*)weights;
-      if (bits == 0) {
-        const TiledByChannel<T> task{{in, (const bytes4*)weights, scales, rows, k, x_stride, to}};
-        reserve(task.workspace());
-        submit(task, threads);
-      } else if (bits == 4) {
-        const TiledByGroup<T, 4> task{{in, groups, rows, k, x_stride, to}};
-        reserve(task.workspace(threads));
-        submit(task, threads);
-      } else {
-        const TiledByGroup<T, 8> task{{in, groups, rows, k, x_stride, to}};
-        reserve(task.workspace(threads));
-        submit(task, threads);
-      }
-    })
+    const uint8_t* groups = (const uint8_t*)weights;
+    if (bits == 0) {
+      const TiledByChannel task{{x_dtype, x, (const bytes4*)weights, scales, rows, k, x_stride, to}};
+      reserve(task.workspace());
+      submit(task, threads);
+    } else if (bits == 4) {
+      const TiledByGroup<4> task{{x_dtype, x, groups, rows, k, x_stride, to}};
+      reserve(task.workspace(threads));
+      submit(task, threads);
+    } else {
+      const TiledByGroup<8> task{{x_dtype, x, groups, rows, k, x_stride, to}};
+      reserve(task.workspace(threads));
+      submit(task, threads);
+    }
     return;
   }
 #endif
   reserve(Bytes::workspace(rows, k, bits == 0 ? k : kGroup));
-  DISPATCH(x_dtype, T, {
-    const T* in = (const T*)x;
-    if (bits == 0)
-      submit(ByChannel<T>{in, (const bytes4*)weights, scales, rows, k, x_stride, to}, threads);
-    else if (bits == 4)
-      submit(ByGroup<T, 4>{in, (const uint8_t*)weights, rows, k, x_stride, to}, threads);
-    else
-      submit(ByGroup<T, 8>{in, (const uint8_t*)weights, rows, k, x_stride, to}, threads);
-  })
+  if (bits == 0)
+    submit(ByChannel{x_dtype, x, (const bytes4*)weights, scales, rows, k, x_stride, to}, threads);
+  else if (bits == 4)
+    submit(ByGroup<4>{x_dtype, x, (const uint8_t*)weights, rows, k, x_stride, to}, threads);
+  else
+    submit(ByGroup<8>{x_dtype, x, (const uint8_t*)weights, rows, k, x_stride, to}, threads);
 }
 
 // Rows of a weight by group, as floats.
