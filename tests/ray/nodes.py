@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -60,8 +61,8 @@ class Nodes:
     def __init__(self) -> None:
         self.why_one_host = reason_for_one_host()
         self.folder = Path(tempfile.mkdtemp(prefix="vdi"))
-        self.token = self._file("token", b"t" * 64)
-        self.secret = self._file("secret", b"s" * 32)
+        self.token = self._file("token", secrets.token_hex(32).encode())
+        self.secret = self._file("secret", secrets.token_hex(32).encode())
         self.started: dict[str, subprocess.Popen[str]] = {}
         (self.folder / "ray").mkdir()
         self.head = self.address_of(1)
@@ -76,7 +77,8 @@ class Nodes:
         self._port = port
 
     def address_of(self, number: int) -> str:
-        return "127.0.0.1" if self.why_one_host else f"10.231.7.{number}"
+        # 127.0.0.1 would become the address that leads to the internet
+        return "127.0.0.2" if self.why_one_host else f"10.231.7.{number}"
 
     def _file(self, name: str, text: bytes) -> Path:
         path = self.folder / name
@@ -93,8 +95,6 @@ class Nodes:
     @property
     def environment(self) -> dict[str, str]:
         known = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        if self.why_one_host:
-            known["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # all on the loopback
         return known | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
