@@ -52,8 +52,9 @@ def test_layouts_stand_beside_each_other(
     chunk = "scheduler.max_num_batched_tokens=512"
     status, out, err = call(capsys, *TINY, chunk, *words, "--json", str(path))
     assert (status, err) == (0, "")
+    assert f"layout 1: {one}\nlayout 2: {two}\n" in out
     head = next(line for line in out.splitlines() if line.startswith("figure"))
-    assert one in head and two in head
+    assert head.split() == ["figure", "layout", "1", "layout", "2"]
     assert "cpu-steps.json: tiny on platform=cpu, none, 2026-11-28: 56 steps" in out
     assert "30 requests, 16 at a time; prompts of uniform:20,40 tokens; answers of 4" in out
     data = json.loads(path.read_text())

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 OF_MEASURING = ("-o", "--repeats", "--clock")
 """Options that only ``measure`` takes. It takes no others."""
+WIDEST = 36
+"""Characters of a layout that still heads its column."""
 
 
 def run(arguments: Arguments) -> int:
@@ -117,11 +119,16 @@ def _simulate(arguments: Arguments) -> int:
     print(f"{load}\n")
     names = list(dict.fromkeys(name for _, found, _ in results for name in found.rows))
     heads = [layout or "as it is" for layout, _, _ in results]
+    if max(map(len, heads)) > WIDEST:
+        for number, layout in enumerate(heads, 1):
+            print(f"layout {number}: {layout}")
+        print()
+        heads = [f"layout {number}" for number in range(1, len(heads) + 1)]
     rows = [[n, *(_shown(found.rows.get(n, math.nan)) for _, found, _ in results)] for n in names]
     print_table(["figure", *heads], rows)
-    for layout, found, _ in results:
+    for head, (_, found, _) in zip(heads, results, strict=True):
         for note in found.notes:
-            print(f"{layout}: {note}" if layout else note)
+            print(f"{head}: {note}" if len(heads) > 1 else note)
     if path := arguments.options.get("--json"):
         _write(Path(path), arguments, load, files, results)
     return 0

@@ -51,9 +51,9 @@ def figures(fleet: Fleet, found: Outcome) -> Figures:
     rows |= quantiles("in the queue", found.queue, (50, 99))
     rows["prompt tokens from the prefix cache, %"] = 100 * hits / looked_up if looked_up else 0.0
     rows["preemptions"] = float(sum(stats.num_preemptions for stats in found.stats))
-    for name in busy[0]:
-        shares = [100 * lanes[name] for lanes in busy]
-        what = "busy" if name == "replica" else f"busy, {name}"
+    for role in dict.fromkeys(name.split()[0] for name in busy[0]):
+        shares = [100 * b for lanes in busy for n, b in lanes.items() if n.split()[0] == role]
+        what = "busy" if role == "replica" else f"busy, {role}"
         rows[f"{what}, %: mean"] = float(np.mean(shares))
         if len(shares) > 1:
             rows[f"{what}, %: least"], rows[f"{what}, %: most"] = min(shares), max(shares)

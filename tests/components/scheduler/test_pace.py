@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.components.scheduler.fakes import BLOCK, World, expected, report
 
 from vllm_di.components.messages import StepPlan
-from vllm_di.components.scheduler.pace import LEAST_CHUNK
+from vllm_di.components.scheduler.pace import LEAST_CHUNK, StepPace
 from vllm_di.errors import VllmDiError
 
 MS = 1e-3
@@ -138,6 +138,24 @@ def test_it_follows_a_machine_that_becomes_slow_and_quick_again() -> None:
     made.executor.seconds = machine(token=0.5)
     again = chunk()
     assert 150 <= quick <= 200 and 30 <= slow <= 50 and 150 <= again <= 200
+
+
+def test_the_pace_is_asked_for_where_a_prompt_waits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its medians cost as much as the rest of a small step."""
+    made, asked = world(50, machine()), list[int]()
+    paced = StepPace.prompt_tokens
+
+    def counted(pace: StepPace, decodes: int) -> int:
+        asked.append(decodes)
+        return paced(pace, decodes)
+
+    monkeypatch.setattr(StepPace, "prompt_tokens", counted)
+    for _ in range(20):
+        made.step()
+    assert asked == []
+    burst(made, 2)
+    until_first_tokens(made)
+    assert len(asked) == len(mixed(made)) > 2
 
 
 def test_a_disturbed_step_changes_nothing() -> None:

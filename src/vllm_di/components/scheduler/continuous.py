@@ -159,20 +159,26 @@ class ContinuousScheduler(Scheduler):
 
     def _next_step(self) -> Step:
         decodes = 0 if self._pace is None else self._num_decoding()
-        prompt_budget = self._max_tokens
-        if self._pace is not None and decodes:
-            prompt_budget = self._pace.prompt_tokens(decodes)
-        step = Step(self._step_limits, prompt_budget)
+        step, can_prefill = Step(self._step_limits, self._max_tokens), self._can_prefill()
+        if can_prefill:
+            self._bound_prompts(step, decodes)
         mixed = self._limits.mixed_steps
         # where prompts and decodes share no step, they take turns
         decodes_turn = not mixed and decodes > 0 and self._after_prompts
-        if not mixed and not decodes_turn and self._can_prefill():
+        if not mixed and not decodes_turn and can_prefill:
             self._admit_waiting(step)
         if mixed or not step.scheduled:
             self._continue_running(step, decodes_alone=decodes_turn)
             if mixed or not step.scheduled:
+                if self._waiting and not can_prefill:  # it was preempted a moment ago
+                    self._bound_prompts(step, decodes)
                 self._admit_waiting(step)
         return step
+
+    def _bound_prompts(self, step: Step, decodes: int) -> None:
+        """By the measured speed: not asked for where no prompt waits, as in most steps."""
+        if self._pace is not None and decodes:
+            step.prompt_budget = self._pace.prompt_tokens(decodes)
 
     def timed(self, plan: StepPlan, seconds: float) -> None:
         if self._pace is not None:
