@@ -1,9 +1,20 @@
 """``--sanitize``: kernels with the address sanitizer (``make sanitize`` preloads its runtime).
-``--aarch64``: kernels for another architecture, run by QEMU (``make test-aarch64``)."""
+``--aarch64``: kernels for another architecture, run by QEMU (``make test-aarch64``).
+``--hypothesis-profile=explore``: other random inputs in each run."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
+
+if find_spec("hypothesis") is not None:  # vLLM's environments have it not
+    from hypothesis import settings
+
+    # no deadline: an example takes long where the machine is busy
+    settings.register_profile("steady", deadline=None, derandomize=True)
+    settings.register_profile("explore", deadline=None)
+    settings.load_profile("steady")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
