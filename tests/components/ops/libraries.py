@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -44,3 +47,22 @@ def close(got: Tensor, exact: Tensor, scale: float = 1.0) -> None:
     assert torch.isfinite(got).all()
     wrong = (got.float() - exact).abs() - bound * (exact.abs() + scale)
     assert wrong.numel() == 0 or float(wrong.max()) <= 0, float(wrong.max())
+
+
+def noted_calls(monkeypatch: pytest.MonkeyPatch, ops: Iterable[str]) -> set[tuple[str, str]]:
+    """(library, op) of every call of these ops from now on, ours or the reference's."""
+    calls: set[tuple[str, str]] = set()
+
+    def noted(cls: type, op: str) -> Any:
+        plain = getattr(cls, op)
+
+        def run(self: Any, *args: Any) -> Any:
+            calls.add((cls.__name__, op))
+            return plain(self, *args)
+
+        return run
+
+    for cls in (CpuOps, TorchOps):
+        for op in ops:
+            monkeypatch.setattr(cls, op, noted(cls, op))
+    return calls

@@ -3,14 +3,11 @@ with such norms, and what it stands for runs elsewhere."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from tests.components.ops.libraries import random
+from tests.components.ops.libraries import noted_calls, random
 
 from vllm_di import LLM, SamplingParams
-from vllm_di.components.ops.cpu import CpuOps
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.models.rope import cos_sin_table
@@ -47,21 +44,7 @@ def test_the_reference_is_each_head_on_its_own() -> None:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     """(library, op) of every call of these ops that the table makes."""
-    calls: set[tuple[str, str]] = set()
-
-    def noted(cls: type, op: str) -> Any:
-        plain = getattr(cls, op)
-
-        def run(self: Any, *args: Any) -> Any:
-            calls.add((cls.__name__, op))
-            return plain(self, *args)
-
-        return run
-
-    for cls in (CpuOps, TorchOps):
-        for op in OPS:
-            monkeypatch.setattr(cls, op, noted(cls, op))
-    return calls
+    return noted_calls(monkeypatch, OPS)
 
 
 def tokens(*overrides: str) -> list[list[int]]:

@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tests.components.ops.libraries import DTYPES, ISAS, REFERENCE, close, library, random
+from tests.components.ops.libraries import (
+    DTYPES,
+    ISAS,
+    REFERENCE,
+    close,
+    library,
+    noted_calls,
+    random,
+)
 from torch import Tensor
 
 from vllm_di import LLM, SamplingParams
@@ -16,7 +24,6 @@ from vllm_di.components.attention.sdpa import SdpaAttention
 from vllm_di.components.device.host import HostDevice
 from vllm_di.components.interfaces import OpTable
 from vllm_di.components.kv_layout.hnd import HndLayout
-from vllm_di.components.ops.cpu import CpuOps
 from vllm_di.components.ops.table import SelectedOps
 from vllm_di.components.ops.torch import TorchOps
 from vllm_di.containers.assembly import assemble
@@ -224,21 +231,7 @@ def test_a_library_without_it_has_its_two_ops() -> None:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     """(library, op) of every call of the three ops."""
-    calls: set[tuple[str, str]] = set()
-
-    def noted(cls: type, op: str) -> Any:
-        plain = getattr(cls, op)
-
-        def run(self: Any, *args: Any) -> Any:
-            calls.add((cls.__name__, op))
-            return plain(self, *args)
-
-        return run
-
-    for cls in (CpuOps, TorchOps):
-        for op in (*MEMBERS, "rotary_write_kv"):
-            monkeypatch.setattr(cls, op, noted(cls, op))
-    return calls
+    return noted_calls(monkeypatch, (*MEMBERS, "rotary_write_kv"))
 
 
 def tokens(*overrides: str) -> list[list[int]]:
