@@ -201,26 +201,30 @@ def sampling_cases(vocab: int) -> list[SamplingCase]:
     one, zero = torch.ones(rows), torch.zeros(rows)
     cases = []
     for top_k in (full, full.clamp(max=1), full.clamp(max=5), full.clamp(max=300)):
+        ranked = _ranked(logits, top_k)
         for top_p in (one, 0.9 * one, 0.3 * one, 1e-6 * one):
             for min_p in (zero, 0.05 * one, one):
                 settings = (top_k, top_p, min_p, uniform)
                 want = REFERENCE.top_k_top_p_sample(logits.clone(), *settings)
-                kept = _kept(logits, top_k, top_p, min_p)
-                cases.append(SamplingCase(logits, settings, want, kept))
+                cases.append(SamplingCase(logits, settings, want, _kept(*ranked, top_p, min_p)))
     return cases
 
 
-def _kept(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """[rows, vocab]: what may be drawn, with a hair of slack at the borders."""
-    probs = logits.double().softmax(-1)
-    ranked = logits.sort(-1, descending=True).values
-    keep = logits >= ranked.gather(1, (top_k - 1)[:, None])
-    within = torch.where(keep, probs, 0.0)
+def _ranked(logits: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
+    """-> (probabilities within the top k, the mass of the likelier tokens), both [rows, vocab]."""
+    least = logits.sort(-1, descending=True).values.gather(1, (top_k - 1)[:, None])
+    within = torch.where(logits >= least, logits.double().softmax(-1), 0.0)
     within /= within.sum(-1, keepdim=True)
     falling, order = within.sort(-1, descending=True)
     before = torch.empty_like(within).scatter_(1, order, falling.cumsum(-1) - falling)
-    keep &= (before < top_p[:, None] + 1e-5) | (within == within.max(-1, keepdim=True).values)
-    return keep & (within >= min_p[:, None] * within.max(-1, keepdim=True).values - 1e-6)
+    return within, before
+
+
+def _kept(within: Tensor, before: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """[rows, vocab]: what may be drawn, with a hair of slack at the borders."""
+    most = within.max(-1, keepdim=True).values
+    keep = (within > 0) & ((before < top_p[:, None] + 1e-5) | (within == most))
+    return keep & (within >= min_p[:, None] * most - 1e-6)
 
 
 @every_isa
