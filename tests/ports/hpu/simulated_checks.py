@@ -330,7 +330,9 @@ def check_the_cache_gets_what_the_graphs_left() -> None:
     sized: list[int] = []
     fraction = 0.5
     for graph_memory in (0, 0, 1 << 20):
+        # the largest bucket of each kind alone: torch takes a second or two to trace each
         choice = ["graph=hpu_compile", f"device.simulation.graph_memory={graph_memory}"]
+        choice += ["shapes.decode_seqs=[4]", "shapes.prefill_queries=[64]"]
         limit = ["device.simulation.memory=48MiB", f"worker.memory_fraction={fraction}"]
         with parts(*choice, *limit, "model.dtype=float32", only=("worker", "device")) as container:
             worker = container.worker()
