@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from vllm_di.components.device import system
+from vllm_di.components.engine.standard import StandardEngine
 from vllm_di.components.interfaces import Engine, Executor
 from vllm_di.components.messages import (
     EngineRequest,
@@ -113,6 +114,8 @@ def measure(
         with opened(EngineContainer, assembly, launcher=launcher, executor=recorder) as outer:
             engine = outer.engine()
             refuse_drafts(outer.drafter(), assembly)
+            if isinstance(engine, StandardEngine):
+                engine.clock = CLOCKS[clock]  # by which the scheduler paces prompts
             node = assembly.engine["scheduler"]
             drive = _Drive(engine, recorder, CLOCKS[clock])
             plan = list(
@@ -125,6 +128,7 @@ def measure(
             drive.run(plan[0])  # the first steps of a process are slower
             drive.steps.clear()
             for number in range(repeats):
+                drive.begin_round()
                 for index, batch in enumerate(plan):
                     drive.run(batch)
                     progress(f"round {number + 1} of {repeats}: {index + 1} of {len(plan)} batches")
@@ -196,7 +200,7 @@ class _Drive:
     def __init__(self, engine: Engine, recorder: Recorder, clock: Callable[[], float]) -> None:
         self._engine, self._recorder, self._clock = engine, recorder, clock
         self._shaper = Shaper(engine.report.kv_groups)
-        self._draw = np.random.default_rng(0)
+        self._draw, self._lengths = np.random.default_rng(0), np.random.default_rng(1)
         self._number = 0
         self.steps: list[MeasuredStep] = []
 
@@ -234,10 +238,13 @@ class _Drive:
             ended = self._step(fitted=False)
             left -= ended
 
+    def begin_round(self) -> None:
+        """Its prompts are as long as those of every other round: the first time that a shape comes
+        may take longer than the next, and a server has some of both."""
+        self._lengths = np.random.default_rng(1)
+
     def _near(self, length: int) -> int:
-        """A step of a shape that was there before may be faster than others, and a workload's steps
-        are of ever new shapes."""
-        return int(length * self._draw.uniform(1 - NEAR, 1))
+        return int(length * self._lengths.uniform(1 - NEAR, 1))
 
     def _prompt(self, length: int) -> list[int]:
         vocabulary = self._engine.report.vocab_size
