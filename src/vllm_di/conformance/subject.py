@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import util
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import torch
@@ -27,6 +27,7 @@ from vllm_di.containers.slots import EngineContainer, WorkerContainer, slots
 from vllm_di.containers.stages import prefix, split
 from vllm_di.errors import ConfigError, PortError, nearest
 
+T = TypeVar("T")
 OWN = ("model", "model.path", "loader", "tokenizer", "chat_template")
 """Keys that the suite sets itself, because it brings its own models."""
 PREFIX_CACHING = "kv_cache_manager.prefix_caching"
@@ -59,6 +60,7 @@ class Subject:
         self.overrides, self.form, self.seed = list(overrides), form, seed
         self.config_dirs = list(config_dirs)
         self._assemblies: dict[tuple[str, ...], Assembly] = {}
+        self._kept: dict[str, Any] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="vllm-di-conform-")
 
     def close(self) -> None:
@@ -192,6 +194,13 @@ class Subject:
         if overrides not in self._assemblies:
             self._assemblies[overrides] = assemble(overrides, self.config_dirs)
         return self._assemblies[overrides]
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What ``make`` gave when ``name`` was first asked for: several cases compare with it."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        found: T = self._kept[name]
+        return found
 
     @contextmanager
     def parts(

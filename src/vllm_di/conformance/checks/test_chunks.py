@@ -20,8 +20,12 @@ def asks() -> list[Ask]:
 
 def alone(subject: Subject) -> list[Answer]:
     """Each prompt whole and by itself."""
-    with subject.engine(*exact(subject)) as engine:
-        return [run(engine, [one])[0] for one in asks()]
+
+    def make() -> list[Answer]:
+        with subject.engine(*exact(subject)) as engine:
+            return [run(engine, [one])[0] for one in asks()]
+
+    return subject.once("chunks: whole prompts", make)
 
 
 def exact(subject: Subject) -> list[str]:

@@ -69,9 +69,14 @@ def with_probes(plain: Assembly, failing: str, kind: str) -> Assembly:
 
 
 def warm(subject: Subject) -> None:
-    """One whole start first: thread pools that libraries keep for good exist afterwards."""
-    with subject.engine() as engine:
-        run(engine, [ask(prompts(1)[0], 2)])
+    """One whole start before the first failed one: thread pools that libraries keep for good exist
+    afterwards."""
+
+    def start() -> None:
+        with subject.engine() as engine:
+            run(engine, [ask(prompts(1)[0], 2)])
+
+    subject.once("lifecycle: a whole start", start)
 
 
 def load_and_allocate(assembly: Assembly) -> None:
