@@ -20,8 +20,9 @@ from vllm_di.components.messages import (
 
 PATIENCE = 120.0
 """Seconds after which an engine that still has work counts as hung."""
-IDLE = 1.0
-"""Seconds that an engine with work may go without scheduling anything."""
+IDLE, IDLE_STEPS = 1.0, 20
+"""Seconds, and steps, that an engine with work may go without scheduling anything or giving an
+answer. Steps count too, as all of a machine may stand still for a second."""
 
 
 class Ask(msgspec.Struct, kw_only=True):
@@ -78,7 +79,7 @@ def run(
     waiting = {f"ask-{i}": one for i, one in enumerate(asks)}
     answers = {name: Answer() for name in waiting}
     step, begin = 0, time.monotonic()
-    scheduled, moved = -1, begin
+    scheduled, moved, num_idle = -1, begin, 0
     while waiting or engine.has_work():
         for name in [n for n in waiting if start(int(n.split("-")[1])) <= step]:
             add(engine, name, waiting.pop(name))
@@ -91,9 +92,11 @@ def run(
             if output.request_id in answers:
                 take(answers[output.request_id], output)
         step, now = step + 1, time.monotonic()
-        if outputs.stats.num_steps != scheduled:
-            scheduled, moved = outputs.stats.num_steps, now
-        assert now - moved < IDLE, "the engine has work, but schedules none of it"
+        num_idle += 1
+        if outputs.stats.num_steps != scheduled or outputs.outputs:
+            scheduled, moved, num_idle = outputs.stats.num_steps, now, 0
+        is_stuck = now - moved > IDLE and num_idle > IDLE_STEPS
+        assert not is_stuck, "the engine has work, but schedules none of it"
         assert now - begin < PATIENCE, f"the engine still has work after {step} steps"
     unfinished = [n for n, answer in answers.items() if answer.finish_reason is None]
     assert not unfinished, f"requests without an end: {', '.join(unfinished)}"

@@ -13,7 +13,8 @@ import msgspec
 from vllm_di.components.device import system
 
 SELF = Path("/proc/self")
-SETTLE_SECONDS = 1.0
+SETTLE_SECONDS = 3.0
+"""For what ends to be gone, on a machine that is busy with other things."""
 
 
 class Footprint(msgspec.Struct, frozen=True):
@@ -50,9 +51,10 @@ def footprint() -> Footprint:
 def settled(base: Footprint) -> list[str]:
     """What still exceeds ``base`` after a moment: threads and children take one to end."""
     gc.collect()
-    deadline = time.monotonic() + SETTLE_SECONDS
+    pause, deadline = 0.02, time.monotonic() + SETTLE_SECONDS
     while (more := footprint().beyond(base)) and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.3)
         gc.collect()
     return more
 

@@ -16,7 +16,7 @@ from vllm_di.containers.assembly import Assembly
 from vllm_di.containers.fill import opened
 from vllm_di.containers.slots import WorkerContainer
 
-SECONDS = 40.0
+SECONDS = 120.0
 """The longest that ranks may take together."""
 
 
