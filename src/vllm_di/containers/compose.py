@@ -189,8 +189,9 @@ class ConfigTree(ConfigFiles):
         self._add_ops(node, self.with_included(path))
         origins: dict[str, Origin] = {}
         for file in reversed(self.with_included(path)):  # the nearest last: it wins
+            place = shown(file)
             for key, line in self.read(file).lines.items():
-                origins[key] = Origin(group, shown(file), line)
+                origins[key] = Origin(group, place, line)
         loose = OmegaConf.create(OmegaConf.to_container(node, resolve=False))  # not of Hydra's root
         assert isinstance(loose, DictConfig)
         return loose, origins
@@ -257,9 +258,9 @@ class ConfigTree(ConfigFiles):
         origins: dict[str, Origin] = {}
         for file, package in files:
             prefix = f"{package}." if package else ""
-            chooser = self._chooser(file)
+            chooser, place = self._chooser(file), shown(file)
             for key, line in self.read(file).lines.items():
-                origins[prefix + key] = Origin(chooser, shown(file), line)
+                origins[prefix + key] = Origin(chooser, place, line)
         for override in parsed:
             if "." in override.key_or_group or override.key_or_group not in self.groups():
                 text = override.input_line or _text(override)
