@@ -14,6 +14,8 @@ help:  ## this list
 serve: venv  ## set up, then serve the demo model on http://127.0.0.1:8000
 	$(BIN)/vllm-di serve $(ARGS)
 
+# JOBS processes share the cores: a thread that spins between two products holds up another's test
+test: export OMP_WAIT_POLICY = passive
 test: venv vendor-schemas  ## set up, then run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not vllm and not mutants and not vocabularies and not templates and not families and not clients and not ray and not page and not docs" $(ARGS)
 
