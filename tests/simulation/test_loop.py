@@ -78,7 +78,7 @@ def test_a_split_hands_the_cache_over() -> None:
 def test_prompts_run_beside_decodes_in_a_split() -> None:
     """No decode waits for a prompt, whatever comes, where the bandwidth is without end: for a step
     of decodes alone, and a first token's sequence for the step that is under way."""
-    mixed = load(60, given="200", wanted="uniform:2,40", at_a_time=6)
+    mixed = load(40, given="200", wanted="uniform:2,40", at_a_time=6)
     _, together = run(TINY, mixed)
     _, apart = run(
         [*SPLIT, "executor.prefill_replicas=2", "scheduler.max_num_batched_tokens=512"],
@@ -109,7 +109,7 @@ def test_prompts_run_beside_decodes_in_a_split() -> None:
 )
 def test_every_request_ends_and_every_block_comes_back(overrides: list[str]) -> None:
     workload = load(
-        150,
+        100,
         given="lognormal:100,1.0",
         wanted="lognormal:20,1.0",
         rate=120.0,
@@ -117,8 +117,8 @@ def test_every_request_ends_and_every_block_comes_back(overrides: list[str]) -> 
         prefix_len=64,
     )
     fleet, found = run(overrides, workload, bandwidth=1e7)
-    assert found.finished == 150 and found.refused == 0
-    assert len(found.first) == len(found.whole) == len(found.queue) == 150
+    assert found.finished == 100 and found.refused == 0
+    assert len(found.first) == len(found.whole) == len(found.queue) == 100
     assert found.generated_tokens == len(found.first) + len(found.between)
     assert min(found.between) > 0 and min(found.first) > 0 and min(found.queue) >= 0
     for replica in fleet.replicas:
@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_figures() -> None:
 
     def told(seed: int) -> tuple[Fleet, Outcome]:
         return run(
-            overrides, load(80, given="uniform:8,300", wanted="8", rate=90.0, prefixes=3, seed=seed)
+            overrides, load(40, given="uniform:8,300", wanted="8", rate=90.0, prefixes=3, seed=seed)
         )
 
     one, again, other = (figures(*told(seed)) for seed in (1, 1, 2))
@@ -169,7 +169,7 @@ def test_steps_beyond_what_was_measured_are_told() -> None:
 
 def test_the_prefix_router_brings_equal_beginnings_together() -> None:
     """The router is the real one: with caches too small for all beginnings it finds more."""
-    workload = load(200, given="16", wanted="4", at_a_time=8, prefixes=12, prefix_len=256, seed=3)
+    workload = load(120, given="16", wanted="4", at_a_time=8, prefixes=12, prefix_len=256, seed=3)
     rates = {}
     for router in ("prefix", "round_robin"):
         fleet, found = run(

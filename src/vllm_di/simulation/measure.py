@@ -128,7 +128,6 @@ def measure(
             drive.run(plan[0])  # the first steps of a process are slower
             drive.steps.clear()
             for number in range(repeats):
-                drive.begin_round()
                 for index, batch in enumerate(plan):
                     drive.run(batch)
                     progress(f"round {number + 1} of {repeats}: {index + 1} of {len(plan)} batches")
@@ -200,7 +199,7 @@ class _Drive:
     def __init__(self, engine: Engine, recorder: Recorder, clock: Callable[[], float]) -> None:
         self._engine, self._recorder, self._clock = engine, recorder, clock
         self._shaper = Shaper(engine.report.kv_groups)
-        self._draw, self._lengths = np.random.default_rng(0), np.random.default_rng(1)
+        self._draw = np.random.default_rng(0)
         self._number = 0
         self.steps: list[MeasuredStep] = []
 
@@ -238,13 +237,10 @@ class _Drive:
             ended = self._step(fitted=False)
             left -= ended
 
-    def begin_round(self) -> None:
-        """Its prompts are as long as those of every other round: the first time that a shape comes
-        may take longer than the next, and a server has some of both."""
-        self._lengths = np.random.default_rng(1)
-
     def _near(self, length: int) -> int:
-        return int(length * self._lengths.uniform(1 - NEAR, 1))
+        """A step of a shape that was there before may be faster than others, and a workload's steps
+        are of ever new shapes."""
+        return int(length * self._draw.uniform(1 - NEAR, 1))
 
     def _prompt(self, length: int) -> list[int]:
         vocabulary = self._engine.report.vocab_size
