@@ -30,7 +30,7 @@ def placed(error: ConfigError, assembly: Assembly, path: str, before: str) -> Co
         origins = list(_named(assembly, path, before, message))
         origin = next((o for o in origins if o.by_user), None) or _first(assembly, path, message)
     place = str(origin) if origin else assembly.place(f"{path}._target_")
-    return type(error)(f"{place}: {path}: {message}")
+    return type(error)(f"{place}: {path}: {message.removeprefix(f'{path}: ')}")
 
 
 def _named(assembly: Assembly, path: str, before: str, message: str) -> Iterator[Origin]:

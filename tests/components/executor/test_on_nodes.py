@@ -296,9 +296,9 @@ def test_a_worker_that_cannot_reach_the_engine(cluster: type[MadeUpCluster]) -> 
     ("overrides", "words"),
     [
         (["cluster.bind=10.0.0.1"], "command line: cluster.bind=10.0.0.1: .*set secret_file too"),
-        (["cluster.secret_file=/nowhere"], "cluster.secret_file: /nowhere: No such file"),
+        (["cluster.secret_file=/nowhere"], "=/nowhere: cluster.secret_file: /nowhere: No such"),
         (["cluster.address=somewhere"], "'somewhere' is no HOST:PORT"),
-        (["cluster.token_file=/nowhere"], "cluster.token_file: there is no file /nowhere"),
+        (["cluster.token_file=/nowhere"], "=/nowhere: cluster.token_file: there is no file"),
         (["cluster.bnd=10.0.0.1"], "cluster has no key 'bnd'.*did you mean 'bind'"),
         (["executor.strategy=PCK"], "executor.strategy: .*did you mean 'PACK'"),
         (
