@@ -30,7 +30,7 @@ from vllm_di.server.engine_watch import EngineProcess
 ROOT = str(Path(__file__).parents[2])
 SCRIPT = (
     f"import sys; sys.path.insert(0, {ROOT!r}); "
-    "from tests.server.test_engine_watch import main; main(*sys.argv[1:])"
+    "from tests.server.test_engine_watch import main; main(sys.argv[1], sys.argv[-1])"
 )
 LONG, HANG, DIE, LEAVE = 100, 101, 102, 103
 """Prompt tokens that the fake engine obeys: a step of some seconds, one without end, and so on."""
@@ -196,9 +196,11 @@ def test_an_engine_that_ends_is_replaced_once(
         async with started(engine_restarts=1) as (client, server, web):
             may_start = asyncio.Event()
 
-            async def later(command: Sequence[str], assembly: bytes) -> EngineProcess:
+            async def later(
+                command: Sequence[str], assembly: bytes, *arguments: str
+            ) -> EngineProcess:
                 await may_start.wait()
-                return await spawn(command, assembly)
+                return await spawn(command, assembly, *arguments)
 
             monkeypatch.setattr(EngineProcess, "spawn", later)
             first = client.pid
