@@ -169,14 +169,14 @@ def test_calls_are_encrypted(nodes: Nodes, want: Any, tmp_path: Path) -> None:
     }
     said = found["log"]
     if not nodes.why_one_host:
-        nodes.add("t", 7, "--num-cpus=0", '--resources={"tls": 1}', other_files=files)
+        nodes.add("tls", 7, "--num-cpus=0", '--resources={"tls": 1}', other_files=files)
         try:
             [refused] = nodes.ask({"overrides": [*TINY, *on(nodes, tls), "executor.resource=tls"]})
             assert "cluster.tls" in refused.get("text", ""), refused
             assert "certificate verify failed" in refused["text"].lower(), refused
             said += refused["log"] + refused["text"]
         finally:
-            nodes.stop("t")
+            nodes.stop("tls")
     logs = [path for path in nodes.folder.rglob("*") if path.suffix in (".log", ".out", ".err")]
     said += "".join(path.read_text(errors="replace") for path in logs)
     hidden = [*Path(own.key).read_text().splitlines()[1:-1], nodes.secret.read_text()]
