@@ -134,7 +134,9 @@ class SimulatedSplit(Executor):
         self._book.begin(plan)
         apart: dict[tuple[int, bool], list[ScheduledSequence]] = {}
         for share in plan.scheduled:
-            apart.setdefault((self._lane_of(share).index, share.is_prefill), []).append(share)
+            apart.setdefault(
+                (self._book.lane_for(self.lanes, share).index, share.is_prefill), []
+            ).append(share)
         future = StepFuture(self, result_of(plan.step, plan.scheduled), len(apart))
         self._open.add(future)
         for (index, _), shares in sorted(apart.items(), key=lambda item: item[0]):
@@ -160,51 +162,22 @@ class SimulatedSplit(Executor):
 
     # -- as DisaggregatedExecutor does it -----------------------------------------------------
 
-    def _lane_of(self, share: ScheduledSequence) -> VirtualLane:
-        live = self._book.live[share.seq_id]
-        known = None if live.lane is None else self.lanes[live.lane.index]
-        if known is not None and live.num_in_flight:
-            return known
-        if not share.is_prefill:
-            return self._decode
-        if known is not None and known is not self._decode:
-            return known
-        return min(
-            self._prefill,
-            key=lambda lane: lane.num_queued_tokens + self._book.num_lacking(lane, share),
-        )
-
     def _place(
         self, future: StepFuture, lane: VirtualLane, shares: Sequence[ScheduledSequence]
     ) -> None:
-        needed: dict[int, dict[Held, None]] = {}
-        told = []
-        for share in shares:
-            for held in self._book.lacking(lane, share.seq_id, share.num_computed):
-                needed.setdefault(self._source(held, lane).index, {})[held] = None
-                self._book.ledger.receive(lane.index, held)
-            told.append(self._book.hand_on(lane, share, again=False)[1])
-        offers = []
-        for source, wanted in needed.items():
+        needs, told = self._book.give(self.lanes, lane, shares)
+        offers, crossed = [], 0
+        for source, wanted in needs.items():
             offer = Timed()
             self.lanes[source].waiting.append(offer)
             offers.append(offer)
-            self.num_crossed += sum(held.tokens for held in wanted)
+            crossed += sum(held.tokens for held in wanted)
+        self.num_crossed += crossed
         part = Part(lane, future, shares, offers)
-        crossed = sum(held.tokens for wanted in needed.values() for held in wanted)
-        plan = StepPlan(0, [], told, [])
+        plan = StepPlan(0, [], [handed for _, handed in told], [])
         part.seconds = crossed * self._token_seconds + lane.timer.seconds(plan)
         lane.num_queued_tokens += part.num_tokens
         lane.waiting.append(part)
-
-    def _source(self, held: Held, lane: VirtualLane) -> VirtualLane:
-        for other in self.lanes:
-            if (
-                other is not lane
-                and self._book.ledger.tokens(other.index, held.block) >= held.tokens
-            ):
-                return other
-        raise AssertionError(f"no side holds block {held.block}, which {lane.name} needs")
 
     # -- events -------------------------------------------------------------------------------
 

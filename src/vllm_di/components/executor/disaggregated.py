@@ -151,21 +151,15 @@ class DisaggregatedExecutor(Executor):
         decodes are apart even where one lane runs both: not every platform mixes them."""
         apart: dict[tuple[int, bool], list[ScheduledSequence]] = {}
         for share in shares:
-            lane = self._lane_of(share)
+            lane = self._book.lane_for(self._lanes, share)
             apart.setdefault((lane.index, share.is_prefill), []).append(share)
         joined.expect(len(apart))
         for (index, _), own in sorted(apart.items(), key=lambda item: item[0]):
             lane = self._lanes[index]
             part = Part(self, lane, joined, own)
-            needs: dict[int, dict[Held, None]] = {}
-            told = []
-            for share in own:
-                for held in self._book.lacking(lane, share.seq_id, share.num_computed):
-                    needs.setdefault(self._source(held, lane).index, {})[held] = None
-                    self._book.ledger.receive(lane.index, held)
-                told.append(self._book.hand_on(lane, share, again=again))
+            needs, told = self._book.give(self._lanes, lane, own, again=again)
             for source, wanted in needs.items():
-                offer = Offer(self._lanes[source], list(wanted))
+                offer = Offer(self._lanes[source], wanted)
                 self._lanes[source].put(offer)
                 part.needs.append(offer)
             finished, lane.finished = lane.finished, []
@@ -174,27 +168,6 @@ class DisaggregatedExecutor(Executor):
             lane.num_queued_tokens += part.num_tokens
             lane.parts.append(part)
             lane.put(part)
-
-    def _lane_of(self, share: ScheduledSequence) -> Lane:
-        live = self._book.live[share.seq_id]
-        if live.lane is not None and live.lane.is_alive and live.num_in_flight:
-            return live.lane  # behind its step before
-        lanes = [lane for lane in self._prefill if lane.is_alive]
-        if not share.is_prefill or not lanes:
-            return self._decode
-        if live.lane in lanes:
-            return live.lane
-        return min(
-            lanes, key=lambda lane: lane.num_queued_tokens + self._book.num_lacking(lane, share)
-        )
-
-    def _source(self, held: Held, lane: Lane) -> Lane:
-        """A lane that holds what another one lacks. Raises EngineDeadError."""
-        for other in self._lanes:  # the decode side first
-            tokens = self._book.ledger.tokens(other.index, held.block)
-            if other is not lane and other.is_alive and tokens >= held.tokens:
-                return other
-        raise EngineDeadError(f"{lane.name} needs tokens of block {held.block} that no side holds")
 
     # -- on the lanes' threads ----------------------------------------------------------------
 

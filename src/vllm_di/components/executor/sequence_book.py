@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 
 from vllm_di.components.executor.lanes import Lane
 from vllm_di.components.executor.side_blocks import BlockLedger, Held
 from vllm_di.components.messages import KvGroup, NewSequence, ScheduledSequence, StepPlan
+from vllm_di.errors import EngineDeadError
+
+AnyLane = TypeVar("AnyLane", bound=Lane)
 
 
 @dataclass(slots=True)
@@ -59,6 +63,48 @@ class SequenceBook:
                     if block >= 0 and index >= num_given:
                         self.ledger.renew(block)
                 row += blocks
+
+    def lane_for(self, lanes: Sequence[AnyLane], share: ScheduledSequence) -> AnyLane:
+        """Which of all lanes, the decode side's first, runs a share: the one behind whose step it
+        comes; the decode side for a decode, and for a prompt where no other is left; else the one
+        that has the prompt, or that has least to do and to be given before it."""
+        live = self.live[share.seq_id]
+        known = None if live.lane is None else lanes[live.lane.index]
+        if known is not None and known.is_alive and live.num_in_flight:
+            return known
+        decode, prefill = lanes[0], [lane for lane in lanes[1:] if lane.is_alive]
+        if not share.is_prefill or not prefill:
+            return decode
+        if known in prefill:
+            return known
+        return min(prefill, key=lambda lane: lane.num_queued_tokens + self.num_lacking(lane, share))
+
+    def give(
+        self,
+        lanes: Sequence[Lane],
+        lane: Lane,
+        shares: Sequence[ScheduledSequence],
+        *,
+        again: bool = False,
+    ) -> tuple[dict[int, list[Held]], list[tuple[NewSequence | None, ScheduledSequence]]]:
+        """Give shares to a lane -> (by the index of another lane, what has to come from it first;
+        the shares as ``hand_on`` tells them). Raises EngineDeadError where no lane has it."""
+        needs: dict[int, dict[Held, None]] = {}
+        told = []
+        for share in shares:
+            for held in self.lacking(lane, share.seq_id, share.num_computed):
+                needs.setdefault(self._source(lanes, held, lane).index, {})[held] = None
+                self.ledger.receive(lane.index, held)
+            told.append(self.hand_on(lane, share, again=again))
+        return {source: list(wanted) for source, wanted in needs.items()}, told
+
+    def _source(self, lanes: Sequence[Lane], held: Held, lane: Lane) -> Lane:
+        """A lane that holds what another one lacks: the decode side, if it does."""
+        for other in lanes:
+            tokens = self.ledger.tokens(other.index, held.block)
+            if other is not lane and other.is_alive and tokens >= held.tokens:
+                return other
+        raise EngineDeadError(f"{lane.name} needs tokens of block {held.block} that no side holds")
 
     def lacking(self, lane: Lane, seq_id: int, end: int) -> list[Held]:
         """What a query at position ``end`` sees of a sequence and a lane does not hold: nothing
